@@ -1,0 +1,61 @@
+# make demo   optimize an example model and show the result
+# make test   all checks and all tests
+#
+# Both work on a fresh machine with Python 3.11 or newer, git and make: they build .venv with the pinned versions of
+# constraints.txt, and build it again only when constraints.txt or pyproject.toml changes.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check lint types layers pytest bench clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/attnopt optimize examples/llama.py
+
+# The tests come last, so that the output ends in pytest's own closing line.
+test: check pytest
+
+check: lint types layers
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check attnopt tests examples benchmarks
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.stamp-dev
+	$(BIN)/lint-imports
+
+pytest: $(VENV)/.stamp-dev
+	$(BIN)/pytest -q -n $(JOBS)
+
+bench: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/optimize_time.py
+	$(BIN)/python benchmarks/cpu_speed.py
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"attnopt needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]} (choose another with PYTHON=...)")'
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "Installing attnopt and its dependencies into $(VENV) (the first time this takes a few minutes)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "Installing attnopt with everything that its tests need into $(VENV) (the first time this takes a few minutes)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.stamp-demo
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
