@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ NAMES = frozenset(
 def _names_in(line: str) -> set[str]:
     """The words of a line that are such names: in snake_case, CamelCase, and with a version at their end (gpt2)."""
     words = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", line).lower())
-    return NAMES & {*words, *(x + y for x, y in zip(words, words[1:], strict=False))}
+    return NAMES & {*words, *(x + y for x, y in itertools.pairwise(words))}
 
 
 @pytest.mark.parametrize("room", ["analysis", "passes"])
