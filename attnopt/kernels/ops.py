@@ -1,0 +1,123 @@
+"""The operator ``attnopt::attention``, by which an attention stands in a graph. Importing this module registers it.
+
+It needs neither Triton nor a GPU. Two more operators serve its gradient: ``attention_for_training`` also returns the seed
+of its dropout, and ``attention_backward`` computes the probabilities again, tile by tile, so memory stays linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels import reference
+from attnopt.kernels.registry import resolve
+from attnopt.kernels.tiling import empty_output
+
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel"
+_LIBRARY = torch.library.Library("attnopt", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+
+_LIBRARY.define(f'attention({_ARGUMENTS}="reference") -> Tensor', tags=_TAGS)
+_LIBRARY.define(f"attention_for_training({_ARGUMENTS}) -> (Tensor o, Tensor seed)", tags=_TAGS)
+_LIBRARY.define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, Tensor seed, bool[] needs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
+    parsed = AttentionSpec.from_json(spec)
+    if parsed.dropout:
+        # From the default CPU generator, which torch.manual_seed sets and activation checkpointing restores; no device waits.
+        seed = torch.randint(1 << 62, (), dtype=torch.int64)
+        resolve(kernel, parsed, q.device.type, q.dtype)
+        return reference.attention(q, k, v, loads, sizes, parsed, int(seed))[0], seed
+    backend = resolve(kernel, parsed, q.device.type, q.dtype)
+    return backend.run(q, k, v, loads, sizes, parsed), torch.zeros((), dtype=torch.int64)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
+    with torch.no_grad():
+        return _run(q, k, v, loads, sizes, spec, kernel)[0]
+
+
+def _attention_for_training(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return _run(q, k, v, loads, sizes, spec, kernel)
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, seed: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    with torch.no_grad():
+        return reference.gradients(grad, q, k, v, loads, sizes, AttentionSpec.from_json(spec), int(seed), needs)
+
+
+_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_for_training", _attention_for_training, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+
+
+# ------------------------------------------------------------------------------------------------ shapes only
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
+    torch._check(q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v must have 4 axes [B, H, S, D]")
+    return empty_output(q, v)
+
+
+def _fake_for_training(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
+) -> tuple[Tensor, Tensor]:
+    return _fake(q, k, v, loads, sizes, spec, kernel), torch.empty((), dtype=torch.int64)
+
+
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, seed: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in zip((q, k, v, *loads), needs, strict=True) if need]
+
+
+for _name, _shapes in (("attention", _fake), ("attention_for_training", _fake_for_training), ("attention_backward", _fake_backward)):
+    torch.library.register_fake(f"attnopt::{_name}", _shapes, lib=_LIBRARY)
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, loads, ctx.sizes, ctx.spec, _ = inputs
+    ctx.save_for_backward(q, k, v, output[1], *loads)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, seed, *loads = ctx.saved_tensors
+    for_loads = ctx.needs_input_grad[3]
+    wanted = for_loads if isinstance(for_loads, (list, tuple)) else [bool(for_loads)] * len(loads)
+    needs = [*ctx.needs_input_grad[:3], *(bool(w) and x.is_floating_point() for w, x in zip(wanted, loads, strict=True))]
+    found = iter(torch.ops.attnopt.attention_backward(grad, q, k, v, loads, ctx.sizes, ctx.spec, seed, needs))
+    dq, dk, dv, *dloads = [next(found) if need else None for need in needs]
+    return dq, dk, dv, dloads, [None] * len(ctx.sizes), None, None
+
+
+torch.library.register_autograd("attnopt::attention_for_training", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def _autograd(
+    keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference"
+) -> Tensor:
+    """With gradients to compute the training operator takes over; without, the graph keeps ``attention`` itself."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *loads)):
+        return torch.ops.attnopt.attention_for_training.default(q, k, v, loads, sizes, spec, kernel)[0]  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attnopt.attention.default.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, loads, sizes, spec, kernel)  # type: ignore[no-any-return]
+
+
+_LIBRARY.impl("attention", _autograd, "Autograd", with_keyset=True)
