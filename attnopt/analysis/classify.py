@@ -1,0 +1,297 @@
+"""Lifted logits to a spec's parts: what is visible, what is added, and what each part is in the field's words.
+
+Everything here is a proof about expressions. A part that no rule proves stays in the expressions as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from attnopt.ir import expr as E
+from attnopt.ir.bounds import nonnegative
+from attnopt.ir.expr import Expr
+from attnopt.ir.mask import key_range
+from attnopt.ir.spec import Alignment, Dims, EmptyRows, Load, Traits, Window
+
+HIDDEN = -3e4
+"""A logit at or below this hides its key: beside any visible logit its weight underflows to zero. Smaller fills (-1e4 and
+nearer) are kept as numbers, because real logits may come close to them; see docs/decisions."""
+ABSORBS = -1e30
+"""A fill at or below this swallows any real logit that is added to it, in every dtype up to float64."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Logits taken apart: ``where(mask, score, hidden)``, and what holds on a row where nothing is visible."""
+
+    score: Expr
+    mask: Expr
+    empty_rows: EmptyRows
+    empty_score: Expr | None
+
+
+def split(logits: Expr, empty: EmptyRows) -> Parts:
+    """Separate the mask from the score. ``empty`` is what a row of nothing but -inf gives (``nan`` or ``zero``)."""
+    score, mask, fills = _split(logits)
+    if mask is E.TRUE:
+        return Parts(score, mask, empty, None)
+    rows, program = _empty_row(logits, mask, fills, empty)
+    return Parts(score, mask, rows, program)
+
+
+def _is_fill(x: Expr) -> bool:
+    return x.is_const and x.kind == "float" and x.value <= HIDDEN
+
+
+def _split(x: Expr) -> tuple[Expr, Expr, list[float]]:
+    """x as (score, visible, fills): where ``visible`` is false, x is at most one of the fills plus a real logit."""
+    if x.op == "where":
+        c, a, b = x.args
+        if _is_fill(b):
+            score, mask, fills = _split(a)
+            return score, E.all_of(c, mask), [*fills, float(b.value)]
+        if _is_fill(a):
+            score, mask, fills = _split(b)
+            return score, E.all_of(E.negate(c), mask), [*fills, float(a.value)]
+        return x, E.TRUE, []
+    if x.op == "add":
+        parts = [_split(a) for a in x.args]
+        return E.add(E.FZERO, *(p[0] for p in parts)), E.all_of(*(p[1] for p in parts)), [f for p in parts for f in p[2]]
+    if x.op == "mul" and x.args[0].is_const and x.args[0].value > 0 and len(x.args) == 2:
+        score, mask, fills = _split(x.args[1])
+        return E.mul(x.args[0], score), mask, [f * x.args[0].value for f in fills]
+    if x.op == "max" and any(_is_fill(a) for a in x.args):
+        # clamping from below at a hidden value: a hidden key stays hidden
+        (other,) = [a for a in x.args if not _is_fill(a)]
+        score, mask, fills = _split(other)
+        clamp = max(float(a.value) for a in x.args if a.is_const)
+        return score, mask, [max(f, clamp) for f in fills]
+    return x, E.TRUE, []
+
+
+def _empty_row(logits: Expr, mask: Expr, fills: list[float], empty: EmptyRows) -> tuple[EmptyRows, Expr | None]:
+    """What the original computes on a row where ``mask`` is false for every key."""
+    if all(math.isinf(f) for f in fills):
+        return empty, None
+    program = _where_hidden(logits, mask)
+    if program.is_const and math.isinf(program.value):
+        return empty, None
+    if _same_for_all_keys(program):
+        return "uniform", None
+    return "program", program
+
+
+def _where_hidden(x: Expr, mask: Expr) -> Expr:
+    """``x`` under the assumption that ``mask`` is false."""
+    if x.op == "where":
+        c, a, b = x.args
+        if c is mask:
+            return b
+        if E.negate(c) is mask:
+            return a
+        return x
+    if x.op == "add":
+        parts = [_where_hidden(a, mask) for a in x.args]
+        swallowing = [p for p in parts if p.is_const and p.value <= ABSORBS]
+        if swallowing and all(p.is_const or not _may_hide(p) for p in parts):
+            return E.add(*swallowing)
+        return E.add(*parts)
+    if x.op == "mul" and x.args[0].is_const:
+        return E.mul(*(_where_hidden(a, mask) for a in x.args))
+    return x
+
+
+def _may_hide(x: Expr) -> bool:
+    return x.op == "where" and any(_is_fill(a) for a in x.args[1:]) or any(_may_hide(a) for a in x.args)
+
+
+def _same_for_all_keys(x: Expr) -> bool:
+    return x.is_const or not any(v.op == "score" or (v.op == "var" and v.value == "k") for v in x.leaves)
+
+
+def traits(score: Expr, mask: Expr, dims: Dims, loads: tuple[Load, ...]) -> Traits:
+    """Name what is proven of score and mask."""
+    scale, softcap, bias = _score(score)
+    causal, window, rest = _diagonals(mask, dims)
+    padding, document = False, False
+    others: list[Expr] = []
+    for c in E.conjuncts(rest):
+        if _is_key_padding(c, dims):
+            padding = True
+        elif _is_document(c, dims):
+            document = True
+        else:
+            others.append(c)
+    return Traits(
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi=bias is not None and _is_alibi(bias, dims, loads),
+        causal=causal,
+        window=window,
+        key_padding=padding,
+        document=document,
+        mask_rest=E.all_of(*others),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ score
+
+
+def _score(score: Expr) -> tuple[float | None, float | None, Expr | None]:
+    """(scale, softcap, bias) of ``scale * s + bias`` or ``softcap * tanh(scale / softcap * s) + bias``."""
+    with_s: list[Expr] = []
+    bias: list[Expr] = []
+    for a in score.args if score.op == "add" else (score,):
+        (with_s if any(x.op == "score" for x in a.leaves) else bias).append(a)
+    total = E.add(E.FZERO, *bias)
+    if all(not any(v.op == "var" and v.value == "k" for v in b.leaves) for b in bias):
+        total = E.FZERO  # softmax does not see what is the same for all keys of a row
+    found = None if total is E.FZERO else total
+    if len(with_s) != 1:
+        return None, None, None
+    factor = _linear(with_s[0])
+    if factor is not None:
+        return factor, None, found
+    c, a = E.terms(with_s[0])[0]
+    if a is not None and a.op == "tanh":
+        inner = _linear(a.args[0])
+        if inner is not None and abs(inner * c) > 0:
+            return float(inner * c), float(c), found
+    return None, None, None
+
+
+def _linear(x: Expr) -> float | None:
+    if x.op == "score":
+        return 1.0
+    if x.op == "mul" and len(x.args) == 2 and x.args[0].is_const and x.args[1].op == "score":
+        return float(x.args[0].value)
+    return None
+
+
+def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...]) -> bool:
+    """A sum of slope(h) * position(k), positions up to what is the same for all keys of a row.
+
+    A position is k itself, k - q, or a running count of the visible keys (zero on hidden ones allowed).
+    """
+    found = False
+    for a in bias.args if bias.op == "add" else (bias,):
+        if d.k not in a.variables:
+            continue
+        factors = list(a.args) if a.op == "mul" else [a]
+        moving = [f for f in factors if d.k in f.variables]
+        slope = [f for f in factors if d.k not in f.variables]
+        if any(v is not d.h for f in slope for v in f.variables):
+            return False
+        if not any(d.h in f.variables for f in slope) and d.Hq is not E.ONE:
+            return False
+        if not (len(moving) == 1 and _is_position(moving[0], d) or _is_counted_position(moving, d, loads)):
+            return False
+        found = True
+    return found
+
+
+def _is_position(x: Expr, d: Dims) -> bool:
+    if x.op == "float":
+        x = x.args[0]
+    if x.op == "abs":
+        x = x.args[0]
+    return x.kind == "int" and all(a is None or a in (d.k, d.q) or not a.variables for _, a in E.terms(x)) and any(a is d.k for _, a in E.terms(x))
+
+
+def _is_counted_position(factors: list[Expr], d: Dims, loads: tuple[Load, ...]) -> bool:
+    """count[b, k] + constant, times the mask that was counted or not."""
+    flat: list[Expr] = []
+    for f in factors:
+        x = f.args[0] if f.op == "float" else f
+        flat.extend(x.args if x.op == "mul" else (x,))
+    # an integer product is distributed: (count - 1) * m = count * m - m
+    if len(flat) == 1 and flat[0].op == "add":
+        counts = [_counted(a, d, loads) for _, a in E.terms(flat[0])]
+        return any(c == "count" for c in counts) and all(c is not None for c in counts)
+    return any(_counted(f, d, loads) == "count" for f in flat) and all(_counted(f, d, loads) is not None for f in flat)
+
+
+def _counted(x: Expr | None, d: Dims, loads: tuple[Load, ...]) -> str | None:
+    """``count`` for a running count over keys (perhaps times other key masks), ``key`` for another tensor over keys."""
+    if x is None or x.is_const:
+        return "constant"
+    if x.op == "float":
+        return _counted(x.args[0], d, loads)
+    if x.op == "mul":
+        parts = [_counted(a, d, loads) for a in x.args]
+        return None if None in parts else "count" if "count" in parts else "key"
+    if x.op == "add":
+        parts = [_counted(a, d, loads) for _, a in E.terms(x)]
+        return None if None in parts else "count" if "count" in parts else "key"
+    if x.op == "load" and x.variables <= {d.b, d.k} and isinstance(x.value, int):
+        return "count" if loads[x.value].origin == "cumsum" else "key"
+    if x.op == "where" and x.variables <= {d.b, d.k}:
+        return "key"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ mask
+
+
+def _diagonals(mask: Expr, d: Dims) -> tuple[Alignment | None, Window, Expr]:
+    """Causality and window from the diagonal bounds; bounds that neither covers go back into the rest."""
+    bounds = key_range(mask)
+    rest = [bounds.rest]
+    corner = E.sub(d.Skv, d.Sq)
+    # the tightest bound of each side that is provably at most all others
+    right = _tightest(bounds.right)
+    left = _tightest(bounds.left)
+    rest += [E.le(d.k, E.add(d.q, o)) for o in bounds.right if o is not right]
+    rest += [E.ge(d.k, E.sub(d.q, o)) for o in bounds.left if o is not left]
+    causal: Alignment | None = None
+    keys_right: int | None = None
+    keys_left: int | None = None
+    base = E.ZERO
+    if right is not None:
+        if right is E.ZERO:
+            causal = "top_left"
+        elif right is corner:
+            causal, base = "bottom_right", corner
+        elif right.is_const and right.value > 0:
+            keys_right = int(right.value)
+        else:
+            rest.append(E.le(d.k, E.add(d.q, right)))
+    if left is not None:
+        reach = E.add(left, base)
+        if reach.is_const and reach.value >= 0:
+            keys_left = int(reach.value)
+        else:
+            rest.append(E.ge(d.k, E.sub(d.q, left)))
+    if causal and keys_left is None and keys_right is None:
+        return causal, (None, None), E.all_of(*rest)
+    return causal, (keys_left, 0 if causal and keys_left is not None else keys_right), E.all_of(*rest)
+
+
+def _tightest(offsets: tuple[Expr, ...]) -> Expr | None:
+    for o in offsets:
+        if all(nonnegative(E.sub(other, o)) for other in offsets):
+            return o
+    return offsets[0] if offsets else None
+
+
+def _is_key_padding(c: Expr, d: Dims) -> bool:
+    """A condition on (b, k) that a tensor decides."""
+    return c.variables <= {d.b, d.k} and d.k in c.variables and any(x.op == "load" for x in c.leaves)
+
+
+def _is_document(c: Expr, d: Dims) -> bool:
+    """The same tensor's entry for query and key is equal."""
+    if c.op == "eq0" and c.args[0].op == "add" and len(c.args[0].args) == 2:
+        pair = E.terms(c.args[0])
+        if {n for n, _ in pair} != {1, -1}:
+            return False
+        x, y = (a for _, a in pair)
+    elif c.op in ("eq", "same"):
+        x, y = c.args
+    else:
+        return False
+    if x is None or y is None or x.op != "load" or y.op != "load" or x.value != y.value:
+        return False
+    return E.substitute(x, {d.q: d.k}) is E.substitute(y, {d.q: d.k}) and x.variables != y.variables

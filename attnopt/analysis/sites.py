@@ -1,0 +1,300 @@
+"""Finding the attentions of a graph: each anchor becomes an ``AttentionSite`` or a ``Rejection`` with a reason and a node.
+
+A site starts at a product of probabilities with values. Its output's axes are the variables in which everything is said:
+the probabilities, the logits and every mask below them are lifted at those indices, so no spelling, layout or grouping
+needs a case of its own. ``layout.py`` then sorts the variables into batch, head, query, key and feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attnopt.analysis import anchors as A
+from attnopt.analysis import nodes as N
+from attnopt.analysis import views
+from attnopt.analysis.contraction import Contraction, contraction
+from attnopt.analysis.layout import RawSite, Refusal, arrange
+from attnopt.analysis.lift import Lifter
+from attnopt.analysis.site import AttentionSite, Rejection
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.ir.spec import EmptyRows
+
+Constants = Callable[[fx.Node], torch.Tensor | None]
+
+
+def find_sites(graph: fx.Graph, constants: Constants = lambda _: None, written: frozenset[fx.Node] = frozenset()) -> list[AttentionSite | Rejection]:
+    """Every attention of ``graph`` and every softmax that is none, in graph order, each named by where it stands."""
+    finder = _Finder(graph, constants, written)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    found = [*finder.softmaxes(), *finder.calls()]
+    found.sort(key=lambda s: order[s.node])
+    return _named(found)
+
+
+def _named(found: list[AttentionSite | Rejection]) -> list[AttentionSite | Rejection]:
+    counts: dict[str, int] = {}
+    for s in found:
+        name = N.module_path(s.node) or "model"
+        counts[name] = counts.get(name, 0) + 1
+        s.name = name if counts[name] == 1 else f"{name}#{counts[name]}"
+        s.source = N.source(s.node)
+    return found
+
+
+class _Finder:
+    def __init__(self, graph: fx.Graph, constants: Constants, written: frozenset[fx.Node]) -> None:
+        self.graph = graph
+        self.constants = constants
+        self.written = written
+        self.anchors = {a.probs: a for a in A.find(graph)}
+
+    def lifter(self) -> Lifter:
+        return Lifter(self.constants, self.written)
+
+    # -------------------------------------------------------------------------------------------- softmax
+
+    def softmaxes(self) -> Iterable[AttentionSite | Rejection]:
+        products: dict[fx.Node, list[_Product]] = {}
+        for node in self.graph.nodes:
+            for p in self._products(node):
+                products.setdefault(p.anchor.probs, []).append(p)
+        for anchor in self.anchors.values():
+            try:
+                yield self._site(anchor, products.get(anchor.probs, []))
+            except Refusal as r:
+                yield Rejection(r.code, r.message, r.node or anchor.probs, anchor.probs)
+
+    def _products(self, node: fx.Node) -> Iterable[_Product]:
+        """Contractions one side of which is the probabilities of an anchor, through views, casts and dropout."""
+        index = output_index(node)
+        found = contraction(node, index, "k") if index is not None else None
+        if found is None:
+            return
+        for probs, p_index, values, v_index in (
+            (found.left, found.left_index, found.right, found.right_index),
+            (found.right, found.right_index, found.left, found.left_index),
+        ):
+            trail = self._to_probs(probs, p_index)
+            if trail is not None:
+                yield _Product(found, *trail, values, v_index, index or ())
+
+    def _to_probs(self, node: fx.Node, index: views.Index) -> tuple[A.Anchor, views.Index, float, bool, list[fx.Node]] | None:
+        dropout, zeroed = 0.0, False
+        trail: list[fx.Node] = []
+        while node not in self.anchors:
+            trail.append(node)
+            name = N.op_name(node)
+            moved = views.step(node, index)
+            if moved is not None:
+                node, index = moved
+                continue
+            if name in ("aten::to", "aten::_to_copy", "aten::type_as", "aten::float", "aten::half") and N.kind(node) == "float":
+                node = N.arguments(node)["self"]
+            elif name == "aten::dropout":
+                args = N.arguments(node)
+                if args["train"]:
+                    dropout = 1 - (1 - dropout) * (1 - args["p"])
+                node = args["input"]
+            elif name == "aten::nan_to_num" and not N.arguments(node).get("nan"):
+                zeroed = True
+                node = N.arguments(node)["self"]
+            else:
+                return None
+            if not N.is_tensor(node) or N.kind(node) != "float":
+                return None
+        return self.anchors[node], index, dropout, zeroed, trail
+
+    def _site(self, anchor: A.Anchor, products: list[_Product]) -> AttentionSite:
+        if not products:
+            raise self._no_product(anchor)
+        if len(products) > 1:
+            raise Refusal("AO203", f"the probabilities are multiplied with {len(products)} tensors; supported is one.", products[1].form.node)
+        p = products[0]
+        key = p.form.summed
+        if p.index[anchor.axis] is not key:
+            raise Refusal("AO205", f"softmax runs along axis {anchor.axis} of {len(p.index)}, and the product with the values sums another axis.", p.form.node)
+        if any(key in x.leaves for i, x in enumerate(p.index) if i != anchor.axis):
+            raise Refusal("AO205", "the summed axis appears in two axes of the probabilities.", p.form.node)
+        if p.form.alpha is not _ONE or p.form.addend is not None:
+            raise Refusal("AO204", "the product of probabilities and values adds another tensor or a factor.", p.form.node)
+        lifter = self.lifter()
+        qk = _scores(lifter, anchor, p.index, key)
+        logits = lifter.lift(anchor.logits, p.index, qk.hook(lifter))
+        output = p.form.node if anchor.denominator is None else self._quotient(anchor, p)
+        region = self._region(qk.form.node, output, anchor)
+        self._closed(region, output)
+        left_has_key = key in _variables(qk.form.left_index)
+        q, k = ((qk.form.right, qk.form.right_index), (qk.form.left, qk.form.left_index)) if left_has_key else ((qk.form.left, qk.form.left_index), (qk.form.right, qk.form.right_index))
+        empty: EmptyRows = "zero" if p.zeroed or anchor.empty == "zero" else "nan"
+        raw = RawSite(output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region))
+        if any(x.op == "load" and x.value in region for x in logits.leaves):
+            node = next(x.value for x in logits.leaves if x.op == "load" and x.value in region)
+            raise Refusal("AO212", f"the scores pass through {node.target}, which is neither pointwise nor a view.", node)
+        return arrange(raw, anchor.probs, lifter.folded)
+
+    def _no_product(self, anchor: A.Anchor) -> Refusal:
+        users = [u for u in anchor.probs.users]
+        lifter = self.lifter()
+        index = tuple(E.ZERO if n is E.ONE else E.var("k" if i == anchor.axis else f"i{i}", n) for i, n in enumerate(N.shape(anchor.logits)))
+        try:
+            _scores(lifter, anchor, index, index[anchor.axis])
+        except Refusal:
+            return Refusal("AO201", "softmax whose result is not multiplied with values along its axis.", anchor.probs)
+        if any(u.op == "output" for u in users):
+            return Refusal("AO203", "the probabilities are returned by the model.", anchor.probs)
+        what = ", ".join(sorted({str(u.target) for u in users})) or "nothing"
+        return Refusal("AO204", f"between softmax and the values stands {what}; supported are views, casts, dropout and nan_to_num.", users[0] if users else anchor.probs)
+
+    def _quotient(self, anchor: A.Anchor, p: _Product) -> fx.Node:
+        """The division of the product by the sum of the exponentials, for ``exp(x) @ v / exp(x).sum()``."""
+        product, denominator = p.form.node, anchor.denominator
+        for user in product.users:
+            if N.op_name(user) == "aten::div" and user.args[0] is product and N.is_tensor(user.args[1]) and N.shape(user) == N.shape(product):
+                below = self.lifter().lift(user.args[1], views.broadcast(p.out, N.shape(user.args[1])))  # type: ignore[arg-type]
+                expected = self.lifter().lift(denominator, tuple(E.ZERO if i == anchor.axis else x for i, x in enumerate(p.index)))  # type: ignore[arg-type]
+                if below is expected:
+                    return user
+        raise Refusal("AO204", "exponentials are multiplied with values and never divided by their sum.", product)
+
+    # -------------------------------------------------------------------------------------------- existing calls
+
+    def calls(self) -> Iterable[AttentionSite | Rejection]:
+        for node in A.calls(self.graph):
+            try:
+                yield self._call(node)
+            except Refusal as r:
+                yield Rejection(r.code, r.message, r.node or node, node)
+
+    def _call(self, node: fx.Node) -> AttentionSite:
+        args = N.arguments(node)
+        q, k, v = args["query"], args["key"], args["value"]
+        sq, sk, sv = N.shape(q), N.shape(k), N.shape(v)
+        out = output_index(node)
+        if out is None or len(sq) < 2:
+            raise Refusal("AO208", "the call's operands are not tensors of at least two axes.", node)
+        key, d = E.var("k", sk[-2]), E.var("d", sq[-1])
+        batch = out[:-2]
+        shared = batch
+        if args.get("enable_gqa") and len(batch) and sk[-3] is not sq[-3]:
+            shared = (*batch[:-1], E.floordiv(batch[-1], E.floordiv(sq[-3], sk[-3])))
+        q_index = (*views.broadcast(batch, sq[:-2]), out[-2], d)
+        k_index = (*views.broadcast(shared, sk[:-2]), key, d)
+        v_index = (*views.broadcast(shared, sv[:-2]), key, E.ZERO if sv[-1] is E.ONE else out[-1])
+        scale = args.get("scale")
+        if scale is None:
+            if not sq[-1].is_const:
+                raise Refusal("AO208", f"the default scale needs a constant head size; it is {sq[-1]}.", node)
+            factor: Expr | None = E.const(float(sq[-1].value) ** -0.5)
+        else:
+            factor = N.scalar(scale)
+        if factor is None:
+            raise Refusal("AO208", "scale is a number that is only known when the graph runs; supported is a constant.", node)
+        lifter = self.lifter()
+        logits = E.mul(factor, E.score())
+        hidden = E.const(float("-inf"))
+        if args.get("is_causal"):
+            logits = E.where(E.le(key, out[-2]), logits, hidden)
+        mask = args.get("attn_mask")
+        if mask is not None:
+            x = lifter.lift(mask, views.broadcast((*batch, out[-2], key), N.shape(mask)))
+            logits = E.where(x, logits, hidden) if x.kind == "bool" else E.add(logits, E.as_float(x))
+        dropout = args.get("dropout_p", 0.0)
+        if not isinstance(dropout, (int, float)):
+            raise Refusal("AO208", "dropout_p is only known when the graph runs; supported is a constant.", node)
+        raw = RawSite(node, out, key, d, (q, q_index), (k, k_index), (v, v_index), logits, "zero", float(dropout), frozenset({node}))
+        return arrange(raw, node, lifter.folded)
+
+    # -------------------------------------------------------------------------------------------- region
+
+    def _region(self, first: fx.Node, last: fx.Node, anchor: A.Anchor) -> set[fx.Node]:
+        """Every node that depends on ``first`` and that ``last`` depends on, both included."""
+        down, stack = {first}, [first]
+        while stack:
+            for u in stack.pop().users:
+                if u not in down:
+                    down.add(u)
+                    stack.append(u)
+        up, stack = {last}, [last]
+        while stack:
+            for u in stack.pop().all_input_nodes:
+                if u in down and u not in up:
+                    up.add(u)
+                    stack.append(u)
+        return up
+
+    def _closed(self, region: set[fx.Node], output: fx.Node) -> None:
+        for n in region - {output}:
+            for u in n.users:
+                if u not in region:
+                    who = "returned by the model" if u.op == "output" else f"also used by {u.target}"
+                    raise Refusal("AO203", f"a value inside the attention ({n.target}) is {who}.", u if u.op != "output" else n)
+
+
+_ONE = E.const(1.0)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product of an anchor's probabilities, read at ``index``, with ``values`` at ``value_index``."""
+
+    form: Contraction
+    anchor: A.Anchor
+    index: views.Index
+    dropout: float
+    zeroed: bool
+    trail: list[fx.Node]
+    values: fx.Node
+    value_index: views.Index
+    out: views.Index
+
+
+@dataclass(frozen=True)
+class _Scores:
+    form: Contraction
+    index: views.Index
+
+    def hook(self, lifter: Lifter) -> Callable[[fx.Node, views.Index], Expr | None]:
+        form = self.form
+
+        def answer(node: fx.Node, index: views.Index) -> Expr | None:
+            if node is not form.node or index != self.index:
+                return None
+            out = E.mul(form.alpha, E.score())
+            return out if form.addend is None else E.add(out, E.mul(form.beta, lifter.at(form.addend, form.addend_index)))
+
+        return answer
+
+
+def _scores(lifter: Lifter, anchor: A.Anchor, index: views.Index, key: Expr) -> _Scores:
+    """The product of queries and keys below an anchor's logits: one side runs along the key axis, the other does not."""
+    logits = lifter.lift(anchor.logits, index)
+    found: list[_Scores] = []
+    for x in sorted((x for x in logits.leaves if x.op == "load"), key=lambda e: e.key):
+        node = x.value
+        form = contraction(node, x.args, "d")
+        if form is None:
+            continue
+        sides = (key in _variables(form.left_index), key in _variables(form.right_index))
+        if sides in ((True, False), (False, True)):
+            found.append(_Scores(form, x.args))
+    if not found:
+        raise Refusal("AO202", "no product of two tensors, one along the softmax axis and one not, is below the softmax.", anchor.logits)
+    # Of several, the one in the plainest place: its index names the key axis by itself.
+    found.sort(key=lambda s: (not any(i is key for i in s.index), sum(len(i.leaves) for i in s.index)))
+    return found[0]
+
+
+def _variables(index: views.Index) -> set[Expr]:
+    return {v for i in index for v in i.variables}
+
+
+def output_index(node: fx.Node) -> views.Index | None:
+    """One variable for each axis of a node's output; constant zero for axes of size one."""
+    if not N.is_tensor(node):
+        return None
+    return tuple(E.ZERO if n is E.ONE else E.var(f"o{i}", n) for i, n in enumerate(N.shape(node)))

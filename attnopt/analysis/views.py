@@ -1,0 +1,253 @@
+"""View-like operators: which element of its input an element of the output is.
+
+``step(node, index)`` gives the input node and the index in it, for an index into the node's own output. One table, one
+function an operator; nothing here looks at values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from attnopt.analysis import nodes as N
+from attnopt.ir import dims
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+
+Index = tuple[Expr, ...]
+Rule = Callable[[fx.Node, dict[str, Any], Index], tuple[fx.Node, Index] | None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(f: Rule) -> Rule:
+        RULES.update({f"aten::{n}": f for n in names})
+        return f
+
+    return register
+
+
+def step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """One step towards the tensor that ``node`` is a view of; None when it is not one."""
+    name = N.op_name(node)
+    if name == "getitem":
+        return _part(node, index)
+    found = RULES.get(name)
+    if found is None:
+        return None
+    args = N.arguments(node)
+    source = args.get("self", args.get("input", args.get("tensor", args.get("a"))))
+    if not N.is_tensor(source) or not N.is_tensor(node):
+        return None
+    return found(source, args, index) if name not in _NEEDS_OUTPUT else found(source, {**args, "out": node}, index)
+
+
+_NEEDS_OUTPUT = {f"aten::{n}" for n in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "tile", "repeat")}
+
+
+@rule("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "view_copy", "requires_grad_")
+def _same(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    return x, index
+
+
+@rule("permute")
+def _permute(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    order = [N.axis(d, len(index)) for d in args["dims"]]
+    return x, tuple(index[order.index(i)] for i in range(len(order)))
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def _transpose(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    a, b = (N.axis(args[n], len(index)) for n in (("dim0", "dim1") if "dim0" in args else ("axis0", "axis1")))
+    out = list(index)
+    out[a], out[b] = out[b], out[a]
+    return x, tuple(out)
+
+
+@rule("t", "mT", "numpy_T", "matrix_H", "adjoint")
+def _flip_last(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
+    return (x, (*index[:-2], index[-1], index[-2])) if len(index) == 2 or "self" in args and len(index) > 2 else None
+
+
+@rule("movedim", "moveaxis")
+def _movedim(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    source, to = ([a] if isinstance(a, int) else list(a) for a in (args["source"], args["destination"]))
+    n = len(index)
+    source, to = [N.axis(d, n) for d in source], [N.axis(d, n) for d in to]
+    rest = iter(i for i in range(n) if i not in source)
+    order = [source[to.index(i)] if i in to else next(rest) for i in range(n)]
+    return x, tuple(index[order.index(i)] for i in range(n))
+
+
+@rule("unsqueeze")
+def _unsqueeze(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    d = N.axis(args["dim"], len(index))
+    return x, index[:d] + index[d + 1 :]
+
+
+@rule("squeeze")
+def _squeeze(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    rank = len(N.shape(x))
+    dim = args.get("dim")
+    chosen = range(rank) if dim is None else [N.axis(d, rank) for d in ([dim] if isinstance(dim, int) else dim)]
+    gone = {d for d in chosen if N.shape(x)[d] is E.ONE}
+    rest = iter(index)
+    return x, tuple(E.ZERO if d in gone else next(rest) for d in range(rank))
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    return x, broadcast(index, N.shape(x))
+
+
+def broadcast(index: Index, shape: Sequence[Expr]) -> Index:
+    """The index into an operand of ``shape`` for an index into the broadcast result."""
+    tail = index[len(index) - len(shape) :]
+    return tuple(E.ZERO if extent is E.ONE else i for i, extent in zip(tail, shape, strict=True))
+
+
+@rule("slice")
+def _slice(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
+    d = N.axis(args["dim"], len(index))
+    extent = N.shape(x)[d]
+    start = E.ZERO if args.get("start") is None else N.scalar(args["start"])
+    step_ = N.scalar(args.get("step", 1))
+    if start is None or step_ is None:
+        return None
+    if start.is_const and start.value < 0:
+        start = E.maximum(E.add(extent, start), E.ZERO)
+    if start is not E.ZERO:
+        start = E.minimum(start, extent)  # slicing clamps
+    return x, (*index[:d], E.add(start, E.mul(step_, index[d])), *index[d + 1 :])
+
+
+@rule("narrow")
+def _narrow(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
+    d = N.axis(args["dim"], len(index))
+    start = N.scalar(args["start"])
+    if start is None:
+        return None
+    if start.is_const and start.value < 0:
+        start = E.add(N.shape(x)[d], start)
+    return x, (*index[:d], E.add(start, index[d]), *index[d + 1 :])
+
+
+@rule("select")
+def _select(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
+    d = N.axis(args["dim"], len(index) + 1)
+    at = N.scalar(args["index"])
+    if at is None:
+        return None
+    if at.is_const and at.value < 0:
+        at = E.add(N.shape(x)[d], at)
+    return x, (*index[:d], at, *index[d:])
+
+
+@rule("flip")
+def _flip(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    chosen = {N.axis(d, len(index)) for d in args["dims"]}
+    extents = N.shape(x)
+    return x, tuple(E.sub(E.sub(extents[d], E.ONE), i) if d in chosen else i for d, i in enumerate(index))
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
+    times = N.scalar(args.get("repeats"))
+    if times is None or args.get("dim") is None:
+        return None
+    d = N.axis(args["dim"], len(index))
+    return x, (*index[:d], E.floordiv(index[d], times), *index[d + 1 :])
+
+
+@rule("repeat", "tile")
+def _repeat(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    extents = N.shape(x)
+    tail = index[len(index) - len(extents) :]
+    return x, tuple(E.ZERO if n is E.ONE else E.mod(i, n) if n is not out else i for i, n, out in zip(tail, extents, N.shape(args["out"])[-len(extents) :] if extents else (), strict=True))
+
+
+@rule("roll")
+def _roll(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
+    shifts = args["shifts"] if isinstance(args["shifts"], (list, tuple)) else [args["shifts"]]
+    chosen = args["dims"] if isinstance(args["dims"], (list, tuple)) else [args["dims"]]
+    if len(shifts) != len(chosen):
+        return None
+    out = list(index)
+    for s, d in zip(shifts, chosen, strict=True):
+        amount = N.scalar(s)
+        if amount is None:
+            return None
+        a = N.axis(d, len(index))
+        out[a] = E.mod(E.sub(out[a], amount), N.shape(x)[a])
+    return x, tuple(out)
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+def _reshape(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    return x, reindex(N.shape(args["out"]), N.shape(x), index)
+
+
+def reindex(out: Sequence[Expr], into: Sequence[Expr], index: Index) -> Index:
+    """The index into shape ``into`` of the element that stands at ``index`` of shape ``out``, both in row-major order.
+
+    Axes are matched in groups of equal size from the left, so that untouched axes stay plain.
+    """
+    if tuple(out) == tuple(into):
+        return index
+    result: list[Expr] = [E.ZERO] * len(into)
+    o = [(n, i) for n, i in zip(out, index, strict=True) if n is not E.ONE]
+    t = [(n, at) for at, n in enumerate(into) if n is not E.ONE]
+    while o and t:
+        taken_o, taken_t = 1, 1
+        while True:
+            po, pt = dims.product([n for n, _ in o[:taken_o]]), dims.product([n for n, _ in t[:taken_t]])
+            if po is pt:
+                break
+            # grow the side that provably lacks factors, the other one otherwise
+            if taken_o < len(o) and (taken_t == len(t) or _smaller(po, pt)):
+                taken_o += 1
+            elif taken_t < len(t):
+                taken_t += 1
+            else:
+                break
+        group_o, group_t = o[:taken_o], t[:taken_t]
+        o, t = o[taken_o:], t[taken_t:]
+        if taken_o == 1 and taken_t == 1:
+            result[group_t[0][1]] = group_o[0][1]
+            continue
+        flat = E.ZERO
+        for n, i in group_o:
+            flat = E.add(E.mul(flat, n), i)
+        for n, at in reversed(group_t[1:]):
+            result[at] = E.mod(flat, n)
+            flat = E.floordiv(flat, n)
+        result[group_t[0][1]] = flat
+    return tuple(result)
+
+
+def _smaller(a: Expr, b: Expr) -> bool:
+    from attnopt.ir.bounds import nonnegative
+
+    return nonnegative(E.sub(b, a))
+
+
+def _part(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """An element of a split, chunk or unbind."""
+    parent, which = node.args[0], node.args[1]
+    if not isinstance(parent, fx.Node) or not isinstance(which, int) or not N.is_tensor(node):
+        return None
+    name = N.op_name(parent)
+    args = N.arguments(parent)
+    x = args.get("self")
+    if not isinstance(x, fx.Node) or not N.is_tensor(x):
+        return None
+    if name == "aten::unbind":
+        d = N.axis(args["dim"], len(index) + 1)
+        return x, (*index[:d], E.const(which), *index[d:])
+    if name in ("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::tensor_split", "aten::unsafe_split", "aten::unsafe_chunk"):
+        d = N.axis(args.get("dim", 0), len(index))
+        start = E.add(E.ZERO, *(dims.size(p.shape[d]) for p in N.value(parent)[:which]))
+        return x, (*index[:d], E.add(start, index[d]), *index[d + 1 :])
+    return None

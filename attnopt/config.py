@@ -1,0 +1,39 @@
+"""The options of one optimization."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from attnopt.errors import AttnoptError
+
+
+@dataclass(frozen=True)
+class OptimizeConfig:
+    """What to do and how. Every field has a command-line option of the same name."""
+
+    backend: str = "auto"
+    """Kernel for every site: ``auto`` or a registered backend's name. A named backend never falls back in silence."""
+    disable_passes: tuple[str, ...] = ()
+    """Names of passes to leave out."""
+    print_ir_after: tuple[str, ...] = ()
+    """Names of passes after which the graph is printed to standard error; ``all`` for each."""
+    verify: bool = True
+    """Compare with the original. Without it the report says ``unverified``."""
+    require_all: bool = False
+    """Raise when an attention was found and not replaced."""
+    capture: str = "auto"
+    """``export``, ``dynamo`` (torch.compile), or ``auto``: export first."""
+    inductor: bool = True
+    """With dynamo capture: hand the rewritten graph to Inductor; otherwise it runs eagerly."""
+    max_variants: int = 8
+    """How many (mode, dtype, device, argument structure) variants of one module are captured before it raises."""
+
+    def __post_init__(self) -> None:
+        if self.capture not in ("auto", "export", "dynamo"):
+            raise AttnoptError(f"capture is {self.capture!r}; supported are 'auto', 'export' and 'dynamo'.")
+
+
+def disabled_backends() -> frozenset[str]:
+    """Backends that the environment switches off: ``ATTNOPT_DISABLE=triton,sdpa``."""
+    return frozenset(x.strip() for x in os.environ.get("ATTNOPT_DISABLE", "").split(",") if x.strip())

@@ -1,0 +1,39 @@
+"""Errors that a user can act on. Everything else that escapes is a bug of ours."""
+
+from __future__ import annotations
+
+
+class AttnoptError(Exception):
+    """Something the user can mend: one clear sentence with the actual and the supported values, and perhaps a hint.
+
+    The command line prints it without a traceback and exits with ``exit_code`` (2: bad usage or input).
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class LoadError(AttnoptError):
+    """A model file, folder or input description that cannot be used."""
+
+
+class CaptureError(AttnoptError):
+    """A model that runs but that could not be captured as a graph, or one that does not run."""
+
+
+class BackendError(AttnoptError):
+    """An unknown backend, one that is not installed, or one that cannot compute what was asked of it by name."""
+
+
+class PassError(Exception):
+    """A pass raised or left an invalid graph: a bug of ours. Names the pass and those that ran before it."""
+
+
+class VerificationError(AttnoptError):
+    """A policy was not met: the optimized model differs from the original by more than the budget."""
+
+    exit_code = 1

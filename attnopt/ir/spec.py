@@ -1,0 +1,278 @@
+"""What one attention computes: the contract between analysis, passes and kernels.
+
+For batch b, query head h, query q and key k, with ``s = sum_d Q[b, h, q, d] * K[b, h // groups, k, d]``::
+
+    o[b, h, q, :] = sum_k softmax_k(score(s, b, h, q, k) where mask(b, h, q, k)) * V[b, h // groups, k, :]
+
+On a row in which ``mask`` leaves no key, ``empty_rows`` says what is computed instead: ``nan`` and ``zero`` are the
+values of the output row, ``uniform`` is the average of all values, ``program`` is the softmax of ``empty_score`` over all keys.
+
+A spec is a value: it is compared, printed, and travels in graphs and files as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from attnopt.ir import expr as E
+from attnopt.ir.bounds import nonnegative
+from attnopt.ir.expr import Expr
+from attnopt.ir.printing import render
+from attnopt.ir.serial import decode, encode
+
+Alignment = Literal["top_left", "bottom_right"]
+EmptyRows = Literal["uniform", "nan", "zero", "program"]
+Window = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A tensor that the score or the mask reads by index. ``name`` is for people, ``origin`` how it was made."""
+
+    name: str
+    kind: E.Kind
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes of a site, constants or symbolic: batch, query heads, KV heads, queries, keys, head size, value head size."""
+
+    B: Expr
+    Hq: Expr
+    Hkv: Expr
+    Sq: Expr
+    Skv: Expr
+    D: Expr
+    Dv: Expr
+
+    @cached_property
+    def b(self) -> Expr:
+        return E.var("b", self.B)
+
+    @cached_property
+    def h(self) -> Expr:
+        return E.var("h", self.Hq)
+
+    @cached_property
+    def q(self) -> Expr:
+        return E.var("q", self.Sq)
+
+    @cached_property
+    def k(self) -> Expr:
+        return E.var("k", self.Skv)
+
+    @property
+    def all(self) -> tuple[Expr, ...]:
+        return (self.B, self.Hq, self.Hkv, self.Sq, self.Skv, self.D, self.Dv)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What was *proven* about score and mask. Absent means "not proven", and the expressions stay exact either way."""
+
+    scale: float | None = None
+    """The factor on s, when the score is ``scale * s + bias`` or ``softcap * tanh(scale * s / softcap) + bias``."""
+    softcap: float | None = None
+    bias: Expr | None = None
+    """What is added to the scaled (and capped) product; None when nothing is."""
+    alibi: bool = False
+    causal: Alignment | None = None
+    window: Window = (None, None)
+    """Keys seen to the left and to the right of the query itself, inclusive; None is unbounded."""
+    key_padding: bool = False
+    document: bool = False
+    mask_rest: Expr = E.TRUE
+    """The part of the mask that none of the words above covers."""
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention. See the module's text for the formula.
+
+    ``sizes`` names the symbolic sizes that score, mask or empty_score read, in the order in which the op receives them.
+    """
+
+    dims: Dims
+    score: Expr
+    mask: Expr = E.TRUE
+    empty_rows: EmptyRows = "nan"
+    empty_score: Expr | None = None
+    loads: tuple[Load, ...] = ()
+    sizes: tuple[str, ...] = ()
+    dropout: float = 0.0
+    traits: Traits = field(default_factory=Traits)
+
+    # ---- the facts, in the field's words
+
+    @property
+    def scale(self) -> float | None:
+        return self.traits.scale
+
+    @property
+    def softcap(self) -> float | None:
+        return self.traits.softcap
+
+    @property
+    def bias(self) -> Expr | None:
+        return self.traits.bias
+
+    @property
+    def alibi(self) -> bool:
+        return self.traits.alibi
+
+    @property
+    def causal(self) -> Alignment | None:
+        return self.traits.causal
+
+    @property
+    def window(self) -> Window:
+        return self.traits.window
+
+    @property
+    def key_padding(self) -> bool:
+        return self.traits.key_padding
+
+    @property
+    def document(self) -> bool:
+        return self.traits.document
+
+    @property
+    def sinks(self) -> bool:
+        return self.traits.sinks
+
+    @property
+    def groups(self) -> int:
+        """Query heads per KV head."""
+        return int(E.floordiv(self.dims.Hq, self.dims.Hkv).value) if self.dims.Hq is not self.dims.Hkv else 1
+
+    @property
+    def programs(self) -> tuple[Expr, ...]:
+        return (self.score, self.mask) + (() if self.empty_score is None else (self.empty_score,))
+
+    @property
+    def load_names(self) -> dict[int, str]:
+        return {i: x.name for i, x in enumerate(self.loads)}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the score is just scale * s: no softcap, no bias."""
+        return self.scale is not None and self.softcap is None and self.bias is None
+
+    def rows_may_be_empty(self) -> bool:
+        """Whether a row without a visible key was not proven impossible: key 0, or the query's own, is seen by all."""
+        d = self.dims
+        for k in (E.ZERO, d.q, E.add(d.q, E.sub(d.Skv, d.Sq))):
+            inside = nonnegative(k) and nonnegative(E.sub(E.sub(d.Skv, E.ONE), k))
+            if inside and E.substitute(self.mask, {d.k: k}) is E.TRUE:
+                return False
+        return True
+
+    def __str__(self) -> str:
+        t = self.traits
+        words: list[str] = []
+        if t.causal:
+            words.append("causal" if self.dims.Sq is self.dims.Skv else f"causal ({t.causal.replace('_', '-')})")
+        if self.groups > 1:
+            words.append(f"{'MQA' if self.dims.Hkv is E.ONE else 'GQA'} {render(self.dims.Hq)}/{render(self.dims.Hkv)}")
+        left, right = t.window
+        if left is not None or right is not None:
+            if t.causal and left is not None:
+                words.append(f"window {left + 1}")
+            else:
+                words.append(f"window {'*' if left is None else left}+1+{'*' if right is None else right}")
+        if t.key_padding:
+            words.append("key padding")
+        if t.document:
+            words.append("documents")
+        if t.mask_rest is not E.TRUE:
+            words.append("mask " + _short(render(t.mask_rest, self.load_names)))
+        if t.softcap is not None:
+            words.append(f"softcap {t.softcap:g}")
+        if t.alibi:
+            words.append("ALiBi")
+        elif t.bias is not None:
+            words.append("bias " + _short(render(t.bias, self.load_names)))
+        if t.sinks:
+            words.append("sinks")
+        if t.scale is None:
+            words.append("score " + _short(render(self.score, self.load_names)))
+        if self.dropout:
+            words.append(f"dropout {self.dropout:g}")
+        if not words or (not t.causal and left is None and right is None and t.mask_rest is E.TRUE and "full" not in words):
+            words.insert(0, "full")
+        return ", ".join(words)
+
+    def replace(self, **changes: Any) -> AttentionSpec:
+        return replace(self, **changes)
+
+    # ---- as text
+
+    @cached_property
+    def _json(self) -> str:
+        t = self.traits
+        exprs = [*self.dims.all, self.score, self.mask, self.empty_score, t.bias, t.mask_rest]
+        nodes, roots = encode([x for x in exprs if x is not None])
+        it = iter(roots)
+        where = [None if x is None else next(it) for x in exprs]
+        return json.dumps(
+            {
+                "nodes": nodes,
+                "roots": where,
+                "empty_rows": self.empty_rows,
+                "loads": [[x.name, x.kind, x.origin] for x in self.loads],
+                "sizes": list(self.sizes),
+                "dropout": self.dropout,
+                "traits": [t.scale, t.softcap, t.alibi, t.causal, list(t.window), t.key_padding, t.document, t.sinks],
+            },
+            separators=(",", ":"),
+        )
+
+    def to_json(self) -> str:
+        """The spec as one line of JSON, the same in every process."""
+        return self._json
+
+    @staticmethod
+    def from_json(text: str) -> AttentionSpec:
+        """The inverse of ``to_json``."""
+        return _parse(text)
+
+
+def _short(text: str, limit: int = 48) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> AttentionSpec:
+    data = json.loads(text)
+    table = decode(data["nodes"])
+    found = [None if i is None else table[i] for i in data["roots"]]
+    score, mask, empty_score, bias, mask_rest = found[7:]
+    scale, softcap, alibi, causal, window, key_padding, document, sinks = data["traits"]
+    assert score is not None and mask is not None and mask_rest is not None
+    return AttentionSpec(
+        dims=Dims(*(x for x in found[:7] if x is not None)),
+        score=score,
+        mask=mask,
+        empty_rows=data["empty_rows"],
+        empty_score=empty_score,
+        loads=tuple(Load(*x) for x in data["loads"]),
+        sizes=tuple(data["sizes"]),
+        dropout=data["dropout"],
+        traits=Traits(
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+            alibi=alibi,
+            causal=causal,
+            window=(window[0], window[1]),
+            key_padding=key_padding,
+            document=document,
+            mask_rest=mask_rest,
+            sinks=sinks,
+        ),
+    )

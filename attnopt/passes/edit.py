@@ -1,0 +1,91 @@
+"""Writing into a graph: new nodes with their fake values, symbolic sizes, and views."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.analysis import nodes as N
+from attnopt.ir import dims
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.ir.index import View
+
+aten = torch.ops.aten
+_ARITHMETIC = {"add": operator.add, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod}
+
+
+class Editor:
+    """Inserts nodes before ``anchor``, with ``meta`` (where they come from) taken from it."""
+
+    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
+        self.graph = graph
+        self.anchor = anchor
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new call whose fake value is computed from those of its operands."""
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.call_function(target, args, kwargs)
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.anchor.meta:
+                node.meta[key] = self.anchor.meta[key]
+        node.meta["val"] = target(*fx.map_arg(args, N.value), **fx.map_arg(kwargs, N.value))
+        return node
+
+    def size(self, x: Expr) -> int | fx.Node:
+        """A symbolic size as a node, a constant one as an int."""
+        if x.is_const:
+            return int(x.value)
+        if x.op == "sym":
+            return self._symbol(x)
+        if x.op in ("add", "mul"):
+            total = self.size(x.args[0])
+            for a in x.args[1:]:
+                total = self.call(_ARITHMETIC[x.op], total, self.size(a))
+            return total
+        if x.op in _ARITHMETIC:
+            return self.call(_ARITHMETIC[x.op], self.size(x.args[0]), self.size(x.args[1]))
+        raise ValueError(f"a size of the form {x} cannot be written into a graph")
+
+    def _symbol(self, x: Expr) -> fx.Node:
+        for node in self.graph.nodes:
+            if node is self.anchor:
+                break
+            value = N.value(node)
+            if isinstance(value, torch.SymInt) and dims.size(value) is x:
+                return node
+        for node in self.graph.nodes:
+            if node is self.anchor:
+                break
+            if N.is_tensor(node):
+                for d, n in enumerate(N.value(node).shape):
+                    if isinstance(n, torch.SymInt) and dims.size(n) is x:
+                        return self.call(aten.sym_size.int, node, d)
+        raise ValueError(f"no tensor before {self.anchor.name} has the size {x}")
+
+    def views(self, node: fx.Node, views: Iterable[View]) -> fx.Node:
+        """``node`` seen through ``views``."""
+        for name, args in views:
+            if name == "select":
+                node = self.call(aten.select.int, node, args[0], self.size(_expr(args[1])))
+            elif name == "narrow":
+                start = _expr(args[1])
+                node = self.call(aten.slice.Tensor, node, args[0], self.size(start), self.size(E.add(start, _expr(args[2]))))
+            elif name == "permute":
+                node = self.call(aten.permute.default, node, list(args))
+            elif name == "reshape":
+                node = self.call(aten.reshape.default, node, [self.size(_expr(a)) for a in args])
+            elif name == "expand":
+                node = self.call(aten.expand.default, node, [self.size(_expr(a)) for a in args])
+            else:
+                raise ValueError(f"unknown view {name}")
+        return node
+
+
+def _expr(x: object) -> Expr:
+    assert isinstance(x, Expr)
+    return x

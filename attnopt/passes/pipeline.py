@@ -1,0 +1,122 @@
+"""The passes in their order, with the graph checked after each."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from attnopt.config import OptimizeConfig
+from attnopt.errors import AttnoptError, PassError
+from attnopt.ir.check import check
+from attnopt.passes.attention_nodes import attentions, spec_of
+from attnopt.passes.base import Pass
+from attnopt.passes.canonicalize import Canonicalize
+from attnopt.passes.cleanup import Cleanup
+from attnopt.passes.group_heads import GroupHeads
+from attnopt.passes.lower import Lower
+from attnopt.passes.raise_attention import SITE, RaiseAttention
+from attnopt.passes.select_kernel import KERNEL, SelectKernel
+from attnopt.remarks import Remark
+from attnopt.report import Site
+
+NAMES = ("canonicalize", "raise-attention", "group-heads", "select-kernel", "lower", "cleanup")
+"""Every pass, in order."""
+_REQUIRED = ("canonicalize",)
+
+
+@dataclass
+class PipelineResult:
+    graph_module: fx.GraphModule
+    """The optimized graph, with the calling convention of the captured one."""
+    reference: fx.GraphModule
+    """The same graph before anything was replaced; untouched nodes have the same names in both."""
+    sites: list[Site] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+    outputs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Site -> (node in ``reference`` whose value it computes, node of ``graph_module`` with the same value)."""
+
+
+def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset()) -> list[Pass]:
+    """The passes that ``config`` asks for, in order."""
+    unknown = [n for n in (*config.disable_passes, *config.print_ir_after) if n not in (*NAMES, "all")]
+    if unknown:
+        raise AttnoptError(f"there is no pass {unknown[0]!r}; the passes are {', '.join(NAMES)}.")
+    for n in config.disable_passes:
+        if n in _REQUIRED:
+            raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in NAMES if x not in _REQUIRED)}.")
+    everything: list[Pass] = [Canonicalize(), RaiseAttention(skip_sites), GroupHeads(), SelectKernel(config.backend), Lower(), Cleanup()]
+    return [p for p in everything if p.name not in config.disable_passes]
+
+
+def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: frozenset[str] = frozenset()) -> PipelineResult:
+    """Rewrite a captured graph. ``gm`` itself is not changed; ``skip_sites`` are left in their original form.
+
+    Raises PassError, naming the pass, when one raises or leaves an invalid graph, and AttnoptError for a bad option.
+    """
+    module = duplicate(gm)
+    reference = module
+    sites: list[Site] = []
+    remarks: list[Remark] = []
+    done: list[str] = []
+    for p in passes(config, skip_sites):
+        try:
+            result = p.run(module)
+        except AttnoptError:
+            raise
+        except Exception as e:
+            raise PassError(f"pass {p.name} raised {type(e).__name__}: {e} (before it ran: {', '.join(done) or 'none'})") from e
+        problems = check(module)
+        if problems:
+            raise PassError(f"pass {p.name} left an invalid graph: {'; '.join(problems[:3])} (before it ran: {', '.join(done) or 'none'})")
+        module.recompile()
+        done.append(p.name)
+        sites += result.sites
+        for r in result.remarks:
+            owner = next((s for s in sites if s.name == r.site), None)
+            (remarks if owner is None else owner.remarks).append(r)
+        if p.name in config.print_ir_after or "all" in config.print_ir_after:
+            print(f"--- after {p.name}\n{module.graph}", file=sys.stderr)
+        if p.name == "canonicalize":
+            reference = duplicate(module)
+    outputs = {}
+    kernels = _kernels(module)
+    for node in module.graph.nodes:
+        name = node.meta.get(SITE)
+        if name is not None:
+            outputs[name] = (str(node.meta["attnopt_original"]), node.name)
+    for s in sites:
+        if s.name in kernels:
+            s.spec, s.kernel, s.why = kernels[s.name]
+    return PipelineResult(module, reference, sites, remarks, outputs)
+
+
+def duplicate(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with a graph of its own that shares all parameters, buffers and submodules."""
+    graph = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
+    out = graph.graph_copy(gm.graph, table)
+    graph.output(out)
+    for old, new in table.items():
+        new.meta = dict(old.meta)
+        new.name = old.name
+    graph._codegen = copy.deepcopy(gm.graph._codegen)
+    new_gm = fx.GraphModule(gm, graph)
+    new_gm.training = gm.training
+    return new_gm
+
+
+def _kernels(module: fx.GraphModule):  # type: ignore[no-untyped-def]
+    """Site -> (final spec, kernel, why)."""
+    from attnopt.passes.group_heads import site_name
+
+    out = {}
+    for node in module.graph.nodes:
+        if KERNEL in node.meta:
+            spec = node.meta["attnopt_spec"] if "attnopt_spec" in node.meta else spec_of(node)
+            out[site_name(node)] = (spec, *node.meta[KERNEL])
+    for node in attentions(module.graph):
+        out.setdefault(site_name(node), (spec_of(node), "reference", "no kernel was selected"))
+    return out

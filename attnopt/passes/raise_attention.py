@@ -1,0 +1,97 @@
+"""Each attention that the analysis finds becomes one ``attnopt::attention`` operator that carries its meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attnopt.analysis import nodes as N
+from attnopt.analysis.alias import written
+from attnopt.analysis.site import AttentionSite, Rejection
+from attnopt.analysis.sites import find_sites
+from attnopt.ir import expr as E
+from attnopt.kernels import ops as _ops  # registers attnopt::attention
+from attnopt.passes.base import PassResult, Tier
+from attnopt.passes.edit import Editor, aten
+from attnopt.remarks import PAGES, Remark
+from attnopt.report import Site
+
+assert _ops is not None
+
+SITE = "attnopt_site"
+"""Key in a node's meta: the name of the site whose value the node holds."""
+
+
+@dataclass(frozen=True)
+class RaiseAttention:
+    """``skip`` names sites to leave in their original form."""
+
+    skip: frozenset[str] = frozenset()
+    name: str = "raise-attention"
+    tier: Tier = "exact"
+
+    def run(self, module: fx.GraphModule) -> PassResult:
+        result = PassResult(False)
+        graph = module.graph
+        members, unstable = written(graph)
+        for found in find_sites(graph, constant_of(module), members):
+            site = Site(found.name, found.source, "missed")
+            result.sites.append(site)
+            if isinstance(found, AttentionSite) and any(n in unstable for n in (*found.loads, found.q.node, found.k.node, found.v.node)):
+                found = Rejection("AO207", "a tensor that the attention reads is written in place after it was read.", found.node, found.node, found.name, found.source)
+            if isinstance(found, Rejection):
+                site.why = found.message
+                site.remarks.append(Remark(found.code, found.message, found.name, found.source, PAGES[found.code].hint))
+                continue
+            site.spec = found.spec
+            if found.name in self.skip:
+                site.status = "reverted"
+                continue
+            _replace(graph, found)
+            site.status = "replaced"
+            site.remarks.append(Remark("AO101", f"{found.spec}.", found.name, found.source))
+            if N.op_name(found.node) == "aten::scaled_dot_product_attention" and N.arguments(found.node).get("attn_mask") is not None:
+                site.remarks.append(Remark("AO103", f"the mask is {found.spec.mask!r}.", found.name, found.source))
+            for i, load in enumerate(found.spec.loads):
+                if N.is_tensor(found.loads[i]) and _is_dense(found, i):
+                    site.remarks.append(Remark("AO303", f"{load.name} is read as a dense tensor of shape {[str(n) for n in N.shape(found.loads[i])]}.", found.name, found.source))
+            result.modified = True
+        return result
+
+
+def constant_of(module: fx.GraphModule):  # type: ignore[no-untyped-def]
+    """The value of a get_attr node that is a buffer or a constant, never of a parameter."""
+
+    def value(node: fx.Node) -> torch.Tensor | None:
+        found: object = module
+        for part in str(node.target).split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, torch.Tensor) and not isinstance(found, torch.nn.Parameter) and not found.requires_grad:
+            return found
+        return None
+
+    return value
+
+
+def _is_dense(site: AttentionSite, slot: int) -> bool:
+    """Whether a load runs along both queries and keys by itself."""
+    d = site.spec.dims
+    return any(x.op == "load" and x.value == slot and {d.q, d.k} <= set(x.args) for p in site.spec.programs for x in E.postorder(p))
+
+
+def _replace(graph: fx.Graph, site: AttentionSite) -> None:
+    edit = Editor(graph, site.output)
+    q, k, v = (edit.views(o.node, o.views) for o in (site.q, site.k, site.v))
+    loads = [n if N.is_tensor(n) else edit.call(aten.scalar_tensor.default, n, dtype=torch.float32) for n in site.loads]
+    sizes = [edit.size(x) for x in site.sizes]
+    out = edit.call(torch.ops.attnopt.attention.default, q, k, v, loads, sizes, site.spec.to_json(), "reference")
+    out = edit.views(out, site.output_views)
+    dtype = N.value(site.output).dtype
+    if N.value(out).dtype is not dtype:
+        out = edit.call(aten.to.dtype, out, dtype)
+    out.meta[SITE] = site.name
+    out.meta["attnopt_original"] = site.output.name
+    site.output.replace_all_uses_with(out)
+    graph.eliminate_dead_code()

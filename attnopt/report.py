@@ -1,0 +1,142 @@
+"""What an optimization did: sites, remarks, verdict. Plain data, printable anywhere."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from attnopt.ir.spec import AttentionSpec
+from attnopt.remarks import Remark
+
+Status = Literal["replaced", "missed", "reverted"]
+
+
+@dataclass
+class Check:
+    """One comparison with the original. ``error`` and ``budget`` are norm-relative errors against float64."""
+
+    name: str
+    error: float
+    budget: float
+    passed: bool
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass
+class Verdict:
+    """What verification said. ``passed`` is None when nothing was compared (unverified)."""
+
+    passed: bool | None = None
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def worst(self) -> Check | None:
+        """The check that used the largest part of its budget."""
+        return max(self.checks, key=lambda c: c.error / c.budget if c.budget > 0 else float(c.error > 0), default=None)
+
+    @property
+    def error(self) -> float:
+        return self.worst.error if self.worst else float("nan")
+
+    @property
+    def budget(self) -> float:
+        return self.worst.budget if self.worst else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, "error": self.error, "budget": self.budget, "checks": [c.to_dict() for c in self.checks]}
+
+    def __str__(self) -> str:
+        if self.passed is None:
+            return "unverified"
+        word = "verified" if self.passed else "FAILED"
+        return f"{word}: {len(self.checks)} checks, worst error {self.error:.2e} of budget {self.budget:.2e}"
+
+
+@dataclass
+class Site:
+    """One attention (or one softmax that turned out not to be a replaceable one)."""
+
+    name: str
+    """Module path, as in ``model.layers.0.self_attn``; with ``#2`` and so on where a module has several."""
+    source: str
+    """file:line of the user's code."""
+    status: Status
+    spec: AttentionSpec | None = None
+    kernel: str = ""
+    why: str = ""
+    """Why this kernel, or why not."""
+    remarks: list[Remark] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        s = self.spec
+        facts = (
+            None
+            if s is None
+            else {
+                "words": str(s),
+                "causal": s.causal,
+                "window": list(s.window),
+                "key_padding": s.key_padding,
+                "document": s.document,
+                "alibi": s.alibi,
+                "bias": None if s.bias is None else str(s.bias),
+                "softcap": s.softcap,
+                "sinks": s.sinks,
+                "scale": s.scale,
+                "groups": s.groups,
+                "empty_rows": s.empty_rows,
+                "score": str(s.score),
+                "mask": str(s.mask),
+            }
+        )
+        return {"name": self.name, "source": self.source, "status": self.status, "spec": facts, "kernel": self.kernel, "why": self.why, "remarks": [r.to_dict() for r in self.remarks]}
+
+
+@dataclass
+class Report:
+    """The whole story of one optimized module, at ``module.attnopt_report``."""
+
+    sites: list[Site] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+    """Remarks on the model as a whole; those on one attention stand with its site."""
+    verdict: Verdict = field(default_factory=Verdict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time per stage: capture, passes, verify."""
+
+    @property
+    def replaced(self) -> list[Site]:
+        return [s for s in self.sites if s.status == "replaced"]
+
+    @property
+    def missed(self) -> list[Site]:
+        return [s for s in self.sites if s.status != "replaced"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sites": [s.to_dict() for s in self.sites],
+            "remarks": [r.to_dict() for r in self.remarks],
+            "verdict": self.verdict.to_dict(),
+            "seconds": dict(self.seconds),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} of {len(self.sites)} attentions replaced, {self.verdict}"]
+        for s in self.sites:
+            what = str(s.spec) if s.spec is not None else "-"
+            lines.append(f"  {s.status:8} {s.name} ({s.source}): {what}; {s.kernel or s.why}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in (s.name, s.source, str(s.spec or "-"), s.status, s.kernel, s.why)) + "</tr>" for s in self.sites
+        )
+        head = "".join(f"<th>{x}</th>" for x in ("site", "source", "computes", "status", "kernel", "why"))
+        return f"<p>{html.escape(str(self.verdict))}</p><table><tr>{head}</tr>{rows}</table>"
