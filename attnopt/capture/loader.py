@@ -48,31 +48,15 @@ def load(target: str, inputs: Sequence[str] = (), *, attn_implementation: str | 
 
     Raises LoadError, in one sentence, for everything that a user can get wrong.
     """
-    path_text, colon, name = target.rpartition(":")
-    if not colon or Path(target).exists():
-        path_text, name = target, ""
-    path = Path(path_text)
-    if not path.exists():
-        hint = "A model of a hub has to be downloaded first; attnopt reads local files only." if path.suffix != ".py" and "/" in target else ""
-        raise LoadError(f"{path_text} does not exist: expected a Python file, or a folder with a Hugging Face config.json.", hint)
+    path, name = _resolve(target)
     if path.is_dir():
         from attnopt.capture.loader_hf import load_folder
 
-        if name:
-            raise LoadError(f"{target}: a name after ':' belongs to a Python file, and {path_text} is a folder.")
         return load_folder(path, inputs, attn_implementation or "eager")
     if attn_implementation is not None:
-        raise LoadError(f"An attention implementation can be chosen for a Hugging Face folder only, and {path_text} is a file.")
-    if path.suffix != ".py":
-        raise LoadError(f"{path_text} is not a Python file: expected model.py, model.py:name, or a folder with a Hugging Face config.json.")
-    return _load_file(path, name, inputs)
-
-
-def _load_file(path: Path, name: str, inputs: Sequence[str]) -> Loaded:
-    module = _execute(path)
-    name, value = _find(module, path, name)
+        raise LoadError(f"An attention implementation can be chosen for a Hugging Face folder only, and {path} is a file.")
+    module, name, model = _model_of_file(path, name)
     label = f"{path.name}:{name}"
-    model = _build(value, path, label)
     if inputs:
         args, kwargs = make_inputs(model, inputs)
     elif hasattr(module, "example_inputs"):
@@ -87,6 +71,38 @@ def _load_file(path: Path, name: str, inputs: Sequence[str]) -> Loaded:
         )
     check_signature(model, args, kwargs, label)
     return Loaded(model, args, kwargs, label)
+
+
+def load_model(target: str) -> nn.Module:
+    """The model that ``target`` names, as ``load`` finds it, without inputs."""
+    path, name = _resolve(target)
+    if path.is_dir():
+        from attnopt.capture.loader_hf import load_folder
+
+        return load_folder(path).model
+    return _model_of_file(path, name)[2]
+
+
+def _resolve(target: str) -> tuple[Path, str]:
+    """The existing Python file or folder of ``path`` or ``path:name``, and the name ("" for none)."""
+    path_text, colon, name = target.rpartition(":")
+    if not colon or Path(target).exists():
+        path_text, name = target, ""
+    path = Path(path_text)
+    if not path.exists():
+        hint = "A model of a hub has to be downloaded first; attnopt reads local files only." if path.suffix != ".py" and "/" in target else ""
+        raise LoadError(f"{path_text} does not exist: expected a Python file, or a folder with a Hugging Face config.json.", hint)
+    if path.is_dir() and name:
+        raise LoadError(f"{target}: a name after ':' belongs to a Python file, and {path_text} is a folder.")
+    if path.is_file() and path.suffix != ".py":
+        raise LoadError(f"{path_text} is not a Python file: expected model.py, model.py:name, or a folder with a Hugging Face config.json.")
+    return path, name
+
+
+def _model_of_file(path: Path, name: str) -> tuple[ModuleType, str, nn.Module]:
+    module = _execute(path)
+    name, value = _find(module, path, name)
+    return module, name, _build(value, path, f"{path.name}:{name}")
 
 
 def _execute(path: Path) -> ModuleType:

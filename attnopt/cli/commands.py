@@ -1,0 +1,234 @@
+"""The commands themselves: load, call the API, show what came back, and say with the exit code whether it is good."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from attnopt.cli import render
+from attnopt.cli.measure import Comparison, compare
+from attnopt.cli.progress import Stages
+from attnopt.config import OptimizeConfig
+from attnopt.errors import AttnoptError
+from attnopt.remarks import PAGES
+from attnopt.report import Report
+
+if TYPE_CHECKING:
+    from attnopt.capture.loader import Loaded
+
+DONE, POLICY = 0, 1
+
+
+def optimize_command(target: str, *, output: str | None, verify: bool, require_all: bool, benchmark: bool, as_json: bool, train: bool, **options: Any) -> int:
+    from attnopt import api
+
+    out, err = render.console(), render.console(stderr=True)
+    config = _config(options, verify=verify)
+    if output is not None and not Path(output).parent.is_dir():
+        raise AttnoptError(f"--output {output}: the folder {Path(output).parent} does not exist.")
+    with Stages(err) as stages:
+        loaded = _load(target, stages, train=train, **options)
+        if not as_json:
+            _introduce(out, loaded)
+        optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
+        comparison = None
+        if benchmark and not any(p.is_meta for p in loaded.model.parameters()):
+            comparison = compare(loaded.model, optimized, loaded.args, loaded.kwargs, train=train, progress=lambda done, total: stages("measure", done, total))
+        if output is not None:
+            from attnopt.emit.pt2 import save_pt2
+
+            stages("save")
+            save_pt2(optimized, output)
+    report: Report = optimized.attnopt_report
+    code = _exit_code(report, require_all)
+    if as_json:
+        extra = {"benchmark": None if comparison is None else comparison.to_dict(), "output": output}
+        _print_json(loaded, report, code, **extra)
+        return code
+    render.show_report(out, report)
+    if comparison is not None:
+        render.show_comparison(out, comparison)
+    out.print(_seconds(report), style="dim")
+    _next_steps(out, target, report, output, code, require_all)
+    out.print(_summary(report, comparison, code))
+    return code
+
+
+def inspect_command(target: str, *, as_json: bool, train: bool, **options: Any) -> int:
+    from attnopt import api
+
+    out, err = render.console(), render.console(stderr=True)
+    config = _config(options, verify=False)
+    with Stages(err) as stages:
+        loaded = _load(target, stages, train=train, **options)
+        report = api.inspect(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config)
+    if as_json:
+        _print_json(loaded, report, DONE)
+        return DONE
+    _introduce(out, loaded)
+    render.show_report(out, report)
+    out.print(f"{_counts(report, 'can be replaced')}. Nothing was changed; `attnopt optimize {target}` does it, and compares with the original.")
+    return DONE
+
+
+def verify_command(target: str, *, against: str | None, as_json: bool, train: bool, **options: Any) -> int:
+    from attnopt import api
+
+    out, err = render.console(), render.console(stderr=True)
+    config = _config(options, verify=True)
+    with Stages(err) as stages:
+        loaded = _load(target, stages, train=train, **options)
+        if against is None:
+            report: Report = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages).attnopt_report
+        else:
+            other = _other(against, loaded)
+            report = Report(verdict=api.verify(loaded.model, other, loaded.args, kwargs=loaded.kwargs))
+    code = _exit_code(report, require_all=False)
+    if as_json:
+        _print_json(loaded, report, code, against=against)
+        return code
+    _introduce(out, loaded)
+    if against is None:
+        render.show_report(out, report)
+    render.show_checks(out, report.verdict)
+    out.print(render.verdict_text(report.verdict))
+    return code
+
+
+def explain_command(code: str | None, as_json: bool) -> int:
+    if code is None:
+        if as_json:
+            print(json.dumps({c: vars(p) for c, p in PAGES.items()}, indent=2))  # noqa: T201
+        else:
+            render.show_pages(render.console())
+        return DONE
+    known = code.upper()
+    if known not in PAGES:
+        near = difflib.get_close_matches(known, PAGES, n=3)
+        raise AttnoptError(f"There is no remark {code!r}{f'; near it are {chr(44).join(near)}' if near else ''}.", "`attnopt explain` lists all.")
+    if as_json:
+        print(json.dumps({"code": known, **vars(PAGES[known])}, indent=2))  # noqa: T201
+    else:
+        render.show_page(render.console(), known)
+    return DONE
+
+
+def _config(options: dict[str, Any], *, verify: bool) -> OptimizeConfig:
+    """The options of one optimization. ``require_all`` is judged here, after the report was shown.
+
+    A backend that cannot be used at all is refused now, before the work of loading and capturing.
+    """
+    if options["backend"] != "auto":
+        from attnopt.kernels import registry
+
+        registry.find(options["backend"])
+    names = ("backend", "disable_passes", "print_ir_after", "capture")
+    return OptimizeConfig(verify=verify, **{n: options[n] for n in names})
+
+
+def _load(target: str, stages: Stages, *, train: bool, inputs: tuple[str, ...], dtype: str | None, device: str | None, attn_implementation: str | None, **_: Any) -> Loaded:
+    """The model and its inputs on the device and in the dtype that were asked for."""
+    from dataclasses import replace
+
+    from attnopt.capture.loader import load
+
+    stages("load")
+    where = None if device is None else _device(device)
+    loaded = load(target, inputs, attn_implementation=attn_implementation)
+    return replace(loaded, model=loaded.model.train(train), **_moved(loaded, dtype, where))
+
+
+def _moved(loaded: Loaded, dtype: str | None, device: Any) -> dict[str, Any]:
+    import torch
+    from torch.utils._pytree import tree_map
+
+    kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+    if kind is not None or device is not None:
+        loaded.model.to(device=device, dtype=kind)
+
+    def move(x: Any) -> Any:
+        return x.to(device=device, dtype=kind if x.is_floating_point() else None) if isinstance(x, torch.Tensor) else x
+
+    return {"args": tree_map(move, loaded.args), "kwargs": tree_map(move, loaded.kwargs)}
+
+
+def _device(text: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise AttnoptError(f"--device {text!r} is no device: expected cpu, cuda, cuda:1 and so on.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise AttnoptError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices that PyTorch can use.", "`attnopt env` shows the devices.")
+    return device
+
+
+def _other(against: str, loaded: Loaded) -> Any:
+    """The model to compare with: a saved .pt2, or a model of its own that runs on the same inputs."""
+    if against.endswith(".pt2"):
+        from attnopt.emit.pt2 import load_pt2
+
+        return load_pt2(against)
+    from attnopt.capture.loader import load_model
+
+    other = load_model(against)
+    like = next(iter(loaded.model.parameters()), None)
+    return other.train(loaded.model.training) if like is None else other.train(loaded.model.training).to(device=like.device, dtype=like.dtype)
+
+
+def _exit_code(report: Report, require_all: bool) -> int:
+    failed = report.verdict.passed is False
+    return POLICY if failed or (require_all and report.missed) else DONE
+
+
+def _print_json(loaded: Loaded, report: Report, code: int, **extra: Any) -> None:
+    facts = {"model": loaded.name, "inputs": loaded.inputs, "notes": list(loaded.notes), **report.to_dict(), **extra, "exit_code": code}
+    print(json.dumps(facts, indent=2))  # noqa: T201
+
+
+def _introduce(out: Console, loaded: Loaded) -> None:
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    out.print(f"[bold]{escape(loaded.name)}[/], {parameters / 1e6:.1f} M parameters, inputs {escape(loaded.inputs)}")
+    for note in loaded.notes:
+        out.print(escape(note), style="yellow")
+
+
+def _seconds(report: Report) -> str:
+    return "Took " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()) if report.seconds else ""
+
+
+def _next_steps(out: Console, target: str, report: Report, output: str | None, code: int, require_all: bool) -> None:
+    steps = []
+    codes = list(dict.fromkeys(r.code for s in report.missed for r in s.remarks))
+    if codes:
+        steps.append(f"attnopt explain {codes[0]}: why an attention was not replaced" + (f" (also {', '.join(codes[1:])})" if codes[1:] else ""))
+    if report.verdict.passed is False:
+        steps.append(f"attnopt verify {target}: every comparison with the original")
+    if code == DONE and output is None and report.replaced:
+        steps.append(f"attnopt optimize {target} --output model.pt2: save it; or attnopt.optimize(model, inputs) in Python")
+    if output is not None:
+        steps.append(f"import attnopt; torch.export.load({output!r}).module(): load it in any process")
+    if steps:
+        out.print("Next", style="bold")
+        for step in steps:
+            out.print(f"  {escape(step)}")
+    if require_all and report.missed:
+        out.print(f"--require-all: {len(report.missed)} of {len(report.sites)} were not replaced: {', '.join(s.name for s in report.missed)}", style="red")
+
+
+def _counts(report: Report, verb: str) -> str:
+    n = len(report.sites)
+    return f"{len(report.replaced)} of {n} {'attention' if n == 1 else 'attentions'} {verb}"
+
+
+def _summary(report: Report, comparison: Comparison | None, code: int) -> str:
+    words = [_counts(report, "replaced"), render.verdict_text(report.verdict)]
+    if comparison is not None:
+        words.append(render.comparison_words(comparison))
+    return f"[bold {'green' if code == DONE else 'red'}]{'Done' if code == DONE else 'Not done'}:[/] {', '.join(words)}"

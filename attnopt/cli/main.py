@@ -1,0 +1,153 @@
+"""``attnopt optimize | inspect | verify | explain | env``: options, exit codes, and what is said when something goes wrong.
+
+Exit codes: 0 done; 1 a policy was not met (verification failed, ``--require-all`` missed); 2 bad usage, or a model that
+cannot be loaded or captured; 101 a bug of attnopt. Everything heavy is imported when a command needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from attnopt.errors import AttnoptError
+
+POLICY, USAGE, BUG, INTERRUPTED = 1, 2, 101, 130
+
+Command = Callable[..., int]
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code. ``argv`` leaves out the program's name."""
+    argv = sys.argv[1:] if argv is None else argv
+    with_traceback = "--traceback" in argv
+    try:
+        return int(app.main(args=argv, prog_name="attnopt", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Stopped.", err=True)
+        return INTERRUPTED
+    except AttnoptError as error:
+        if with_traceback:
+            traceback.print_exc()
+        _say_error(error.message, error.hint, as_json="--json" in argv, code=error.exit_code)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - whatever is left is a bug of ours, and said to be one
+        if with_traceback:
+            traceback.print_exc()
+        message = f"This is a bug in attnopt: {type(error).__name__}: {' '.join(str(error).split())}"
+        hint = "Please report it with the model or the code it captures." + ("" if with_traceback else " Run again with --traceback to see where it happened.")
+        _say_error(message, hint, as_json="--json" in argv, code=BUG)
+        return BUG
+
+
+def _say_error(message: str, hint: str, *, as_json: bool, code: int) -> None:
+    click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    click.echo(message, err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}))
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+_model_options = _options(
+    click.argument("target", metavar="MODEL"),
+    click.option("--input", "inputs", multiple=True, metavar="NAME=DTYPE[SIZES]", help="An input, such as input_ids=int64[2,128]; once for each. Without any, example_inputs of the file."),
+    click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast the model and its floating-point inputs."),
+    click.option("--device", metavar="DEVICE", help="Where to run, such as cuda or cuda:1."),
+    click.option("--train", is_flag=True, help="Training mode (otherwise eval): dropout stays, and time is that of forward and backward."),
+    click.option("--attn-implementation", metavar="NAME", help="For a Hugging Face folder: the attention it is built with.  [default: eager]"),
+)
+_pass_options = _options(
+    click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Kernel for every attention; `attnopt env` lists them."),
+    click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
+    click.option("--print-ir-after", multiple=True, metavar="NAME", help="Print the graph after a pass (or `all`) to standard error; repeatable."),
+    click.option("--capture", type=click.Choice(["auto", "export", "dynamo"]), default="auto", show_default=True, help="How the graph is captured."),
+)
+_output_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object to standard output and nothing else there."),
+    click.option("--traceback", is_flag=True, help="Show where an error was raised."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="attnopt")
+def app() -> None:
+    """Finds every attention in a PyTorch model, replaces it with the fastest kernel that computes the same, and proves it."""
+
+
+@app.command()
+@_model_options
+@_pass_options
+@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE.pt2", help="Save the optimized model; a fresh process loads it after `import attnopt`.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the original.")
+@click.option("--require-all", is_flag=True, help="Exit with 1 unless every attention was replaced.")
+@click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Measure time and peak memory before and after.")
+@_output_options
+def optimize(**options: Any) -> int:
+    """Optimize MODEL: a file (model.py, model.py:name) or a local Hugging Face folder."""
+    from attnopt.cli.commands import optimize_command
+
+    return optimize_command(**options)
+
+
+@app.command()
+@_model_options
+@_pass_options
+@_output_options
+def inspect(**options: Any) -> int:
+    """Show every attention in MODEL and what would be done with it."""
+    from attnopt.cli.commands import inspect_command
+
+    return inspect_command(**options)
+
+
+@app.command()
+@_model_options
+@_pass_options
+@click.option("--against", metavar="MODEL|FILE.pt2", help="A model or saved .pt2 file to compare with MODEL, instead of what attnopt makes of it.")
+@_output_options
+def verify(**options: Any) -> int:
+    """Optimize MODEL and show every comparison with the original; exit with 1 when one is over its budget."""
+    from attnopt.cli.commands import verify_command
+
+    return verify_command(**options)
+
+
+@app.command()
+@click.argument("code", required=False)
+@_output_options
+def explain(code: str | None, as_json: bool, traceback: bool) -> int:
+    """Print the page of a remark, such as AO203; without CODE, the list of all."""
+    from attnopt.cli.commands import explain_command
+
+    return explain_command(code, as_json)
+
+
+@app.command()
+@_output_options
+def env(as_json: bool, traceback: bool) -> int:
+    """Versions, devices, and which backends can be used here, with the reason where one cannot."""
+    from attnopt.cli.environment import env_command
+
+    return env_command(as_json)
