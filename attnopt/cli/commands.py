@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 
@@ -103,7 +104,7 @@ def verify_command(target: str, *, against: str | None, as_json: bool, train: bo
 def explain_command(code: str | None, as_json: bool) -> int:
     if code is None:
         if as_json:
-            print(json.dumps({c: vars(p) for c, p in PAGES.items()}, indent=2))  # noqa: T201
+            click.echo(json.dumps({c: vars(p) for c, p in PAGES.items()}, indent=2))
         else:
             render.show_pages(render.console())
         return DONE
@@ -112,7 +113,7 @@ def explain_command(code: str | None, as_json: bool) -> int:
         near = difflib.get_close_matches(known, PAGES, n=3)
         raise AttnoptError(f"There is no remark {code!r}{f'; near it are {chr(44).join(near)}' if near else ''}.", "`attnopt explain` lists all.")
     if as_json:
-        print(json.dumps({"code": known, **vars(PAGES[known])}, indent=2))  # noqa: T201
+        click.echo(json.dumps({"code": known, **vars(PAGES[known])}, indent=2))
     else:
         render.show_page(render.console(), known)
     return DONE
@@ -189,7 +190,7 @@ def _exit_code(report: Report, require_all: bool) -> int:
 
 def _print_json(loaded: Loaded, report: Report, code: int, **extra: Any) -> None:
     facts = {"model": loaded.name, "inputs": loaded.inputs, "notes": list(loaded.notes), **report.to_dict(), **extra, "exit_code": code}
-    print(json.dumps(facts, indent=2))  # noqa: T201
+    click.echo(json.dumps(facts, indent=2))
 
 
 def _introduce(out: Console, loaded: Loaded) -> None:

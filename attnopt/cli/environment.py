@@ -8,6 +8,8 @@ import os
 import platform
 from typing import Any
 
+import click
+
 from attnopt.config import disabled_backends
 
 _PACKAGES = ("attnopt", "torch", "triton", "transformers", "onnx", "onnxscript", "onnxruntime", "flash-attn", "flash-attn-4", "numpy")
@@ -16,7 +18,7 @@ _PACKAGES = ("attnopt", "torch", "triton", "transformers", "onnx", "onnxscript",
 def env_command(as_json: bool) -> int:
     facts = environment()
     if as_json:
-        print(json.dumps(facts, indent=2))  # noqa: T201
+        click.echo(json.dumps(facts, indent=2))
     else:
         _show(facts)
     return 0
