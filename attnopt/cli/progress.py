@@ -9,7 +9,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 
 class Stages:
-    """Called as ``stages("verify", 3, 12)``: each stage is one line; one without a total only shows that it runs."""
+    """Called as ``stages("comparing: ragged padding", 3, 12)``: what stands before the colon is the stage, a line of its own.
+
+    A stage without a total only shows that it runs.
+    """
 
     def __init__(self, console: Console) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
@@ -23,10 +26,11 @@ class Stages:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
 
-    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
+    def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
+        stage = text.partition(":")[0]
         if stage not in self._tasks:
             for task in self._tasks.values():  # a new stage begins when the last has ended
                 known = self._progress.tasks[task].total or 1
                 self._progress.update(task, total=known, completed=known)
             self._tasks[stage] = self._progress.add_task(stage, total=None, count="")
-        self._progress.update(self._tasks[stage], total=total or None, completed=done, count=f"{done}/{total}" if total else "")
+        self._progress.update(self._tasks[stage], description=text, total=total or None, completed=done, count=f"{done}/{total}" if total else "")
