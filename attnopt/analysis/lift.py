@@ -349,7 +349,7 @@ def _diff(lift: Lifter, node: fx.Node, args: dict[str, Any], index: Index) -> Ex
         return None
     i = index[d]
     inner = E.sub(at(x, i), at(x, E.sub(i, E.ONE)))
-    return E.where(E.eq(i, E.ZERO), E.sub(at(x, i), at(before, E.ZERO)), inner)
+    return E.where(E.eq(i, E.ZERO), E.sub(at(x, E.ZERO), at(before, E.ZERO)), inner)
 
 
 @rule("any", "all", "amax", "amin", "mean")

@@ -261,10 +261,6 @@ def mul(*xs: Expr) -> Expr:
         rest = list(factors)
         rest.remove(first)
         return add(*(mul(const(c), t, *rest) for t in first.args))
-    choices = [f for f in factors if f.op == "where" and f.kind == kind and any(b.is_const for b in f.args[1:])]
-    if len(factors) == 1 and choices:
-        w = choices[0]
-        return where(w.args[0], mul(const(c), w.args[1]), mul(const(c), w.args[2]))
     factors.sort(key=lambda e: e.key)
     return _scaled(c, factors[0] if len(factors) == 1 else _make("mul", tuple(factors), kind))
 
@@ -481,7 +477,7 @@ def at_least_zero(x: Expr) -> Expr:
     for c, a in parts:
         if a is None or a.op not in ("abs", "min", "max", "where") or a.kind != "int":
             continue
-        rest = sub(x, _scaled(c, a))
+        rest = add(ZERO, *(const(n) if t is None else _scaled(n, t) for n, t in parts if t is not a))
         if a.op == "where":
             return where(a.args[0], *(at_least_zero(add(rest, mul(const(c), b))) for b in a.args[1:]))
         both = (a.args[0], neg(a.args[0])) if a.op == "abs" else a.args
