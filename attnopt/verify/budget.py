@@ -1,0 +1,104 @@
+"""How much error is allowed, relative to the truth.
+
+An optimized value may be at most ``K`` times as far from the float64 truth as the original computation in the same dtype,
+plus a band for the roundings in which two right computations differ::
+
+    error <= K * original_error + BAND * eps
+
+* ``K`` = 1.5 in half precision: fused kernels keep scores and sums in float32, so they are nearer to the truth than the
+  original, and one that is half as bad again has lost something. 4 in float32 and float64, where both computations only differ in
+  the order of their sums, and either may be the luckier one.
+* ``BAND`` = 1/2 in half precision: one more rounding of each element of the output to nearest is at most eps / 2 of it (the
+  original may have none: a row that sees one key copies its value). 4 in float32: eight such roundings, for sums that are split
+  into blocks. 64 in float64, where the truth is a float64 computation itself and the original may be exactly that one, so that its error says nothing.
+* The worst row of a tensor may be at ``2 * K`` instead: the largest of many errors scatters more than their mean does.
+
+Where a float64 run of the whole model is out of reach, the two results are compared with each other: their distance may be at most
+``APART * eps``, 8 in half precision and 256 in float32 (about 6%, 0.8% and 3e-5 for bfloat16, float16 and float32): what the
+roundings of some dozens of layers come to. The exact checks of each site stand beside it.
+
+These numbers hold for every model, kernel and dtype. They are never adjusted for one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.report import Check
+from attnopt.verify.compare import Distance, distance
+
+_HALF = (torch.float16, torch.bfloat16)
+ROW = 2.0
+
+
+def factor(dtype: torch.dtype) -> float:
+    """K: how many times the original's own error is allowed."""
+    return 1.5 if dtype in _HALF else 4.0
+
+
+def band(dtype: torch.dtype) -> float:
+    """The part of the budget that does not depend on the original's error."""
+    return {torch.float16: 0.5, torch.bfloat16: 0.5, torch.float64: 64.0}.get(dtype, 4.0) * torch.finfo(dtype).eps
+
+
+def apart(dtype: torch.dtype) -> float:
+    """How far original and optimized may be apart where there is no truth."""
+    return (8.0 if dtype in _HALF else 256.0) * torch.finfo(dtype).eps
+
+
+def computing_dtype(values: Sequence[Any]) -> torch.dtype:
+    """The coarsest floating dtype among tensors; float32 when there is none."""
+    found = [x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    return max(found, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+
+
+def judge(name: str, optimized: Sequence[Any], original: Sequence[Any], truth: Sequence[Any] | None, dtype: torch.dtype, *, gradient: bool = False, detail: str = "") -> Check:
+    """Compare the leaves of two outputs (in order), with the truth or, where ``truth`` is None, with each other.
+
+    The check holds the leaf that used the largest part of its budget. ``gradient``: a gradient is measured against at least 1% of the
+    root mean square of all gradients together (some are zero but for rounding: softmax does not see a shift of all keys), over whole
+    tensors, and not where the truth is NaN, since nothing can be learnt there.
+    """
+    if len(optimized) != len(original):
+        return Check(name, math.inf, band(dtype), False, f"{len(optimized)} outputs instead of {len(original)}")
+    reference = original if truth is None else truth
+    floor = 0.01 * _rms(reference) if gradient else 0.0
+    worst, where, blind = (0.0, band(dtype) if truth is not None else apart(dtype)), "", False
+    for i, (o, r, t) in enumerate(zip(optimized, original, reference, strict=True)):
+        got = distance(o, t, floor=floor, ignore_nan_truth=gradient)
+        own = Distance(0.0, 0.0) if truth is None else distance(r, t, floor=floor, ignore_nan_truth=gradient)
+        base = apart(dtype) if truth is None else band(dtype)
+        found = [(got.norm, factor(dtype) * own.norm + base)]
+        if not gradient and truth is not None:
+            found.append((got.row, ROW * factor(dtype) * own.row + base))
+        for error, budget in found:
+            blind |= math.isinf(budget)
+            if _part(error, budget) > _part(*worst):
+                worst, where = (error, budget), f"output {i}" if len(optimized) > 1 else ""
+        if isinstance(o, Tensor) and isinstance(r, Tensor) and o.dtype != r.dtype:
+            return Check(name, math.inf, base, False, f"the result is {o.dtype} instead of {r.dtype}")
+    error, budget = worst
+    notes = [x for x in (detail, where) if x]
+    if blind:
+        notes.append("the original itself is not finite where the truth is")
+    return Check(name, error, budget, error <= budget, "; ".join(notes))
+
+
+def _part(error: float, budget: float) -> float:
+    if math.isinf(budget):
+        return 0.0  # nothing can be said of a result that the original has lost
+    return error / budget if budget > 0 else math.inf if error > 0 else 0.0
+
+
+def _rms(values: Sequence[Any]) -> float:
+    total, count = 0.0, 0
+    for x in values:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            total += float(x.detach().double().nan_to_num(nan=0.0).square().sum())
+            count += x.numel()
+    return math.sqrt(total / count) if count else 0.0

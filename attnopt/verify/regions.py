@@ -1,0 +1,160 @@
+"""The part of each graph that computes one site, cut at the values that both graphs share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import Argument, map_arg
+
+Outputs = Mapping[str, tuple[str, str]]
+"""Site name -> (node of the reference graph, node of the optimized graph that has the same value)."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """What a value is computed by: ``nodes`` in order, up to ``output``, from ``leaves``."""
+
+    nodes: tuple[Node, ...]
+    leaves: tuple[Node, ...]
+    output: Node
+
+
+@dataclass(frozen=True)
+class SiteRegions:
+    """One site in both graphs. ``shared`` maps the leaves of the optimized region to the reference nodes with their values."""
+
+    name: str
+    reference: Region
+    optimized: Region
+    shared: Mapping[Node, Node]
+
+    @property
+    def leaves(self) -> tuple[Node, ...]:
+        """The reference nodes whose values either region starts from."""
+        return tuple(dict.fromkeys((*self.reference.leaves, *self.shared.values())))
+
+
+def site_regions(reference: GraphModule, optimized: GraphModule, outputs: Outputs) -> list[SiteRegions]:
+    """The regions of every site, in the order of ``outputs``.
+
+    The frontier of a site is the set of the nearest nodes above its optimized output whose values the reference graph has too.
+    The optimized region starts there; the reference region starts there or, where it does not pass by them, at the
+    graph's inputs, parameters and buffers. Raises KeyError when ``outputs`` names a node that does not exist.
+    """
+    ref = {n.name: n for n in reference.graph.nodes}
+    opt = {n.name: n for n in optimized.graph.nodes}
+    pairs = {name: (ref[a], opt[b]) for name, (a, b) in outputs.items()}
+    same = shared_nodes(reference, optimized, pairs)
+    result = []
+    for name, (r, o) in pairs.items():
+        inner = _slice(o, {n for n in same if n is not o})
+        shared = {n: same[n] for n in inner.leaves}
+        result.append(SiteRegions(name, _slice(r, set(shared.values()) - {r}), inner, shared))
+    return result
+
+
+def shared_nodes(reference: GraphModule, optimized: GraphModule, sites: Mapping[str, tuple[Node, Node]]) -> dict[Node, Node]:
+    """Optimized node -> reference node with the same value, given that the sites' outputs agree.
+
+    Two nodes agree when they are the same function of agreeing operands, whatever they are called (so merged and
+    renamed nodes are found); failing that, when name and function are the same, which is what passes promise for nodes they do not touch.
+    """
+    numbers: dict[Hashable, int] = {}
+    first: dict[int, Node] = {}
+    ref_number: dict[Node, int] = {}
+    for n in reference.graph.nodes:
+        ref_number[n] = _number(n, ref_number, numbers)
+        first.setdefault(ref_number[n], n)
+    by_name = {n.name: n for n in reference.graph.nodes}
+    site_of = {o: r for r, o in sites.values()}
+    same: dict[Node, Node] = {}
+    opt_number: dict[Node, int] = {}
+    for n in optimized.graph.nodes:
+        opt_number[n] = _number(n, opt_number, numbers)
+        match = site_of.get(n) or first.get(opt_number[n])
+        if match is None:
+            namesake = by_name.get(n.name)
+            match = namesake if namesake is not None and (namesake.op, namesake.target) == (n.op, n.target) else None
+        if match is not None and n.op != "output":
+            opt_number[n] = ref_number[match]
+            same[n] = match
+    return same
+
+
+def _number(n: Node, known: Mapping[Node, int], numbers: dict[Hashable, int]) -> int:
+    """The number of the function that ``n`` computes; effects and random numbers are never equal to another node's."""
+    key: Hashable
+    if n.op in ("placeholder", "get_attr"):
+        key = (n.op, n.target)
+    elif n.op == "call_function" and not _has_effect(n):
+        key = (n.op, n.target, repr(map_arg((n.args, n.kwargs), lambda a: f"value {known[a]}")))
+    else:
+        key = n
+    return numbers.setdefault(key, len(numbers))
+
+
+def _has_effect(n: Node) -> bool:
+    if isinstance(n.target, torch._ops.OpOverload):
+        return bool(n.target._schema.is_mutable) or torch.Tag.nondeterministic_seeded in n.target.tags
+    return n.is_impure()
+
+
+def _slice(root: Node, stop: set[Node]) -> Region:
+    """The backward slice of ``root``, ending at ``stop`` and at the graph's inputs and tensors."""
+    seen: set[Node] = set()
+    leaves: dict[Node, None] = {}
+    order: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        n, done = stack.pop()
+        if done:
+            order.append(n)
+            continue
+        if n in seen:
+            continue
+        seen.add(n)
+        if n is not root and (n in stop or n.op == "placeholder" or (n.op == "get_attr" and not _is_graph(n))):
+            leaves[n] = None
+            continue
+        stack.append((n, True))
+        stack.extend((a, False) for a in n.all_input_nodes)
+    return Region(tuple(order), tuple(leaves), root)
+
+
+def _is_graph(n: Node) -> bool:
+    """Whether a get_attr fetches the body of a higher-order op rather than a tensor."""
+    owner = n.graph.owning_module
+    try:
+        return owner is not None and isinstance(owner.get_submodule(str(n.target)), torch.nn.Module)
+    except AttributeError:
+        return False
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The leaves that a site's queries, keys and values come from; those of q and k without the ones that they share, where they differ."""
+
+    q: frozenset[Node] = frozenset()
+    k: frozenset[Node] = frozenset()
+    v: frozenset[Node] = frozenset()
+
+
+def operands(region: Region) -> Operands:
+    """Read from the first op that has operands called ``q, k, v`` or ``query, key, value``; empty where none has."""
+    for n in region.nodes:
+        names = [a.name for a in n.target._schema.arguments[:3]] if isinstance(n.target, torch._ops.OpOverload) else []
+        if names in (["q", "k", "v"], ["query", "key", "value"]):
+            q, k, v = (_leaves_of(a, region) for a in n.args[:3])
+            return Operands(frozenset(q - k or q), frozenset(k - q or k), frozenset(v))
+    return Operands()
+
+
+def _leaves_of(value: Argument, region: Region) -> set[Node]:
+    if not isinstance(value, Node):
+        return set()
+    if value in region.leaves:
+        return {value}
+    return set(_slice(value, set(region.leaves)).leaves)

@@ -1,0 +1,136 @@
+"""Each site on its own: both forms of it, from the same values as they flow through the original graph, against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from attnopt.errors import BackendError
+from attnopt.report import Check
+from attnopt.verify.budget import band, computing_dtype, judge
+from attnopt.verify.oracle import Float64Interpreter, GraphInterpreter, LowPrecisionInterpreter, to_dtype
+from attnopt.verify.regions import Region, SiteRegions, operands
+
+LARGE = 40.0
+"""Standard deviation of large scores: exp() overflows float32 there unless the maximum is subtracted."""
+
+EVEN = 0.1
+"""Standard deviation of even scores."""
+
+
+class SiteChecker:
+    """Checks one site. ``values`` of its leaves are those of a run of the reference graph, by node."""
+
+    def __init__(self, site: SiteRegions, reference: GraphModule, optimized: GraphModule, root: nn.Module | None = None) -> None:
+        self.site, self.reference, self.optimized, self.root = site, reference, optimized, root
+        found = operands(site.optimized)
+        self.q, self.k, self.v = ({site.shared[n] for n in x} for x in (found.q, found.k, found.v))
+
+    def own_dtype(self, values: Mapping[Node, Any]) -> torch.dtype:
+        return computing_dtype([values[n] for n in self.site.leaves])
+
+    def values(self, name: str, values: Mapping[Node, Any]) -> Check:
+        """At the dtype of the values themselves."""
+        return self._compare(name, values, self.own_dtype(values), type_of=GraphInterpreter)
+
+    def large_scores(self, values: Mapping[Node, Any]) -> Mapping[Node, Any] | None:
+        """The values with queries scaled so that scores exceed 100. None where the site names no queries, or they are as large already."""
+        scale = self._score_factor(values, LARGE)
+        return None if scale is None or scale <= 1.0 else self._scaled(values, scale)
+
+    def long_sums(self, values: Mapping[Node, Any]) -> Mapping[Node, Any] | None:
+        """The values with small scores and positive values: every key counts as much, and sums in a half-precision accumulator stop growing.
+
+        None where the site names no queries, or its values come from the same tensors.
+        """
+        scale = self._score_factor(values, EVEN)
+        if scale is None or not self.v or self.v & (self.q | self.k):
+            return None
+        return {n: v.abs() if n in self.v and _is_float(v) else v for n, v in self._scaled(values, scale).items()}
+
+    def _score_factor(self, values: Mapping[Node, Any], deviation: float) -> float | None:
+        q, k = ([values[n] for n in x if _is_float(values[n])] for x in (self.q, self.k))
+        size = _rms(q) * _rms(k)  # a score is q . k / sqrt(D), so this is about its standard deviation
+        return deviation / size if q and k and 0 < size < math.inf else None
+
+    def _scaled(self, values: Mapping[Node, Any], scale: float) -> dict[Node, Any]:
+        return {n: v * scale if n in self.q and _is_float(v) else v for n, v in values.items()}
+
+    def low_precision(self, name: str, values: Mapping[Node, Any], dtype: torch.dtype) -> Check:
+        """In another, lower dtype, as ``model.to(dtype)`` would run it."""
+        return self._compare(name, {n: to_dtype(v, dtype) for n, v in values.items()}, dtype, type_of=LowPrecisionInterpreter)
+
+    def gradients(self, name: str, values: Mapping[Node, Any]) -> Check:
+        """Gradients of every floating leaf for a random cotangent."""
+        wanted = [n for n in self.site.leaves if _is_float(values[n])]
+        dtype = computing_dtype([values[n] for n in wanted])
+        site = self.site
+        try:
+            original = self._gradients(GraphInterpreter(self.reference, root=self.root), site.reference, values, wanted, None)
+            truth = self._gradients(Float64Interpreter(self.reference, root=self.root), site.reference, values, wanted, None)
+        except RuntimeError as error:
+            return Check(name, 0.0, band(dtype), True, f"not compared: the original has no gradient here ({_line(error)})")
+        try:
+            optimized = self._gradients(GraphInterpreter(self.optimized, root=self.root), site.optimized, values, wanted, site.shared)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel's backward raises is the finding
+            return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {_line(error)}")
+        return judge(name, optimized, original, truth, dtype, gradient=True)
+
+    # ---- how
+
+    def _compare(self, name: str, values: Mapping[Node, Any], dtype: torch.dtype, type_of: type[GraphInterpreter]) -> Check:
+        site, root = self.site, self.root
+
+        def interpreter(gm: GraphModule) -> GraphInterpreter:
+            return LowPrecisionInterpreter(gm, dtype, root=root) if type_of is LowPrecisionInterpreter else type_of(gm, root=root)
+
+        with torch.no_grad():
+            original = _run(interpreter(self.reference), site.reference, values, None)
+            truth = _run(Float64Interpreter(self.reference, root=root), site.reference, values, None)
+            try:
+                optimized = _run(interpreter(self.optimized), site.optimized, values, site.shared)
+            except BackendError as error:
+                if type_of is LowPrecisionInterpreter:  # the kernel was chosen for the dtype of the capture; another dtype is captured, and chosen for, anew
+                    return Check(name, 0.0, band(dtype), True, f"not compared: the kernel is for another dtype ({error.message})")
+                return Check(name, math.inf, band(dtype), False, f"the optimized site raises BackendError: {error.message}")
+            except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
+                return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {_line(error)}")
+            if type_of is LowPrecisionInterpreter:
+                original, optimized = to_dtype(original, dtype), to_dtype(optimized, dtype)
+        return judge(name, [optimized], [original], [truth], dtype)
+
+    def _gradients(self, interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], wanted: Sequence[Node], shared: Mapping[Node, Node] | None) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = {n: interpreter.load_leaf(values[n]).detach().clone().requires_grad_() for n in wanted}
+            out = _run(interpreter, region, {**values, **leaves}, shared)
+            generator = torch.Generator().manual_seed(11)
+            cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
+            found = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype), allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), found, strict=True)]
+
+
+def _run(interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], shared: Mapping[Node, Node] | None) -> Any:
+    """The region's output from its leaves' values; ``shared`` translates the optimized leaves to those that ``values`` knows."""
+    env = {n: interpreter.load_leaf(values[n if shared is None else shared[n]]) for n in region.leaves}
+    if region.output in env:
+        return env[region.output]
+    return interpreter.run_nodes(region.nodes, env, {region.output})[region.output]
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _rms(values: Sequence[Tensor]) -> float:
+    squares = [float(v.detach().double().square().mean()) for v in values]
+    return math.sqrt(sum(squares) / max(len(squares), 1))
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
