@@ -7,6 +7,7 @@ of its dropout, and ``attention_backward`` computes the probabilities again, til
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
-from attnopt.kernels.registry import resolve
+from attnopt.kernels.registry import Backend, resolve
 from attnopt.kernels.tiling import empty_output
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel"
@@ -29,14 +30,19 @@ _LIBRARY.define(
 )
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=4096)
+def _prepare(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[AttentionSpec, Backend]:
+    """The spec, and who runs it: what a call would otherwise work out each time."""
     parsed = AttentionSpec.from_json(spec)
+    return parsed, resolve(kernel, parsed, device, dtype)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
+    parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
     if parsed.dropout:
         # From the default CPU generator, which torch.manual_seed sets and activation checkpointing restores; no device waits.
         seed = torch.randint(1 << 62, (), dtype=torch.int64)
-        resolve(kernel, parsed, q.device.type, q.dtype)
         return reference.attention(q, k, v, loads, sizes, parsed, int(seed))[0], seed
-    backend = resolve(kernel, parsed, q.device.type, q.dtype)
     return backend.run(q, k, v, loads, sizes, parsed), torch.zeros((), dtype=torch.int64)
 
 

@@ -17,10 +17,10 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.adjoint import pull_back
 from attnopt.kernels.evaluate import Env, Value, as_tensor, evaluate
-from attnopt.kernels.tiling import Bounds, Tile, bind_sizes, bounds, empty_output, tiles
+from attnopt.kernels.tiling import Bounds, Tile, bind_sizes, bounds, empty_output, may_be_empty, tiles
 
-BUDGET = 1 << 21
-"""Scores held at a time. 8 MiB in float32: larger tiles fall out of a CPU's cache and are no faster on a GPU that has a kernel."""
+BUDGET = 1 << 19
+"""Scores held at a time. 2 MiB in float32: larger tiles fall out of a CPU's cache and are slower."""
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], spec: AttentionSpec) -> None:
@@ -142,7 +142,7 @@ class _Problem:
         B, Hq, Sq, _ = self.q.shape
         Skv = self.k.shape[2]
         limits: Bounds | None = bounds(self.spec, self.sizes)
-        if self.q.device.type != "cpu" and self.spec.empty_rows in ("uniform", "program") and self.spec.rows_may_be_empty():
+        if self.q.device.type != "cpu" and self.spec.empty_rows in ("uniform", "program") and may_be_empty(self.spec):
             # To look for empty rows would wait for the device, and they need every key: take all keys from the start.
             limits = None
         return tiles(B, Hq * Skv, Sq, Skv, limits, BUDGET)
@@ -165,8 +165,8 @@ class _Problem:
         """Scores, masks and normalises one tile."""
         spec = self.spec
         env = Env(tile.ranges(self.q.shape[1]), self.loads, self.sizes, self.dtype, self.q.device, self.raw_scores(tile))
-        may_be_empty = spec.rows_may_be_empty()
-        second = may_be_empty and spec.empty_rows == "program" and spec.empty_score is not None
+        some_may_be_empty = may_be_empty(spec)
+        second = some_may_be_empty and spec.empty_rows == "program" and spec.empty_score is not None
         (score_value, mask_value), table = evaluate((spec.score, spec.mask), env, keep)
         score = as_tensor(score_value, "float", env)
         shape = env.score.shape if env.score is not None else score.shape
@@ -178,7 +178,7 @@ class _Problem:
         empty: Tensor | None = None
         if spec.empty_rows == "zero":
             empty = score.amax(-1, keepdim=True) == -torch.inf if shape[-1] else score.new_ones((*shape[:3], 1), dtype=torch.bool)
-        elif visible is not None and may_be_empty and spec.empty_rows in ("uniform", "program"):
+        elif visible is not None and some_may_be_empty and spec.empty_rows in ("uniform", "program"):
             empty = ~visible.any(-1, keepdim=True)
             if self.q.device.type == "cpu" and not bool(empty.any()):
                 empty = None

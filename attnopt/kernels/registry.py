@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,7 +58,6 @@ _BACKENDS: dict[str, Backend] = {}
 def register(backend: Backend) -> Backend:
     """Adds a backend, or replaces the one of the same name."""
     _BACKENDS[backend.name] = backend
-    resolve.cache_clear()
     return backend
 
 
@@ -114,7 +112,6 @@ def _preference(spec: AttentionSpec, setting: Setting) -> tuple[str, ...]:
     return ("sdpa", "reference")
 
 
-@lru_cache(maxsize=4096)
 def resolve(kernel: str, spec: AttentionSpec, device: str, dtype: torch.dtype) -> Backend:
     """The backend that runs a call. As ``choose``, which a graph's author asked before; the tensors may have moved since."""
     name, _ = choose(spec, device=device, dtype=dtype, backend=kernel)

@@ -20,9 +20,9 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.affine import Affine, affine
 from attnopt.kernels.evaluate import Env, as_tensor, evaluate
-from attnopt.kernels.tiling import Bounds, Tile, bind_sizes, bounds, empty_output, tiles
+from attnopt.kernels.tiling import Bounds, Tile, bind_sizes, bounds, empty_output, may_be_empty, tiles
 
-BUDGET = 1 << 20
+BUDGET = 1 << 19
 """Elements of a mask held at a time."""
 
 
@@ -36,7 +36,7 @@ def refusal(spec: AttentionSpec, device: str) -> str | None:
         return f"it has no softcap, and the score has softcap {spec.softcap:g}"
     if affine(spec.score) is None:
         return f"it computes scale * s + bias, and the score is {spec.score}"
-    if spec.empty_rows == "program" and spec.rows_may_be_empty() and device != "cpu":
+    if spec.empty_rows == "program" and may_be_empty(spec) and device != "cpu":
         return "rows without a visible key have a score program of their own"
     return None
 
@@ -149,8 +149,8 @@ class _Call:
     def set_empty_rows(self, o: Tensor, tile: Tile, visible: Tensor | None, mask: Tensor) -> Tensor:
         """``o`` with the policy of the spec on rows without a visible key."""
         spec = self.spec
-        may_be_empty = visible is not None and spec.rows_may_be_empty()
-        if not may_be_empty and (self.form.bias is None or not any(x.op == "load" for x in self.form.bias.leaves)):
+        some_may_be_empty = visible is not None and may_be_empty(spec)
+        if not some_may_be_empty and (self.form.bias is None or not any(x.op == "load" for x in self.form.bias.leaves)):
             return o
         # A bias of -inf on every visible key leaves a row without weights, as softmax has it: NaN, or zero where the policy says so.
         hidden = ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else mask.amax(-1, keepdim=True) == -torch.inf

@@ -18,6 +18,12 @@ from attnopt.ir.spec import AttentionSpec
 cached_key_range = lru_cache(maxsize=1024)(key_range)
 
 
+@lru_cache(maxsize=1024)
+def may_be_empty(spec: AttentionSpec) -> bool:
+    """``spec.rows_may_be_empty()``, proven once."""
+    return spec.rows_may_be_empty()
+
+
 @dataclass(frozen=True)
 class Tile:
     """Batches [b0, b1), queries [q0, q1), and the keys [k0, k1) outside of which none of the queries sees any."""

@@ -1,0 +1,114 @@
+"""Parts of a score or mask program that are better computed by PyTorch, once, than again in each tile of a kernel.
+
+Where a program turns floats into integers or decisions (a relative-position bucket is ``trunc(log(distance) * c)``), the last
+bit decides which bucket: a kernel that rounds otherwise, as by fusing a product into a sum, computes another function. Such
+parts are evaluated here and reach the kernel as one more load. A part that depends on query and key by their distance only
+becomes a table over distances, which is linear in the sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.kernels.evaluate import Env, as_tensor, evaluate
+
+QUERIES = E.sym("@Sq", 0)
+"""The number of queries, as a kernel knows it."""
+
+_DISTANCE = E.load("@distance", (), "int")
+"""k - q as an integer of which nothing is known: a variable would be taken for non-negative."""
+
+_DECISIONS = {"trunc", "floor", "ceil", "round", "le", "lt", "eq"}
+_EXACT = {"const", "load", "float", "where", "min", "max", "abs"}
+FOREIGN = {"pow"}
+"""Operations that the Triton emitter does not have."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part evaluated beforehand. ``axes`` are the variables that it has; ``d`` stands for the distance k - q."""
+
+    expr: Expr
+    """In terms of ``_DISTANCE`` where ``axes`` has ``d``."""
+    axes: str
+    kind: E.Kind
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is the same for all tensors: it reads none."""
+        return not any(x.op == "load" and x is not _DISTANCE for x in self.expr.leaves)
+
+    def index(self, variables: Mapping[str, Expr]) -> tuple[Expr, ...]:
+        """How the kernel indexes its tensor."""
+        return tuple(E.add(E.sub(variables["k"], variables["q"]), E.sub(QUERIES, E.ONE)) if a == "d" else variables[a] for a in self.axes)
+
+    def tensor(self, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k."""
+        ranges = {name: (0, n) for name, n in shape.items() if "d" not in self.axes or name in "bh"}
+        env = Env(ranges, loads, sizes, torch.float32, device)
+        extents = [shape.get(a, shape["q"] + shape["k"] - 1) for a in self.axes]
+        if "d" in self.axes:
+            env.known = {_DISTANCE: torch.arange(1 - shape["q"], shape["k"], device=device).view(1, 1, 1, -1)}
+        (value,), _ = evaluate((self.expr,), env)
+        x = as_tensor(value, self.kind, env)
+        x = x.view((1,) * (4 - x.dim()) + tuple(x.shape))
+        full = [n if a in self.axes or (a == "k" and "d" in self.axes) else 1 for a, n in zip("bhqk", (shape["b"], shape["h"], shape["q"], extents[-1] if extents else 1), strict=True)]
+        return x.expand(full).reshape(extents)
+
+
+def materialise(programs: Sequence[Expr], first_slot: int) -> tuple[tuple[Expr, ...], tuple[Part, ...]]:
+    """``programs`` with their delicate parts replaced by loads from slot ``first_slot`` on, and these parts in order."""
+    parts: list[Part] = []
+    table: dict[Expr, Expr] = {}
+    variables = {v.value: v for p in programs for v in p.variables}
+    delicate = _delicate(programs)
+
+    def visit(e: Expr) -> None:
+        if e in table or e not in delicate:
+            return
+        part = _part(e)
+        if part is not None:
+            table[e] = E.load(first_slot + len(parts), part.index(variables), part.kind)
+            parts.append(part)
+            return
+        for a in e.args:
+            visit(a)
+
+    for p in programs:
+        visit(p)
+    return tuple(E.substitute(p, table) for p in programs), tuple(parts)
+
+
+def _delicate(programs: Sequence[Expr]) -> set[Expr]:
+    """Nodes at or below which a decision is taken on rounded floats, other than on the score."""
+    inexact: set[Expr] = set()
+    out: set[Expr] = set()
+    for e in E.postorder(*programs):
+        negation = e.op == "mul" and len(e.args) == 2 and e.args[0].is_const and abs(e.args[0].value) == 1
+        if (e.kind == "float" and e.op not in _EXACT and not negation) or any(a in inexact for a in e.args):
+            inexact.add(e)
+        here = (e.op in _DECISIONS or e.op in FOREIGN) and any(a in inexact or e.op in FOREIGN for a in e.args) and E.score() not in e.leaves
+        if here or any(a in out for a in e.args):
+            out.add(e)
+    return out
+
+
+def _part(e: Expr) -> Part | None:
+    """``e`` as a part: a function of distance is taken whole, anything else only where the decision itself is taken."""
+    if E.score() in e.leaves:
+        return None
+    names = {v.value: v for v in e.variables}
+    if "q" in names and "k" in names:
+        moved = E.substitute(e, {names["k"]: E.add(names["q"], _DISTANCE)})
+        left = {v.value for v in moved.variables}
+        if not left & {"q", "k"} and "b" not in left:
+            return Part(moved, ("h" if "h" in left else "") + "d", e.kind)
+    if e.op in _DECISIONS or e.op in FOREIGN:
+        return Part(e, "".join(a for a in "bhqk" if a in names), e.kind)
+    return None

@@ -1,0 +1,1 @@
+"""Kernels written in Triton. Only ``launch`` imports Triton, and only when asked."""

@@ -1,0 +1,226 @@
+"""Running generated kernels: writes their source to the cache, imports it, picks block sizes, launches."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import AttnoptError
+from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels import reference
+from attnopt.kernels.codegen import unsupported
+from attnopt.kernels.materialise import Part, materialise
+from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
+from attnopt.kernels.triton.flash_forward import CONSTEXPRS, TENSORS, Source, generate
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, as ``TRITON_INTERPRET=1`` makes it."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def available() -> str | None:
+    """None, or why Triton kernels cannot run on this machine."""
+    if torch.cuda.is_available() or interpreted():
+        return None
+    return "Triton needs a CUDA GPU, and there is none (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+
+
+def refusal(spec: AttentionSpec, device: str, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot compute ``spec`` there, as a phrase; None when it can."""
+    if device == "cpu" and not interpreted():
+        return "its kernels run on a GPU, and the tensors are on the CPU"
+    if device not in ("cpu", "cuda"):
+        return f"its kernels run on cuda, and the tensors are on {device}"
+    if dtype not in DTYPES:
+        return f"it computes float16, bfloat16 and float32, and the query is {str(dtype).removeprefix('torch.')}"
+    if spec.dropout:
+        return f"it has no dropout, and this attention has dropout {spec.dropout:g}"
+    if spec.sinks:
+        return "it has no attention sinks"
+    for name, n in (("D", spec.dims.D), ("Dv", spec.dims.Dv)):
+        if n.is_const and n.value > MAX_HEAD_DIM:
+            return f"it has head sizes up to {MAX_HEAD_DIM}, and {name} is {n.value}"
+    return unsupported(materialise(spec.programs, len(spec.loads))[0])
+
+
+def why(spec: AttentionSpec) -> str:
+    """What the generated kernel does with ``spec``, in a few words."""
+    limits = bounds_words(spec)
+    return "generated flash forward" + (f", {limits}" if limits else "")
+
+
+def bounds_words(spec: AttentionSpec) -> str:
+    t = spec.traits
+    return "skips blocks outside of the window" if t.window != (None, None) else "skips blocks above the diagonal" if t.causal else ""
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+def cache_folder() -> Path:
+    """Where generated modules are kept: ``ATTNOPT_CACHE_DIR``, or attnopt's folder in the user's cache."""
+    base = os.environ.get("ATTNOPT_CACHE_DIR")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnopt"
+
+
+def import_source(text: str) -> ModuleType:
+    """The module of this text. Triton reads a kernel's source from its file, so it is written to one, named by its content."""
+    name = f"attnopt_generated_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = cache_folder() / "triton"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.py"
+    if not path.is_file() or path.read_text() != text:
+        # written beside and moved, so that another process never reads half of it
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as f:
+            f.write(text)
+        Path(f.name).replace(path)
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Kernel:
+    source: Source
+    function: Any
+    """The jitted ``flash_forward``."""
+
+
+@lru_cache(maxsize=1024)
+def kernel_for(spec: AttentionSpec) -> Kernel:
+    """The imported kernel of a spec. Specs that differ only in names or fixed sizes that no program reads share a file."""
+    source = generate(spec)
+    return Kernel(source, import_source(source.text).flash_forward)
+
+
+# ------------------------------------------------------------------------------------------------ block sizes
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes, and Triton's launch options."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n`` and 16, the least size of a matrix product in Triton."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def config(D: int, Dv: int, Sq: int, dtype: torch.dtype, shared_memory: int) -> Config:
+    """Block sizes for heads of D and Dv on a device with ``shared_memory`` bytes per block of threads."""
+    width = max(power_of_two(D), power_of_two(Dv))
+    large = shared_memory >= 200 * 1024  # sm_90 has 227 KiB, sm_80 163 KiB
+    if dtype == torch.float32:
+        # no tensor cores at full precision: products are unrolled FMAs, and small tiles keep them in registers
+        c = Config(32, 32, 4, 2) if width <= 128 else Config(16, 32, 4, 1)
+    elif width <= 64:
+        c = Config(128, 64, 4, 3)
+    elif width <= 128:
+        c = Config(128, 64, 8, 3 if large else 2)
+    else:
+        c = Config(128, 64 if large else 32, 8, 2)
+    BLOCK_M = min(c.BLOCK_M, power_of_two(Sq))
+    return Config(BLOCK_M, c.BLOCK_N, 4 if BLOCK_M <= 64 else c.num_warps, c.num_stages)
+
+
+@lru_cache(maxsize=64)
+def shared_memory(index: int) -> int:
+    """Bytes of shared memory that a block of threads may ask for on CUDA device ``index``."""
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+# ------------------------------------------------------------------------------------------------ the call
+
+
+@lru_cache(maxsize=256)
+def _constant_part(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
+    return part.tensor(dict(shape), (), dict(sizes), device)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
+
+    lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only. See ``refusal``.
+    """
+    reference.check_shapes(q, k, v, loads, spec)
+    D, Dv = q.shape[3], v.shape[3]
+    if max(D, Dv) > MAX_HEAD_DIM:
+        raise AttnoptError(f"The Triton kernel has head sizes up to {MAX_HEAD_DIM}; D is {D} and Dv is {Dv}.")
+    o = empty_output(q, v)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if o.numel() == 0 or k.shape[2] == 0:
+        return o.zero_(), lse.fill_(-torch.inf)
+    values = bind_sizes(spec, sizes, q, k, v)
+    kernel = kernel_for(spec)
+    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values)
+    on_gpu = q.device.type == "cuda"
+    c = config(D, Dv, q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else 232448)
+    programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
+    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
+        kernel.function[(programs,)](*arguments, **constants(D, Dv, c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
+    return o, lse
+
+
+def constants(D: int, Dv: int, c: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The values of the kernel's ``CONSTEXPRS``."""
+    values = (D, Dv, power_of_two(D), power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, "ieee" if dtype == torch.float32 else "tf32")
+    return dict(zip(CONSTEXPRS, values, strict=True))
+
+
+def bind(
+    source: Source, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int]
+) -> list[Any]:
+    """The kernel's arguments, in the order of ``source.arguments``."""
+    shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
+    tensors = [x.view(torch.uint8) if x.dtype == torch.bool else x for x in loads]
+    for part in source.parts:
+        if part.constant:
+            needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
+            tensors.append(_constant_part(part, tuple(shape.items()), needed, q.device))
+        else:
+            tensors.append(part.tensor(shape, loads, sizes, q.device))
+        if tensors[-1].dtype == torch.bool:
+            tensors[-1] = tensors[-1].view(torch.uint8)
+    values: dict[str, Any] = dict(zip(TENSORS, (q, k, v, o, lse), strict=True))
+    for name, x in zip(TENSORS[:4], (q, k, v, o), strict=True):
+        values.update({f"{name}_s{d}": n for d, n in enumerate(x.stride())})
+    for slot, x in enumerate(tensors):
+        values[f"L{slot}"] = x
+        values.update({f"L{slot}_s{d}": n for d, n in enumerate(x.stride())})
+        values.update({f"L{slot}_n{d}": n for d, n in enumerate(x.shape)})
+    values.update(Hq=q.shape[1], groups=q.shape[1] // k.shape[1], Sq=q.shape[2], Skv=k.shape[2])
+    limits = bounds(spec, sizes)
+    values.update(LEFT=limits.left, RIGHT=limits.right)
+    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
+    return [values[name] for name in source.arguments]
