@@ -77,6 +77,8 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
     shared = (_variables(k_index) | _variables(v_index)) - {raw.key, raw.feature}
     only_q = [v for v in lead if v not in shared]
     query = _query_axis(only_q, _variables(q_index), raw.key)
+    if query is None and _variables(k_index) - {raw.feature} != _variables(v_index) - {dv}:
+        raise Refusal("AO212", "the scores pass through another product before the softmax, which mixes them along an axis.", raw.k[0])
     group = [v for v in only_q if v is not query]
     kv = [v for v in lead if v in shared]
     if group:

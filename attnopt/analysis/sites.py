@@ -130,6 +130,10 @@ class _Finder:
         self._closed(region, output)
         left_has_key = key in _variables(qk.form.left_index)
         q, k = ((qk.form.right, qk.form.right_index), (qk.form.left, qk.form.left_index)) if left_has_key else ((qk.form.left, qk.form.left_index), (qk.form.right, qk.form.right_index))
+        q, q_scale = _without_scale(*q)
+        k, k_scale = _without_scale(*k)
+        if q_scale * k_scale != 1.0:
+            logits = E.substitute(logits, {E.score(): E.mul(E.const(q_scale * k_scale), E.score())})
         empty: EmptyRows = "zero" if p.zeroed or anchor.empty == "zero" else "nan"
         raw = RawSite(output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region))
         if any(x.op == "load" and x.value in region for x in logits.leaves):
@@ -287,6 +291,27 @@ def _scores(lifter: Lifter, anchor: A.Anchor, index: views.Index, key: Expr) -> 
     # Of several, the one in the plainest place: its index names the key axis by itself.
     found.sort(key=lambda s: (not any(i is key for i in s.index), sum(len(i.leaves) for i in s.index)))
     return found[0]
+
+
+def _without_scale(node: fx.Node, index: views.Index) -> tuple[tuple[fx.Node, views.Index], float]:
+    """An operand before it was multiplied with constants, and their product: a scale belongs to the score.
+
+    The kernel then multiplies in float32, where the original rounds the scaled operand to its own dtype.
+    """
+    best, factor, total = (node, index), 1.0, 1.0
+    while True:
+        moved = views.step(node, index)
+        if moved is not None:
+            node, index = moved
+            continue
+        name = N.op_name(node)
+        args = N.arguments(node)
+        by = N.scalar(args.get("other")) if name in ("aten::mul", "aten::div") and args.get("rounding_mode") is None else None
+        if by is None or not by.is_const or by.kind == "bool" or by.value == 0 or not N.is_tensor(args["self"]) or N.shape(args["self"]) != N.shape(node) or N.kind(args["self"]) != "float":
+            return best, factor
+        total *= by.value if name == "aten::mul" else 1.0 / by.value
+        node = args["self"]
+        best, factor = (node, index), total
 
 
 def _variables(index: views.Index) -> set[Expr]:

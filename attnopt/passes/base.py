@@ -20,6 +20,8 @@ class PassResult:
     modified: bool
     remarks: list[Remark] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)
+    """Buffers whose values became part of the graph."""
 
 
 class Pass(Protocol):

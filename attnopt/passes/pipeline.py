@@ -37,6 +37,8 @@ class PipelineResult:
     remarks: list[Remark] = field(default_factory=list)
     outputs: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Site -> (node in ``reference`` whose value it computes, node of ``graph_module`` with the same value)."""
+    folded: tuple[str, ...] = ()
+    """Buffers whose values became part of a spec: the graph holds only as long as they keep them."""
 
 
 def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset()) -> list[Pass]:
@@ -60,6 +62,7 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
     reference = module
     sites: list[Site] = []
     remarks: list[Remark] = []
+    folded: list[str] = []
     done: list[str] = []
     for p in passes(config, skip_sites):
         try:
@@ -74,6 +77,7 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
         module.recompile()
         done.append(p.name)
         sites += result.sites
+        folded += result.folded
         for r in result.remarks:
             owner = next((s for s in sites if s.name == r.site), None)
             (remarks if owner is None else owner.remarks).append(r)
@@ -90,7 +94,7 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
     for s in sites:
         if s.name in kernels:
             s.spec, s.kernel, s.why = kernels[s.name]
-    return PipelineResult(module, reference, sites, remarks, outputs)
+    return PipelineResult(module, reference, sites, remarks, outputs, tuple(dict.fromkeys(folded)))
 
 
 def duplicate(gm: fx.GraphModule) -> fx.GraphModule:

@@ -51,6 +51,7 @@ class RaiseAttention:
                 continue
             _replace(graph, found)
             site.status = "replaced"
+            result.folded += sorted(str(n.target) for n in found.folded)
             site.remarks.append(Remark("AO101", f"{found.spec}.", found.name, found.source))
             if N.op_name(found.node) == "aten::scaled_dot_product_attention" and N.arguments(found.node).get("attn_mask") is not None:
                 site.remarks.append(Remark("AO103", f"the mask is {found.spec.mask!r}.", found.name, found.source))

@@ -1,0 +1,318 @@
+"""Hand-written attentions: the same function in many spellings. ``SPELLINGS[name]`` builds a module of (x) or (x, mask)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+B, S, H, D = 2, 12, 4, 8
+C = H * D
+SPELLINGS: dict[str, Callable[[], nn.Module]] = {}
+EXPECT: dict[str, dict[str, object]] = {}
+"""What the spec must say, per spelling; what is not named is not checked."""
+
+
+class Attention(nn.Module):
+    """Projections around ``core(q, k, v)`` on [B, H, S, D]."""
+
+    def __init__(self, core: Callable[[Tensor, Tensor, Tensor], Tensor], kv_heads: int = H) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.core = core
+        self.kv_heads = kv_heads
+        self.q, self.k, self.v = nn.Linear(C, C), nn.Linear(C, kv_heads * D), nn.Linear(C, kv_heads * D)
+        self.o = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        q = self.q(x).view(b, s, H, D).transpose(1, 2)
+        k, v = (p(x).view(b, s, self.kv_heads, D).transpose(1, 2) for p in (self.k, self.v))
+        return self.o(self.core(q, k, v).transpose(1, 2).reshape(b, s, C))
+
+
+def spelling(name: str, kv_heads: int = H, **expect: object) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def register(core: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        SPELLINGS[name] = lambda: Attention(core, kv_heads)
+        EXPECT[name] = expect
+        return core
+
+    return register
+
+
+def causal(s: int, device: object = None) -> Tensor:
+    return torch.ones(s, s, dtype=torch.bool).tril()
+
+
+SCALE = 1 / math.sqrt(D)
+
+
+@spelling("plain", scale=SCALE, causal=None)
+def _plain(q, k, v):
+    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(D), dim=-1) @ v
+
+
+@spelling("scale_before", scale=SCALE)
+def _scale_before(q, k, v):
+    return ((q * SCALE) @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+@spelling("scale_on_both", scale=SCALE)
+def _scale_on_both(q, k, v):
+    r = D**-0.25
+    return torch.softmax((q * r) @ (k * r).transpose(-1, -2), dim=-1) @ v
+
+
+@spelling("scale_on_keys", scale=SCALE)
+def _scale_on_keys(q, k, v):
+    return torch.softmax(q @ (k.transpose(-1, -2) / math.sqrt(D)), dim=-1) @ v
+
+
+@spelling("unscaled", scale=1.0)
+def _unscaled(q, k, v):
+    return torch.softmax(q @ k.mT, dim=-1) @ v
+
+
+@spelling("einsum", scale=SCALE)
+def _einsum(q, k, v):
+    p = torch.einsum("bhqd,bhkd->bhqk", q, k).mul(SCALE).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", p, v)
+
+
+@spelling("einsum_bshd", causal="top_left")
+def _einsum_bshd(q, k, v):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    s = torch.einsum("blhe,bshe->bhls", q, k) * SCALE
+    s = s.masked_fill(~causal(s.shape[-1]), float("-inf"))
+    return torch.einsum("bhls,bshd->blhd", s.softmax(-1), v).transpose(1, 2)
+
+
+@spelling("heads_last_scores", causal="top_left")
+def _heads_last(q, k, v):
+    s = torch.einsum("bhqd,bhkd->bqkh", q, k) * SCALE
+    s = s.masked_fill(~causal(s.shape[1])[None, :, :, None], float("-inf"))
+    return torch.einsum("bqkh,bhkd->bhqd", s.softmax(2), v)
+
+
+@spelling("bmm_flattened_heads", causal="top_left")
+def _bmm(q, k, v):
+    b, h, s, d = q.shape
+    q, k, v = (t.reshape(b * h, s, d) for t in (q, k, v))
+    w = torch.bmm(q, k.transpose(1, 2)) * SCALE
+    w = w + torch.full((s, s), float("-inf")).triu(1)
+    return torch.bmm(w.softmax(-1), v).view(b, h, s, d)
+
+
+@spelling("baddbmm", scale=SCALE)
+def _baddbmm(q, k, v):
+    b, h, s, d = q.shape
+    q, k, v = (t.reshape(b * h, s, d) for t in (q, k, v))
+    w = torch.baddbmm(torch.empty(b * h, s, s, dtype=q.dtype), q, k.transpose(1, 2), beta=0, alpha=SCALE)
+    return torch.bmm(w.softmax(-1), v).view(b, h, s, d)
+
+
+@spelling("baddbmm_bias", alibi=True)
+def _baddbmm_bias(q, k, v):
+    b, h, s, d = q.shape
+    slopes = torch.pow(2.0, -torch.arange(1, h + 1))
+    alibi = (slopes[:, None, None] * torch.arange(s)[None, None, :]).repeat(b, 1, 1)
+    q, k, v = (t.reshape(b * h, s, d) for t in (q, k, v))
+    w = alibi.to(q.dtype).baddbmm(q, k.transpose(1, 2), beta=1.0, alpha=SCALE)
+    return torch.bmm(w.softmax(-1), v).view(b, h, s, d)
+
+
+@spelling("masked_fill", causal="top_left")
+def _masked_fill(q, k, v):
+    w = q @ k.mT * SCALE
+    return w.masked_fill(torch.ones(w.shape[-2:], dtype=torch.bool).triu(1), float("-inf")).softmax(-1) @ v
+
+
+@spelling("masked_fill_finite", causal="top_left", empty_rows="uniform")
+def _masked_fill_finite(q, k, v):
+    w = q @ k.mT * SCALE
+    return w.masked_fill(causal(w.shape[-1]) == 0, -1e9).softmax(-1) @ v
+
+
+@spelling("where", causal="top_left")
+def _where(q, k, v):
+    w = q @ k.mT * SCALE
+    return torch.where(causal(w.shape[-1]), w, torch.finfo(w.dtype).min).softmax(-1) @ v
+
+
+@spelling("add_mask", causal="top_left")
+def _add_mask(q, k, v):
+    s = q.shape[-2]
+    return (q @ k.mT * SCALE + torch.full((s, s), float("-inf")).triu(1)).softmax(-1) @ v
+
+
+@spelling("commuted_add", causal="top_left")
+def _commuted_add(q, k, v):
+    s = q.shape[-2]
+    return (torch.full((s, s), float("-inf")).triu(1) + SCALE * (q @ k.mT)).softmax(-1) @ v
+
+
+@spelling("one_minus_mask", causal="top_left")
+def _one_minus(q, k, v):
+    m = causal(q.shape[-2]).to(q.dtype)
+    return (q @ k.mT * SCALE + (1.0 - m) * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@spelling("mask_times_mask", causal="top_left", window=(3, 0))
+def _window(q, k, v):
+    i = torch.arange(q.shape[-2])
+    ok = (i[:, None] >= i[None, :]) & (i[:, None] - i[None, :] < 4)
+    return torch.where(ok, q @ k.mT * SCALE, float("-inf")).softmax(-1) @ v
+
+
+@spelling("symmetric_window", causal=None, window=(2, 2))
+def _symmetric(q, k, v):
+    i = torch.arange(q.shape[-2])
+    far = (i[:, None] - i[None, :]).abs() > 2
+    return (q @ k.mT * SCALE).masked_fill(far, float("-inf")).softmax(-1) @ v
+
+
+@spelling("in_place", causal="top_left")
+def _in_place(q, k, v):
+    w = q @ k.mT
+    w *= SCALE
+    w.masked_fill_(~causal(w.shape[-1]), float("-inf"))
+    return w.softmax(-1) @ v
+
+
+@spelling("exp_over_sum", scale=SCALE)
+def _exp_sum(q, k, v):
+    e = (q @ k.mT * SCALE).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@spelling("exp_minus_max", causal="top_left")
+def _exp_max(q, k, v):
+    w = (q @ k.mT * SCALE).masked_fill(~causal(q.shape[-2]), float("-inf"))
+    e = torch.exp(w - w.max(dim=-1, keepdim=True).values)
+    return (e / e.sum(dim=-1, keepdim=True)) @ v
+
+
+@spelling("divide_after", scale=SCALE)
+def _divide_after(q, k, v):
+    w = q @ k.mT * SCALE
+    e = torch.exp(w - w.amax(-1, keepdim=True))
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+@spelling("log_softmax_exp", scale=SCALE)
+def _log_softmax(q, k, v):
+    return F.log_softmax(q @ k.mT * SCALE, dim=-1).exp() @ v
+
+
+@spelling("logsumexp", scale=SCALE)
+def _logsumexp(q, k, v):
+    w = q @ k.mT * SCALE
+    return torch.exp(w - w.logsumexp(-1, keepdim=True)) @ v
+
+
+@spelling("softcap", softcap=30.0, causal="top_left", scale=SCALE)
+def _softcap(q, k, v):
+    w = torch.tanh(q @ k.mT * SCALE / 30.0) * 30.0
+    return w.masked_fill(~causal(w.shape[-1]), float("-inf")).softmax(-1) @ v
+
+
+@spelling("alibi", alibi=True, causal="top_left")
+def _alibi(q, k, v):
+    s = q.shape[-2]
+    i = torch.arange(s)
+    slopes = 2.0 ** -torch.arange(1, H + 1).float()
+    bias = slopes[:, None, None] * (i[None, :] - i[:, None])
+    return (q @ k.mT * SCALE + bias).masked_fill(~causal(s), float("-inf")).softmax(-1) @ v
+
+
+@spelling("values_transposed", scale=SCALE)
+def _vt(q, k, v):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    return (v.mT @ p.mT).mT
+
+
+@spelling("keys_times_queries", causal="top_left")
+def _kq(q, k, v):
+    w = (k @ q.mT * SCALE).mT
+    return w.masked_fill(~causal(w.shape[-1]), float("-inf")).softmax(-1) @ v
+
+
+@spelling("softmax_over_rows", scale=SCALE)
+def _rows(q, k, v):
+    p = (k @ q.mT * SCALE).softmax(-2)
+    return p.mT @ v
+
+
+@spelling("nan_to_num", empty_rows="zero")
+def _nan_to_num(q, k, v):
+    i = torch.arange(q.shape[-2])
+    w = (q @ k.mT * SCALE).masked_fill((i[:, None] <= i[None, :]), float("-inf"))
+    return w.softmax(-1).nan_to_num() @ v
+
+
+@spelling("fp32_island", scale=SCALE)
+def _island(q, k, v):
+    return (q @ k.mT * SCALE).float().softmax(-1).to(v.dtype) @ v
+
+
+@spelling("multiply_and_sum", scale=SCALE)
+def _mul_sum(q, k, v):
+    w = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) * SCALE
+    return w.softmax(-1) @ v
+
+
+@spelling("repeat_interleave", kv_heads=2, groups=2)
+def _repeat_interleave(q, k, v):
+    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+    return (q @ k.mT * SCALE).softmax(-1) @ v
+
+
+@spelling("expand_reshape", kv_heads=2, groups=2, causal="top_left")
+def _expand(q, k, v):
+    b, h, s, d = k.shape
+    k, v = (t[:, :, None].expand(b, h, 2, s, d).reshape(b, h * 2, s, d) for t in (k, v))
+    return (q @ k.mT * SCALE).masked_fill(~causal(s), float("-inf")).softmax(-1) @ v
+
+
+@spelling("grouped_5d", kv_heads=2, groups=2)
+def _grouped(q, k, v):
+    b, _, s, d = q.shape
+    g = q.view(b, 2, 2, s, d)
+    p = (torch.einsum("bhgqd,bhkd->bhgqk", g, k) * SCALE).softmax(-1)
+    return torch.einsum("bhgqk,bhkd->bhgqd", p, v).reshape(b, H, s, d)
+
+
+@spelling("multi_query", kv_heads=1, groups=H)
+def _mqa(q, k, v):
+    return (q @ k.mT * SCALE).softmax(-1) @ v
+
+
+@spelling("sdpa", causal=None)
+def _sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@spelling("sdpa_causal", causal="top_left")
+def _sdpa_causal(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@spelling("sdpa_dense_mask", causal="top_left", window=(3, 0))
+def _sdpa_mask(q, k, v):
+    i = torch.arange(q.shape[-2])
+    d = i[:, None] - i[None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(d >= 0) & (d < 4))
+
+
+@spelling("sdpa_gqa", kv_heads=2, groups=2)
+def _sdpa_gqa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.3)
+
+
+@spelling("dense_bias", causal=None)
+def _dense(q, k, v):
+    bias = torch.fft.fft(q.sum(-1)[..., None] * k.sum(-1)[..., None, :]).real * 0.01  # no rule lifts an FFT
+    return (q @ k.mT * SCALE + bias).softmax(-1) @ v
