@@ -78,6 +78,7 @@ PAGES: dict[str, Page] = {
     "AO303": Page("a part of the score is a dense tensor", "This part could not be expressed by indices; it is read from memory, which is right but slower."),
     "AO304": Page("unverified", "The optimized model was not compared with the original."),
     "AO305": Page("captured again", "The model ran with another dtype, device, mode or set of arguments than it was captured with, and was captured again."),
+    "AO306": Page("a compiled function was left as it is", "torch.compile handed over a function that cannot be traced to the form that the analysis reads; it runs as torch.compile made it."),
     # ---- errors
     "AO901": Page("a site was put back", "The optimized attention differs from the original by more than the budget, so the original form is back in place."),
     "AO902": Page("verification failed", "The optimized model differs from the original by more than the budget."),

@@ -1,0 +1,316 @@
+"""Ahead-of-time capture: ``torch.export`` (non-strict, training IR) with batch and sequence dimensions left open."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Literal, TextIO
+
+import sympy
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from attnopt.capture.call import Args, CallForm, Kwargs, Leaf, leaves_of
+from attnopt.capture.captured import Captured, DynamicDim, ModelError
+from attnopt.capture.clone import clone_tree
+from attnopt.capture.dynamism import Check, resize
+from attnopt.capture.guards import SymbolicSizes, compile_guard, symbolic_sizes, tie_batches
+from attnopt.capture.inline import inline_regions
+from attnopt.capture.run import tensors_from
+from attnopt.capture.specialised import conditions_remarks, fixed_remark, specialised_remarks
+from attnopt.errors import CaptureError
+
+DynamicShapes = Literal["auto", "static"] | dict[str, Any] | tuple[Any, ...] | None
+Plan = list[frozenset[int]]
+"""Per leaf, the dimensions that are left open."""
+
+log = logging.getLogger("attnopt")
+
+
+def capture(model: nn.Module, args: Args = (), kwargs: Kwargs | None = None, dynamic_shapes: DynamicShapes = "auto", *, check: bool = True) -> Captured:
+    """Capture ``model(*args, **kwargs)`` as a graph that holds for other batch sizes and lengths too.
+
+    ``dynamic_shapes``: ``"auto"`` opens every dimension that export and a run at other sizes allow, and remarks on batch
+    and sequence dimensions that it could not (AO301); ``"static"`` opens none; anything else is torch.export's own
+    ``dynamic_shapes``, by argument name. ``check`` runs model and graph at other sizes. The model is not changed.
+    Raises ModelError when the model itself fails with these inputs and CaptureError when export refuses it.
+    """
+    start = time.perf_counter()
+    kwargs = kwargs or {}
+    model = clone_tree(model)
+    # Hooks of the root run whenever the optimized module is called, so they are no part of the graph.
+    model._forward_hooks.clear()
+    model._forward_pre_hooks.clear()
+    try:
+        form = CallForm(model.forward)
+        args, kwargs = form.normalise(args, kwargs)
+    except TypeError as error:
+        raise ModelError(f"{type(model).__name__} does not take these inputs: {_first_line(error)}", error) from error
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    leaves = [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf else x for x in leaves]
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in leaves]
+        job = _Job(model, structure, [name for name, _ in leaves_of(args, kwargs)])
+        if isinstance(dynamic_shapes, str) and dynamic_shapes == "auto":
+            captured = job.auto(leaves, check)
+        else:
+            captured = job.given(leaves, {} if dynamic_shapes is None or isinstance(dynamic_shapes, str) else dynamic_shapes, check)
+    captured.seconds = time.perf_counter() - start
+    return captured
+
+
+class _Job:
+    """One model and one structure of inputs."""
+
+    def __init__(self, model: nn.Module, structure: pytree.TreeSpec, names: list[str]) -> None:
+        self.model = model
+        self.structure = structure
+        self.names = names
+
+    # ---- the two ways
+
+    def auto(self, leaves: list[Any], check: bool) -> Captured:
+        batch_of_one = _batch_of_one(leaves)
+        if batch_of_one:
+            # Export fixes a dimension whose example has size one, so it sees the example twice.
+            repeated = resize(leaves, dict.fromkeys(batch_of_one, 2))
+            captured, failure = self._open(repeated, check, must_hold=leaves)
+            if captured is not None:
+                return captured
+            log.debug("capture with the batch repeated: %s", failure)
+        captured, failure = self._open(leaves, check, must_hold=leaves)
+        if captured is None:
+            assert failure is not None
+            raise self._explained(failure, leaves)
+        return captured
+
+    def given(self, leaves: list[Any], shapes: dict[str, Any] | tuple[Any, ...], check: bool) -> Captured:
+        if isinstance(shapes, tuple | list):
+            shapes = dict(zip(inspect.signature(self.model.forward).parameters, shapes, strict=False))
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        empty = by_argument(self.model, *pytree.tree_unflatten([None] * len(leaves), self.structure))
+        unknown = sorted(set(shapes) - set(inspect.signature(self.model.forward).parameters))
+        if unknown:
+            raise CaptureError(f"dynamic_shapes names {', '.join(unknown)}, which {type(self.model).__name__} does not take; it takes {', '.join(empty)}.")
+        wanted = {name: shapes.get(name, none) for name, none in empty.items()}
+        try:
+            program = _export(self.model, args, kwargs, wanted)
+        except Exception as error:
+            raise self._explained(error, leaves) from error
+        return self._finish(program, leaves, [frozenset()] * len(leaves), check, {}, leaves)
+
+    def _open(self, leaves: list[Any], check: bool, must_hold: list[Any]) -> tuple[Captured | None, Exception | None]:
+        """The most open capture that export grants and the check confirms."""
+        program, plan, failure = self._widest(leaves)
+        if program is None:
+            return None, failure
+        fixed: dict[tuple[int, int], str] = {}
+        captured = self._finish(program, leaves, plan, check, fixed, must_hold)
+        if fixed:
+            closed = [frozenset(d for d in dims if (i, d) not in fixed) for i, dims in enumerate(plan)]
+            again, failure = self._try(leaves, closed)
+            if again is None:
+                return None, failure
+            remarks = [fixed_remark(self.names[i], d, leaves[i].shape[d], why) for (i, d), why in fixed.items()]
+            captured = self._finish(again, leaves, closed, False, {}, must_hold)
+            captured.remarks[:0] = remarks
+        if not captured.holds(must_hold):
+            return None, CaptureError("The captured graph does not hold for the inputs that were given.")
+        return captured, None
+
+    def _widest(self, leaves: list[Any]) -> tuple[ExportedProgram | None, Plan, Exception | None]:
+        plans = _plans(leaves)
+        program, failure = self._try(leaves, plans[0])
+        if program is not None:
+            return program, plans[0], None
+        # Is it the open dimensions, or the model? The static capture tells, before more is tried.
+        static, why = self._try(leaves, plans[-1])
+        if static is None:
+            return None, plans[-1], why
+        for plan in plans[1:-1]:
+            program, _ = self._try(leaves, plan)
+            if program is not None:
+                return program, plan, None
+        return static, plans[-1], failure
+
+    def _try(self, leaves: list[Any], plan: Plan) -> tuple[ExportedProgram | None, Exception | None]:
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        specs = [dict.fromkeys(sorted(dims), Dim.AUTO) or None for dims in plan]
+        shapes = by_argument(self.model, *pytree.tree_unflatten(specs, self.structure))
+        try:
+            return _export(self.model, args, kwargs, shapes), None
+        except Exception as error:  # noqa: BLE001 - export raises errors of every kind; the caller reports the one that counts
+            return None, error
+
+    # ---- from a program to what is handed on
+
+    def _finish(self, program: ExportedProgram, leaves: list[Any], plan: Plan, check: bool, fixed: dict[tuple[int, int], str], must_hold: list[Any]) -> Captured:
+        """Build the result; ``fixed`` receives the open dimensions that turned out not to be, with the reason."""
+        graph = graph_of(program)
+        values = [n.meta.get("val") for n in graph.graph.find_nodes(op="placeholder")]
+        if any(plan):
+            tie_batches(values)
+        sizes = symbolic_sizes(values, program.range_constraints)
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        if check and sizes.home:
+            found = Check(self.model, graph, compile_guard(sizes), sizes, leaves, self.structure).run()
+            for symbol, why in found.fixed.items():
+                fixed.update(dict.fromkeys(sizes.where(symbol), why))
+            _lower_bounds(sizes, found.down_to_one)
+        inline_regions(graph)
+        asked = [(i, d) for i, dims in enumerate(_plans(leaves)[0]) for d in sorted(dims)] if any(plan) else []
+        remarks = specialised_remarks(self.names, leaves, sizes, asked)
+        remarks += conditions_remarks(self.names, sizes)
+        return Captured(
+            graph_module=graph,
+            program=program,
+            args=args,
+            kwargs=kwargs,
+            leaves=tuple(_leaf(name, x, v) for name, x, v in zip(self.names, must_hold, sizes.values, strict=True)),
+            dynamic=tuple(
+                DynamicDim(i, self.names[i], d, str(symbol), *sizes.bounds[symbol]) for symbol in sizes.home for i, d in sizes.where(symbol)
+            ),
+            holds=compile_guard(sizes),
+            remarks=remarks,
+        )
+
+    def _explained(self, failure: Exception, leaves: list[Any]) -> CaptureError:
+        """The error to show: the model's own when it fails on these inputs by itself."""
+        name = type(self.model).__name__
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        try:
+            tensors_from(self.model, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - reported as the model's own error
+            return ModelError(f"{name} itself fails with these inputs: {type(error).__name__}: {_first_line(error)}", error)
+        explained = CaptureError(
+            f"torch.export cannot capture {name}: {type(failure).__name__}: {_first_line(failure)}",
+            "capture='dynamo' optimizes it when it runs, through torch.compile.",
+        )
+        explained.__cause__ = failure
+        return explained
+
+
+def graph_of(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a graph over the model's own parameters, without the calls that check the inputs."""
+    if "check_guards" in inspect.signature(program.module).parameters:
+        module = program.module(check_guards=False)
+    else:
+        module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    for node in module.graph.find_nodes(op="call_module", target="_guards_fn"):
+        module.graph.erase_node(node)
+        delattr(module, "_guards_fn")
+        module.recompile()
+    return module
+
+
+def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: dict[str, Any]) -> ExportedProgram:
+    training = {m: m.training for m in model.modules()}
+    with quiet():
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        finally:
+            # An exception inside a no_grad region of the model would leave gradients off for the whole process.
+            torch.set_grad_enabled(True)
+            for module, mode in training.items():
+                module.training = mode
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Export logs the whole graph when it gives up, and warns of every size it fixes; both come back as our own words."""
+    names = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes", "torch.fx.experimental.proxy_tensor", "torch.__trace")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(_OtherThreads(sys.stderr)):
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+class _OtherThreads(io.TextIOBase):
+    """A stream for what other threads write (a progress bar); export prints the graph on which it fails from this one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._owner = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._owner else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def by_argument(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+    """Values by the name of the argument, starred ones collected as Python does."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    kinds = inspect.signature(model.forward).parameters
+    out: dict[str, Any] = {}
+    for name, value in bound.items():
+        if kinds[name].kind is inspect.Parameter.VAR_KEYWORD:
+            out.update(value)
+        else:
+            out[name] = value
+    return out
+
+
+def _leaf(name: str, given: Any, val: Any) -> Leaf:
+    if not isinstance(given, torch.Tensor):
+        return Leaf(name, value=given)
+    return Leaf(name, given.dtype, given.device, tuple(n if isinstance(n, int) else str(n) for n in val.shape))
+
+
+def _lower_bounds(sizes: SymbolicSizes, symbols: set[sympy.Symbol]) -> None:
+    """Let sizes go down to one, for the guard and for every proof that reads the bounds from the graph."""
+    for symbol in symbols:
+        sizes.bounds[symbol] = (1, sizes.bounds[symbol][1])
+        assert sizes.env is not None
+        known = sizes.env.var_to_range.get(symbol)
+        if known is not None:
+            sizes.env.var_to_range[symbol] = ValueRanges(sympy.Integer(1), known.upper)
+
+
+def _batch_of_one(leaves: list[Any]) -> list[tuple[int, int]]:
+    """(leaf, 0) of all tensors, when every one that has a batch has a batch of one."""
+    tensors = [(i, x) for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.dim() > 0]
+    batched = [x for _, x in tensors if x.dim() > 1] or [x for _, x in tensors]
+    if not batched or any(x.shape[0] != 1 for x in batched):
+        return []
+    return [(i, 0) for i, x in tensors if x.shape[0] == 1]
+
+
+def _plans(leaves: list[Any]) -> list[Plan]:
+    """Dimensions to leave open, most first: all, those of indices and masks with every batch, the batch, none.
+
+    The channels of images stay closed from the start; other feature sizes are fixed by export itself.
+    """
+    tensors = [x if isinstance(x, torch.Tensor) else None for x in leaves]
+    everything = [frozenset(range(x.dim())) - ({1} if x.dim() == 4 and x.is_floating_point() else set()) if x is not None else frozenset() for x in tensors]
+    indices = [dims if x is not None and not x.is_floating_point() else dims & {0} for x, dims in zip(tensors, everything, strict=True)]
+    batch = [dims & {0} for dims in everything]
+    nothing = [frozenset[int]() for _ in tensors]
+    return [everything, *(p for p in (indices, batch) if p != everything), nothing]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

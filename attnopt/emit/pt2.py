@@ -1,0 +1,98 @@
+"""The optimized model as a ``.pt2`` file: an exported program that needs only torch and ``import attnopt``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
+
+import attnopt.kernels.ops  # noqa: F401 - registers the operator that a file refers to
+from attnopt.capture.captured import Captured
+from attnopt.capture.export import DynamicShapes, by_argument, quiet
+from attnopt.capture.guards import expr_of
+from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.variant import GraphVariant
+from attnopt.errors import AttnoptError, CaptureError, LoadError
+
+
+def save_pt2(
+    optimized: nn.Module,
+    path: str | os.PathLike[str],
+    args: tuple[Any, ...] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "auto",
+) -> ExportedProgram:
+    """Export an optimized module again and save it; returns the program.
+
+    Without ``args`` and ``kwargs`` it is exported for the call that was captured last, and the same dimensions stay
+    open. ``dynamic_shapes`` is ``"auto"`` or torch.export's own. Read it with ``torch.export.load(path).module()`` after ``import attnopt``.
+    Raises CaptureError for a module that holds no captured graph (one that goes through torch.compile) and
+    AttnoptError when the file cannot be written.
+    """
+    program = export_optimized(optimized, args, kwargs, dynamic_shapes)
+    try:
+        torch.export.save(program, path)
+    except (OSError, RuntimeError) as error:
+        raise AttnoptError(f"{path} cannot be written: {error}.") from error
+    return program
+
+
+def load_pt2(path: str | os.PathLike[str]) -> nn.Module:
+    """The module of a ``.pt2`` file. Raises LoadError when it is none."""
+    if not Path(path).is_file():
+        raise LoadError(f"{path} does not exist.")
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:
+        text = str(error).strip()
+        raise LoadError(f"{path} cannot be read as an exported program: {text.splitlines()[0] if text else type(error).__name__}") from error
+
+
+def export_optimized(
+    optimized: nn.Module, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None, dynamic_shapes: DynamicShapes = "auto"
+) -> ExportedProgram:
+    """The exported program of an optimized module: training IR with ``attnopt::attention`` in it. See ``save_pt2``."""
+    if not isinstance(optimized, OptimizedModule):
+        raise AttnoptError(f"save_pt2 takes a module that attnopt.optimize returned, got {type(optimized).__name__}.")
+    given = args is not None or kwargs is not None
+    variant = optimized.attnopt_capture(args or (), kwargs or {}) if given else next(reversed(graph_variants(optimized)), None)
+    if not isinstance(variant, GraphVariant):
+        raise CaptureError(f"{type(optimized).__name__} goes through torch.compile and holds no graph to save; torch.export has to take the model for that.")
+    captured = variant.captured
+    auto = dynamic_shapes == "auto"
+    if auto or not given:
+        args, kwargs = captured.args, captured.kwargs
+    shapes: Any = _open_shapes(optimized, captured) if auto else None if dynamic_shapes == "static" else dynamic_shapes
+    with torch.enable_grad(), quiet():
+        program = torch.export.export(optimized, args or (), kwargs or {}, dynamic_shapes=shapes, strict=False)
+    if auto:
+        _lower_bounds(program, captured)
+    return program
+
+
+def _open_shapes(optimized: nn.Module, captured: Captured) -> dict[str, Any]:
+    leaves, structure = pytree.tree_flatten((captured.args, captured.kwargs))
+    specs: list[dict[int, Any] | None] = [None] * len(leaves)
+    for d in captured.dynamic:
+        specs[d.leaf] = {**(specs[d.leaf] or {}), d.dim: Dim.AUTO}
+    return by_argument(optimized, *pytree.tree_unflatten(specs, structure))
+
+
+def _lower_bounds(program: ExportedProgram, captured: Captured) -> None:
+    """Export assumes at least two of everything that varies; the capture has seen which sizes may be one."""
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
+    one = {(d.leaf, d.dim) for d in captured.dynamic if d.lower == 1}
+    for leaf, node in enumerate(inputs):
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            symbol = expr_of(size)
+            known = program.range_constraints.get(symbol) if isinstance(symbol, sympy.Symbol) else None
+            if known is not None and (leaf, dim) in one and known.lower == 2:
+                program.range_constraints[symbol] = ValueRanges(sympy.Integer(1), known.upper)

@@ -1,0 +1,71 @@
+"""One way in which an optimized module runs: for one mode, dtype, device and structure of the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from attnopt.capture.call import Args, Kwargs
+from attnopt.capture.captured import Captured
+from attnopt.emit.function import GraphFunction
+from attnopt.remarks import Remark
+from attnopt.report import Report, Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class GraphVariant:
+    """Runs a captured and rewritten graph on the module's own parameters. Immutable: copies of a module share it."""
+
+    function: GraphFunction
+    holds: Callable[[list[Any]], bool]
+    report: Report
+    captured: Captured
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, leaves: list[Any]) -> Any:
+        return pytree.tree_unflatten(self.function.run(module, *leaves, *self.function.constants), self.function.out_spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphVariant:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledVariant:
+    """Runs the original forward under torch.compile, with the passes as its backend."""
+
+    backend: Callable[..., Any]
+    make_report: Callable[[], Report]
+    verdict: Verdict
+    """Filled in when the result was compared."""
+
+    @property
+    def report(self) -> Report:
+        return self.make_report()
+
+    def holds(self, leaves: list[Any]) -> bool:
+        return True
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, leaves: list[Any]) -> Any:
+        state = module.__dict__["_attnopt"]
+        if torch.compiler.is_compiling():
+            return state.reference.forward(*args, **kwargs)  # the compiler around us traces the model as it is
+        compiled = state.compiled.get(self)
+        if compiled is None:
+            compiled = state.compiled[self] = torch.compile(state.reference.forward, backend=self.backend)
+        return compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledVariant:
+        return self
+
+
+Variant = GraphVariant | CompiledVariant
+
+
+class Builder(Protocol):
+    """Makes the variant for one call. ``why`` is the remark on why it is needed, None for the first."""
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, why: Remark | None) -> Variant: ...
