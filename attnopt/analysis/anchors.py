@@ -107,9 +107,7 @@ def _row_reduction(node: object, of: object) -> _Reduction | None:
     while isinstance(node, fx.Node):
         trail.append(node)
         name = N.op_name(node)
-        if name in _CASTS:
-            node = node.args[0]
-        elif name == "getitem" and node.args[1] == 0:
+        if name in _CASTS or (name == "getitem" and node.args[1] == 0):
             node = node.args[0]
         elif name == "aten::unsqueeze":
             restored = N.axis(node.args[1], len(N.shape(node)))  # type: ignore[arg-type]

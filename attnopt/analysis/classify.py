@@ -103,7 +103,7 @@ def _where_hidden(x: Expr, mask: Expr) -> Expr:
 
 
 def _may_hide(x: Expr) -> bool:
-    return x.op == "where" and any(_is_fill(a) for a in x.args[1:]) or any(_may_hide(a) for a in x.args)
+    return (x.op == "where" and any(_is_fill(a) for a in x.args[1:])) or any(_may_hide(a) for a in x.args)
 
 
 def _same_for_all_keys(x: Expr) -> bool:
@@ -154,9 +154,9 @@ def _score(score: Expr) -> tuple[float | None, float | None, Expr | None]:
     factor = _linear(with_s[0])
     if factor is not None:
         return factor, None, found
-    c, a = E.terms(with_s[0])[0]
-    if a is not None and a.op == "tanh":
-        inner = _linear(a.args[0])
+    c, capped = E.terms(with_s[0])[0]
+    if capped is not None and capped.op == "tanh":
+        inner = _linear(capped.args[0])
         if inner is not None and abs(inner * c) > 0:
             return float(inner * c), float(c), found
     return None, None, None
@@ -186,7 +186,7 @@ def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...]) -> bool:
             return False
         if not any(d.h in f.variables for f in slope) and d.Hq is not E.ONE:
             return False
-        if not (len(moving) == 1 and _is_position(moving[0], d) or _is_counted_position(moving, d, loads)):
+        if not ((len(moving) == 1 and _is_position(moving[0], d)) or _is_counted_position(moving, d, loads)):
             return False
         found = True
     return found

@@ -24,7 +24,7 @@ class Contraction:
     right_index: Index
     summed: Expr
     """The variable that is summed over."""
-    alpha: Expr = E.const(1.0)
+    alpha: Expr = E.FONE
     beta: Expr = E.FZERO
     addend: fx.Node | None = None
     addend_index: Index = ()

@@ -65,14 +65,14 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
 
     split = _splits(lead, (*q_index, *k_index, *v_index, logits))
     back: dict[Expr, Expr] = {}  # pieces of split axes in terms of the output's axes
-    for v, (high, low) in split.items():
+    for axis, (high, low) in split.items():
         d = low.extent
         assert d is not None
         whole = E.add(E.mul(high, d), low)
-        q_index, k_index, v_index = (tuple(E.substitute(x, {v: whole}) for x in i) for i in (q_index, k_index, v_index))
-        logits = E.substitute(logits, {v: whole})
-        lead = [p for x in lead for p in ((high, low) if x is v else (x,))]
-        back |= {high: E.floordiv(v, d), low: E.mod(v, d)}
+        q_index, k_index, v_index = (tuple(E.substitute(x, {axis: whole}) for x in i) for i in (q_index, k_index, v_index))
+        logits = E.substitute(logits, {axis: whole})
+        lead = [p for x in lead for p in ((high, low) if x is axis else (x,))]
+        back |= {high: E.floordiv(axis, d), low: E.mod(axis, d)}
 
     shared = (_variables(k_index) | _variables(v_index)) - {raw.key, raw.feature}
     only_q = [v for v in lead if v not in shared]
@@ -102,8 +102,8 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
         D=dsize,
         Dv=E.ONE if dv is None else _extent(dv),
     )
-    names = _merge(dims.b, batch) | _merge(dims.h, heads) | {raw.key: dims.k}
     kv_h = E.var("h", dims.Hkv)
+    names = _merge(dims.b, batch) | _merge(dims.h, heads) | {raw.key: dims.k}
     kv_names = _merge(dims.b, batch) | _merge(kv_h, kv_head) | {raw.key: dims.k}
     if query is not None:
         names[query] = dims.q

@@ -133,7 +133,6 @@ def fold(tensor: torch.Tensor, index: Index) -> Expr | None:
         if not tensor.dtype.is_floating_point and tensor.dtype is not torch.bool and bool((line - line[0] == steps).all()):
             return E.add(index[-1], E.const(int(line[0])))
         return None
-    rows, columns = plane.shape
     corner = plane[-1, 0]  # below every proper diagonal
     other = plane[0, -1]
     inside = plane == corner
@@ -271,10 +270,7 @@ def _wrapped(i: Expr, extent: Expr) -> Expr:
     """A gather's index, counted from the end when negative."""
     from attnopt.ir.bounds import nonnegative
 
-    if nonnegative(i) or any(x.op == "load" for x in i.leaves):
-        # A negative index that comes from a tensor is counted from the end as well.
-        return i if nonnegative(i) else E.where(E.lt(i, E.ZERO), E.add(i, extent), i)
-    return E.where(E.lt(i, E.ZERO), E.add(i, extent), i)
+    return i if nonnegative(i) else E.where(E.lt(i, E.ZERO), E.add(i, extent), i)
 
 
 @rule("index", "_unsafe_index")

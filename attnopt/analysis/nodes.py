@@ -29,7 +29,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments by the name that the operator's schema gives them, defaults included."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[arg-type]
+        return dict(node.kwargs)
     out: dict[str, Any] = {}
     for i, a in enumerate(target._schema.arguments):
         if i < len(node.args):

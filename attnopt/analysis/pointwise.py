@@ -93,20 +93,28 @@ for _name in ("bitwise_xor", "__xor__"):
     POINTWISE[f"aten::{_name}"] = _bitwise(E.ne)
 
 
-@op("add", "sub", "rsub", "subtract")
+@op("add")
 def _add(args: dict[str, Any], lift: Lift, dtype: torch.dtype) -> Expr | None:
-    a, b, alpha = lift(args["self"]), lift(args["other"]), lift(args.get("alpha", 1))
+    a, b, alpha = _scaled_pair(args, lift)
     if a is None or b is None or alpha is None:
         return None
-    if args["_op"] == "rsub":
-        return E.sub(b, E.mul(alpha, a))
-    if a.kind == b.kind == "bool":
-        return E.any_of(a, b) if args["_op"] == "add" else None
-    return E.add(a, E.mul(alpha, b)) if args["_op"] == "add" else E.sub(a, E.mul(alpha, b))
+    return E.any_of(a, b) if a.kind == b.kind == "bool" else E.add(a, E.mul(alpha, b))
 
 
-for _name in ("add", "sub", "rsub", "subtract"):
-    POINTWISE[f"aten::{_name}"] = lambda args, lift, dtype, name=_name: _add({**args, "_op": name}, lift, dtype)  # type: ignore[misc]
+@op("sub", "subtract")
+def _sub(args: dict[str, Any], lift: Lift, dtype: torch.dtype) -> Expr | None:
+    a, b, alpha = _scaled_pair(args, lift)
+    return None if a is None or b is None or alpha is None else E.sub(a, E.mul(alpha, b))
+
+
+@op("rsub")
+def _rsub(args: dict[str, Any], lift: Lift, dtype: torch.dtype) -> Expr | None:
+    a, b, alpha = _scaled_pair(args, lift)
+    return None if a is None or b is None or alpha is None else E.sub(b, E.mul(alpha, a))
+
+
+def _scaled_pair(args: dict[str, Any], lift: Lift) -> tuple[Expr | None, Expr | None, Expr | None]:
+    return lift(args["self"]), lift(args["other"]), lift(args.get("alpha", 1))
 
 
 @op("div", "true_divide", "divide")
@@ -148,14 +156,14 @@ def _masked_fill(args: dict[str, Any], lift: Lift, dtype: torch.dtype) -> Expr |
     return E.where(E.negate(m), x, E.convert(f, x.kind))
 
 
-@op("to", "_to_copy", "type_as", "float", "double", "half", "int", "long", "bool", "masked_fill_to")
+@op("to", "_to_copy", "type_as")
 def _cast(args: dict[str, Any], lift: Lift, dtype: torch.dtype) -> Expr | None:
     return lift(args["self"])
 
 
-@op("dropout", "feature_dropout", "alpha_dropout", "native_dropout")
+@op("dropout")
 def _dropout(args: dict[str, Any], lift: Lift, dtype: torch.dtype) -> Expr | None:
-    return lift(args["input"]) if "train" in args and (not args["train"] or args["p"] == 0) and "input" in args else None
+    return None if args["train"] and args["p"] > 0 else lift(args["input"])
 
 
 @op("silu")

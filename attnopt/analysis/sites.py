@@ -120,7 +120,7 @@ class _Finder:
             raise Refusal("AO205", f"softmax runs along axis {anchor.axis} of {len(p.index)}, and the product with the values sums another axis.", p.form.node)
         if any(key in x.leaves for i, x in enumerate(p.index) if i != anchor.axis):
             raise Refusal("AO205", "the summed axis appears in two axes of the probabilities.", p.form.node)
-        if p.form.alpha is not _ONE or p.form.addend is not None:
+        if p.form.alpha is not E.FONE or p.form.addend is not None:
             raise Refusal("AO204", "the product of probabilities and values adds another tensor or a factor.", p.form.node)
         lifter = self.lifter()
         qk = _scores(lifter, anchor, p.index, key)
@@ -142,7 +142,7 @@ class _Finder:
         return arrange(raw, anchor.probs, lifter.folded)
 
     def _no_product(self, anchor: A.Anchor) -> Refusal:
-        users = [u for u in anchor.probs.users]
+        users = list(anchor.probs.users)
         lifter = self.lifter()
         index = tuple(E.ZERO if n is E.ONE else E.var("k" if i == anchor.axis else f"i{i}", n) for i, n in enumerate(N.shape(anchor.logits)))
         try:
@@ -237,9 +237,6 @@ class _Finder:
                 if u not in region:
                     who = "returned by the model" if u.op == "output" else f"also used by {u.target}"
                     raise Refusal("AO203", f"a value inside the attention ({n.target}) is {who}.", u if u.op != "output" else n)
-
-
-_ONE = E.const(1.0)
 
 
 @dataclass(frozen=True)

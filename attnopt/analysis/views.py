@@ -38,8 +38,8 @@ def step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     if found is None:
         return None
     args = N.arguments(node)
-    source = args.get("self", args.get("input", args.get("tensor", args.get("a"))))
-    if not N.is_tensor(source) or not N.is_tensor(node):
+    source = args.get("self")
+    if not isinstance(source, fx.Node) or not N.is_tensor(source) or not N.is_tensor(node):
         return None
     return found(source, args, index) if name not in _NEEDS_OUTPUT else found(source, {**args, "out": node}, index)
 
@@ -68,7 +68,7 @@ def _transpose(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node,
 
 @rule("t", "mT", "numpy_T", "matrix_H", "adjoint")
 def _flip_last(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
-    return (x, (*index[:-2], index[-1], index[-2])) if len(index) == 2 or "self" in args and len(index) > 2 else None
+    return (x, (*index[:-2], index[-1], index[-2])) if len(index) == 2 or ("self" in args and len(index) > 2) else None
 
 
 @rule("movedim", "moveaxis")

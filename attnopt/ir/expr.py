@@ -95,7 +95,7 @@ def const(value: Number | bool) -> Expr:
 
 TRUE, FALSE = const(True), const(False)
 ZERO, ONE = const(0), const(1)
-FZERO = const(0.0)
+FZERO, FONE = const(0.0), const(1.0)
 
 
 def sym(name: str, low: int = 1) -> Expr:
@@ -225,7 +225,8 @@ def _rejoin(total: dict[Expr | None, Number]) -> None:
             del total[a], total[key]
             for xc, xa in terms(x):
                 total[xa] = total.get(xa, 0) + coefficient * xc
-            return _rejoin(total)
+            _rejoin(total)
+            return
 
 
 def _is_choice(x: Expr) -> bool:
@@ -414,6 +415,12 @@ def power(a: Expr, b: Expr) -> Expr:
     return _make("pow", (a, b), kind)
 
 
+def _with_positive_lead(x: Expr) -> Expr:
+    """Of x and -x, the one in which the first atom's coefficient is positive."""
+    lead = min((t for t in terms(x) if t[1] is not None), key=lambda t: t[1].key if t[1] is not None else b"")
+    return neg(x) if lead[0] < 0 else x
+
+
 def absolute(x: Expr) -> Expr:
     from attnopt.ir.bounds import nonnegative
 
@@ -425,9 +432,7 @@ def absolute(x: Expr) -> Expr:
             return x
         if nonnegative(neg(x)):
             return neg(x)
-        # |x| = |-x|: keep the one whose first term is positive
-        if _term(x.args[0] if x.op == "add" else x)[0] < 0:
-            x = neg(x)
+        x = _with_positive_lead(x)  # |x| = |-x|
     return _make("abs", (x,), x.kind)
 
 
@@ -536,9 +541,7 @@ def eq(a: Expr, b: Expr) -> Expr:
         x = sub(a, b)
         if nonnegative(sub(x, ONE)) or nonnegative(sub(neg(x), ONE)):
             return FALSE
-        if _term(x.args[0] if x.op == "add" else x)[0] < 0:
-            x = neg(x)
-        return _make("eq0", (x,), "bool")
+        return _make("eq0", (_with_positive_lead(x),), "bool")
     return _make("eq", tuple(sorted((a, b), key=lambda e: e.key)), "bool")
 
 

@@ -9,7 +9,7 @@ _LEVEL = {"or": 1, "and": 2, "not": 3, "ge0": 4, "eq0": 4, "le": 4, "lt": 4, "eq
 
 
 def _number(v: float | int | bool) -> str:
-    if isinstance(v, bool) or isinstance(v, int):
+    if isinstance(v, int):
         return str(v)
     return f"{v:.6g}"
 

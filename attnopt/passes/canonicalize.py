@@ -8,6 +8,7 @@ may change strides), and sizes are read from the inputs, so that no size keeps a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -77,7 +78,7 @@ def _inline(module: fx.GraphModule, call: fx.Node, body: fx.GraphModule, args: t
     table: dict[fx.Node, fx.Node] = {}
     inputs = iter(args)
     graph = module.graph
-    result: object = None
+    result: Any = None
     for n in body.graph.nodes:
         if n.op == "placeholder":
             table[n] = next(inputs)  # type: ignore[assignment]
@@ -89,23 +90,25 @@ def _inline(module: fx.GraphModule, call: fx.Node, body: fx.GraphModule, args: t
             if n.op == "get_attr":
                 new.target = _adopt(module, body, str(n.target))
             table[n] = new
-    outs = list(result) if isinstance(result, (tuple, list)) else [result]
+    outs: list[fx.Node] = list(result) if isinstance(result, (tuple, list)) else [result]
     if not gradients:
-        detached = []
-        for o in outs:
-            if N.is_tensor(o) and N.kind(o) == "float":  # type: ignore[arg-type]
-                with graph.inserting_before(call):
-                    d = graph.call_function(aten.detach.default, (o,))
-                d.meta = dict(o.meta)  # type: ignore[union-attr]
-                detached.append(d)
-            else:
-                detached.append(o)  # type: ignore[arg-type]
-        outs = detached  # type: ignore[assignment]
+        outs = [_detached(graph, call, o) for o in outs]
     for user in list(call.users):
-        assert N.op_name(user) == "getitem"
-        user.replace_all_uses_with(outs[user.args[1]])  # type: ignore[call-overload]
+        which = user.args[1]
+        assert N.op_name(user) == "getitem" and isinstance(which, int)
+        user.replace_all_uses_with(outs[which])
         graph.erase_node(user)
     graph.erase_node(call)
+
+
+def _detached(graph: fx.Graph, before: fx.Node, x: fx.Node) -> fx.Node:
+    """``x`` without its gradient, which a region without gradients does not give out."""
+    if not N.is_tensor(x) or N.kind(x) != "float":
+        return x
+    with graph.inserting_before(before):
+        out: fx.Node = graph.call_function(aten.detach.default, (x,))
+    out.meta = dict(x.meta)
+    return out
 
 
 def _adopt(module: fx.GraphModule, body: fx.GraphModule, target: str) -> str:

@@ -29,7 +29,7 @@ class Editor:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new call whose fake value is computed from those of its operands."""
         with self.graph.inserting_before(self.anchor):
-            node = self.graph.call_function(target, args, kwargs)
+            node: fx.Node = self.graph.call_function(target, args, kwargs)
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]

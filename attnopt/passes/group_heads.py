@@ -6,7 +6,7 @@ tensor that is indexed by that alone, it is the one to read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -18,6 +18,7 @@ from attnopt.ir.index import IndexMap, View
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.edit import Editor
+from attnopt.passes.raise_attention import SITE
 from attnopt.remarks import Remark
 
 _Source = tuple[fx.Node, tuple[View, ...]]
@@ -43,7 +44,7 @@ class GroupHeads:
             heads = shared[0]
             edit = Editor(module.graph, node)
             new_k, new_v = edit.views(*of_k[heads]), edit.views(*of_v[heads])
-            spec = spec.replace(dims=_with_kv_heads(spec.dims, heads))
+            spec = spec.replace(dims=replace(spec.dims, Hkv=E.const(heads)))
             node.args = (node.args[0], new_k, new_v, *node.args[3:5], spec.to_json(), *node.args[6:])
             result.modified = True
             result.remarks.append(Remark("AO102", f"{spec.dims.Hq} query heads read {heads} KV heads.", site_name(node), N.source(node)))
@@ -52,20 +53,12 @@ class GroupHeads:
 
 def site_name(node: fx.Node) -> str:
     """The site that an attention node belongs to: its own mark, or that of the views of its result."""
-    from attnopt.passes.raise_attention import SITE
-
     while SITE not in node.meta:
         users = list(node.users)
         if len(users) != 1:
             return ""
         node = users[0]
     return str(node.meta[SITE])
-
-
-def _with_kv_heads(dims, heads: int):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
-    return replace(dims, Hkv=E.const(heads))
 
 
 def _sources(operand: fx.Node) -> dict[int, _Source]:

@@ -11,11 +11,12 @@ from torch import fx
 from attnopt.config import OptimizeConfig
 from attnopt.errors import AttnoptError, PassError
 from attnopt.ir.check import check
+from attnopt.ir.spec import AttentionSpec
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import Pass
 from attnopt.passes.canonicalize import Canonicalize
 from attnopt.passes.cleanup import Cleanup
-from attnopt.passes.group_heads import GroupHeads
+from attnopt.passes.group_heads import GroupHeads, site_name
 from attnopt.passes.lower import Lower
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
@@ -82,7 +83,7 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
             owner = next((s for s in sites if s.name == r.site), None)
             (remarks if owner is None else owner.remarks).append(r)
         if p.name in config.print_ir_after or "all" in config.print_ir_after:
-            print(f"--- after {p.name}\n{module.graph}", file=sys.stderr)
+            sys.stderr.write(f"--- after {p.name}\n{module.graph}\n")
         if p.name == "canonicalize":
             reference = duplicate(module)
     outputs = {}
@@ -112,11 +113,9 @@ def duplicate(gm: fx.GraphModule) -> fx.GraphModule:
     return new_gm
 
 
-def _kernels(module: fx.GraphModule):  # type: ignore[no-untyped-def]
+def _kernels(module: fx.GraphModule) -> dict[str, tuple[AttentionSpec, str, str]]:
     """Site -> (final spec, kernel, why)."""
-    from attnopt.passes.group_heads import site_name
-
-    out = {}
+    out: dict[str, tuple[AttentionSpec, str, str]] = {}
     for node in module.graph.nodes:
         if KERNEL in node.meta:
             spec = node.meta["attnopt_spec"] if "attnopt_spec" in node.meta else spec_of(node)

@@ -10,7 +10,7 @@ from torch import fx
 from attnopt.analysis import nodes as N
 from attnopt.analysis.alias import written
 from attnopt.analysis.site import AttentionSite, Rejection
-from attnopt.analysis.sites import find_sites
+from attnopt.analysis.sites import Constants, find_sites
 from attnopt.ir import expr as E
 from attnopt.kernels import ops as _ops  # registers attnopt::attention
 from attnopt.passes.base import PassResult, Tier
@@ -62,7 +62,7 @@ class RaiseAttention:
         return result
 
 
-def constant_of(module: fx.GraphModule):  # type: ignore[no-untyped-def]
+def constant_of(module: fx.GraphModule) -> Constants:
     """The value of a get_attr node that is a buffer or a constant, never of a parameter."""
 
     def value(node: fx.Node) -> torch.Tensor | None:

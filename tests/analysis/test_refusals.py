@@ -71,7 +71,7 @@ def _renormalised(m: nn.Module, x: Tensor) -> object:
 
 
 def _talking_heads(m: nn.Module, x: Tensor) -> object:
-    b, s, c = x.shape
+    b, s, _ = x.shape
     q, k, v = (p(x).view(b, s, 4, 8).transpose(1, 2) for p in (m.q, m.k, m.v))
     w = torch.einsum("bhqk,hg->bgqk", q @ k.mT * SCALE, m.mix)
     return w.softmax(-1) @ v
