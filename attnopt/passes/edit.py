@@ -57,7 +57,8 @@ class Editor:
                 break
             value = N.value(node)
             if isinstance(value, torch.SymInt) and dims.size(value) is x:
-                return node
+                found: fx.Node = node
+                return found
         for node in self.graph.nodes:
             if node is self.anchor:
                 break
