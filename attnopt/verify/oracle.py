@@ -7,6 +7,7 @@ evaluation mode), buffers are copies (batch norm would update the model's own), 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from attnopt.ir.spec import AttentionSpec
+from attnopt.verify.memory import written_bases
 
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 _DROPOUT = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
@@ -52,7 +54,7 @@ class GraphInterpreter(Interpreter):
     def run_leaves(self, leaves: Sequence[Any], keep: Iterable[Node] = ()) -> tuple[Any, dict[Node, Any]]:
         """Run the whole graph on the flattened inputs (one for each placeholder, in order).
 
-        Returns the output with the graph's structure, and the values of the nodes in ``keep``.
+        Returns the output as the graph gives it (flat, without the model's own structure), and the values of the nodes in ``keep``.
         """
         nodes = list(self.graph.nodes)
         env: dict[Node, Any] = dict(zip((n for n in nodes if n.op == "placeholder"), leaves, strict=True))
@@ -156,8 +158,17 @@ class Float64Interpreter(GraphInterpreter):
       baked into it (a cast to float32, softmax's dtype) becomes float64.
     * What is computed from integers only keeps its own dtype: T5 takes the bucket of a distance by truncating a float32
       logarithm, and the truncation of a more exact one would be another bucket, that is another function.
+    * A tensor that an op of the graph writes into is promoted when it is made, since it may have to take float64 values.
     * ``attnopt::attention`` runs its reference kernel.
     """
+
+    def __init__(self, gm: GraphModule, *, root: nn.Module | None = None, attributes: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(gm, root=root, attributes=attributes)
+        self.written = written_bases(gm.graph)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        return _promote(value) if n in self.written else value
 
     def load_leaf(self, value: Any) -> Any:
         return to_dtype(value, torch.float64, torch.complex128)
@@ -175,10 +186,6 @@ class Float64Interpreter(GraphInterpreter):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not any(x.dtype in (torch.float64, torch.complex128) for x in tensors):
             return args, kwargs
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            written = [x for a, x in zip(target._schema.arguments, args, strict=False) if a.alias_info is not None and a.alias_info.is_write and isinstance(x, Tensor)]
-            if any(x.dtype in _LOW for x in written):
-                raise NotImplementedError(f"{target} writes float64 values into a {written[0].dtype} tensor in place; the oracle runs functional graphs")
         promoted = pytree.tree_map(_promote, (args, kwargs))
         return promoted[0], promoted[1]
 
@@ -212,13 +219,17 @@ class LowPrecisionInterpreter(GraphInterpreter):
         return None
 
     def prepare(self, name: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if name in _MIXES or not name:
-            return args, kwargs
         found = {x.dtype for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()}
-        if len(found) < 2 or self.dtype not in found:
+        if self.dtype not in found or not name:
             return args, kwargs
-        rounded = pytree.tree_map(lambda x: to_dtype(x, self.dtype), (args, kwargs))
-        return rounded[0], rounded[1]
+        mixes = name in _MIXES or len(found) == 1
+        changed = pytree.tree_map(lambda x: self._number(x) if isinstance(x, float) else x if mixes else to_dtype(x, self.dtype), (args, kwargs))
+        return changed[0], changed[1]
+
+    def _number(self, x: float) -> float:
+        """A constant within the range of the dtype: ``masked_fill(x, m, finfo(x.dtype).min)`` was captured with a wider dtype's."""
+        limit = torch.finfo(self.dtype).max
+        return max(-limit, min(limit, x)) if math.isfinite(x) else x
 
 
 def to_dtype(value: Any, dtype: torch.dtype, complex_dtype: torch.dtype | None = None) -> Any:

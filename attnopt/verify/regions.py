@@ -9,6 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
+from attnopt.verify.memory import changing
+
 Outputs = Mapping[str, tuple[str, str]]
 """Site name -> (node of the reference graph, node of the optimized graph that has the same value)."""
 
@@ -42,17 +44,19 @@ def site_regions(reference: GraphModule, optimized: GraphModule, outputs: Output
 
     The frontier of a site is the set of the nearest nodes above its optimized output whose values the reference graph has too.
     The optimized region starts there; the reference region starts there or, where it does not pass by them, at the
-    graph's inputs, parameters and buffers. Raises KeyError when ``outputs`` names a node that does not exist.
+    graph's inputs, parameters and buffers. Memory that is written in place is not computed again: the reference region starts from the
+    views of it as well. Raises KeyError when ``outputs`` names a node that does not exist.
     """
     ref = {n.name: n for n in reference.graph.nodes}
     opt = {n.name: n for n in optimized.graph.nodes}
     pairs = {name: (ref[a], opt[b]) for name, (a, b) in outputs.items()}
     same = shared_nodes(reference, optimized, pairs)
+    fixed = changing(reference.graph)
     result = []
     for name, (r, o) in pairs.items():
         inner = _slice(o, {n for n in same if n is not o})
         shared = {n: same[n] for n in inner.leaves}
-        result.append(SiteRegions(name, _slice(r, set(shared.values()) - {r}), inner, shared))
+        result.append(SiteRegions(name, _slice(r, (fixed | set(shared.values())) - {r}), inner, shared))
     return result
 
 
@@ -65,15 +69,16 @@ def shared_nodes(reference: GraphModule, optimized: GraphModule, sites: Mapping[
     numbers: dict[Hashable, int] = {}
     first: dict[int, Node] = {}
     ref_number: dict[Node, int] = {}
+    time_dependent = changing(reference.graph) | changing(optimized.graph)
     for n in reference.graph.nodes:
-        ref_number[n] = _number(n, ref_number, numbers)
+        ref_number[n] = _number(n, ref_number, numbers, time_dependent)
         first.setdefault(ref_number[n], n)
     by_name = {n.name: n for n in reference.graph.nodes}
     site_of = {o: r for r, o in sites.values()}
     same: dict[Node, Node] = {}
     opt_number: dict[Node, int] = {}
     for n in optimized.graph.nodes:
-        opt_number[n] = _number(n, opt_number, numbers)
+        opt_number[n] = _number(n, opt_number, numbers, time_dependent)
         match = site_of.get(n) or first.get(opt_number[n])
         if match is None:
             namesake = by_name.get(n.name)
@@ -84,15 +89,13 @@ def shared_nodes(reference: GraphModule, optimized: GraphModule, sites: Mapping[
     return same
 
 
-def _number(n: Node, known: Mapping[Node, int], numbers: dict[Hashable, int]) -> int:
-    """The number of the function that ``n`` computes; effects and random numbers are never equal to another node's."""
-    key: Hashable
+def _number(n: Node, known: Mapping[Node, int], numbers: dict[Hashable, int], time_dependent: set[Node]) -> int:
+    """The number of the function that ``n`` computes. What depends on time, effects or random numbers is equal to no other node."""
+    key: Hashable = n
     if n.op in ("placeholder", "get_attr"):
         key = (n.op, n.target)
-    elif n.op == "call_function" and not _has_effect(n):
+    elif n.op == "call_function" and n not in time_dependent and not _has_effect(n):
         key = (n.op, n.target, repr(map_arg((n.args, n.kwargs), lambda a: f"value {known[a]}")))
-    else:
-        key = n
     return numbers.setdefault(key, len(numbers))
 
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from attnopt.errors import BackendError
 from attnopt.report import Check
-from attnopt.verify.budget import band, computing_dtype, judge
+from attnopt.verify.budget import band, computing_dtype, factor, judge
 from attnopt.verify.oracle import Float64Interpreter, GraphInterpreter, LowPrecisionInterpreter, to_dtype
 from attnopt.verify.regions import Region, SiteRegions, operands
 
@@ -21,6 +21,9 @@ LARGE = 40.0
 
 EVEN = 0.1
 """Standard deviation of even scores."""
+
+LOST = 0.5
+"""A budget above which a comparison in another dtype than the model's says nothing (small values underflow in float16)."""
 
 
 class SiteChecker:
@@ -63,20 +66,28 @@ class SiteChecker:
 
     def low_precision(self, name: str, values: Mapping[Node, Any], dtype: torch.dtype) -> Check:
         """In another, lower dtype, as ``model.to(dtype)`` would run it."""
-        return self._compare(name, {n: to_dtype(v, dtype) for n, v in values.items()}, dtype, type_of=LowPrecisionInterpreter)
+        check = self._compare(name, {n: to_dtype(v, dtype) for n, v in values.items()}, dtype, type_of=LowPrecisionInterpreter)
+        if check.budget > LOST:
+            return Check(name, 0.0, band(dtype), True, f"not compared: the original is off by {check.budget / factor(dtype):.0%} itself in this dtype")
+        return check
 
     def gradients(self, name: str, values: Mapping[Node, Any]) -> Check:
-        """Gradients of every floating leaf for a random cotangent."""
+        """Gradients of every floating leaf for a random cotangent.
+
+        The cotangent is zero on rows that do not depend on the queries while autograd reports a gradient to them: adding
+        ``finfo.min`` to every score of a row loses the scores, so the function is constant there, but the derivative of the sum is still 1.
+        """
         wanted = [n for n in self.site.leaves if _is_float(values[n])]
         dtype = computing_dtype([values[n] for n in wanted])
         site = self.site
         try:
-            original = self._gradients(GraphInterpreter(self.reference, root=self.root), site.reference, values, wanted, None)
-            truth = self._gradients(Float64Interpreter(self.reference, root=self.root), site.reference, values, wanted, None)
+            cotangent = self._cotangent(values)
+            original = self._gradients(GraphInterpreter(self.reference, root=self.root), site.reference, values, wanted, None, cotangent)
+            truth = self._gradients(Float64Interpreter(self.reference, root=self.root), site.reference, values, wanted, None, cotangent)
         except RuntimeError as error:
             return Check(name, 0.0, band(dtype), True, f"not compared: the original has no gradient here ({_line(error)})")
         try:
-            optimized = self._gradients(GraphInterpreter(self.optimized, root=self.root), site.optimized, values, wanted, site.shared)
+            optimized = self._gradients(GraphInterpreter(self.optimized, root=self.root), site.optimized, values, wanted, site.shared, cotangent)
         except Exception as error:  # noqa: BLE001 - whatever a kernel's backward raises is the finding
             return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {_line(error)}")
         return judge(name, optimized, original, truth, dtype, gradient=True)
@@ -90,7 +101,12 @@ class SiteChecker:
             return LowPrecisionInterpreter(gm, dtype, root=root) if type_of is LowPrecisionInterpreter else type_of(gm, root=root)
 
         with torch.no_grad():
-            original = _run(interpreter(self.reference), site.reference, values, None)
+            try:
+                original = _run(interpreter(self.reference), site.reference, values, None)
+            except RuntimeError as error:
+                if type_of is not LowPrecisionInterpreter:
+                    raise
+                return Check(name, 0.0, band(dtype), True, f"not compared: the captured original does not run in this dtype ({_line(error)})")
             truth = _run(Float64Interpreter(self.reference, root=root), site.reference, values, None)
             try:
                 optimized = _run(interpreter(self.optimized), site.optimized, values, site.shared)
@@ -104,12 +120,38 @@ class SiteChecker:
                 original, optimized = to_dtype(original, dtype), to_dtype(optimized, dtype)
         return judge(name, [optimized], [original], [truth], dtype)
 
-    def _gradients(self, interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], wanted: Sequence[Node], shared: Mapping[Node, Node] | None) -> list[Tensor]:
+    def loses_scores(self, values: Mapping[Node, Any]) -> bool:
+        """Whether some rows are constant while autograd has a gradient for their scores."""
+        return bool((self._cotangent(values) == 0).any())
+
+    def _cotangent(self, values: Mapping[Node, Any]) -> Tensor:
+        """A random gradient of the output in float64; zero on rows whose scores are lost."""
+        generator = torch.Generator().manual_seed(11)
+        floats = [n for n in self.q if _is_float(values[n])]
+        size = _rms([values[n] for n in self.k if _is_float(values[n])])
+        exact = Float64Interpreter(self.reference, root=self.root)
+        with torch.no_grad():
+            out = _run(exact, self.site.reference, values, None)
+            moved = None
+            if floats and 0 < size < math.inf:
+                other = {n: torch.randn(values[n].shape, generator=generator).to(values[n]) * (LARGE / size) for n in floats}
+                moved = _run(exact, self.site.reference, {**values, **other}, None)
+        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
+        if moved is None:
+            return cotangent
+        constant = ((out == moved) | (out.isnan() & moved.isnan())).all(-1, keepdim=True)
+        if not bool(constant.any()):
+            return cotangent
+        # A row that sees one key is constant as well, and rightly has no gradient.
+        reported = self._gradients(exact, self.site.reference, values, floats, None, torch.where(constant, cotangent, 0.0))
+        return torch.where(constant, 0.0, cotangent) if any(bool((g.nan_to_num() != 0).any()) for g in reported) else cotangent
+
+    def _gradients(
+        self, interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], wanted: Sequence[Node], shared: Mapping[Node, Node] | None, cotangent: Tensor
+    ) -> list[Tensor]:
         with torch.enable_grad():
             leaves = {n: interpreter.load_leaf(values[n]).detach().clone().requires_grad_() for n in wanted}
             out = _run(interpreter, region, {**values, **leaves}, shared)
-            generator = torch.Generator().manual_seed(11)
-            cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
             found = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype), allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), found, strict=True)]
 

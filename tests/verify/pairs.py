@@ -60,7 +60,7 @@ def example(B: int = 2, S: int = 24) -> tuple[Tensor, Tensor]:
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], dynamic: bool = True) -> GraphModule:
-    dims = tuple({d: torch.export.Dim.AUTO for d in range(a.ndim)} for a in args) if dynamic else None
+    dims = tuple(dict.fromkeys(range(a.ndim), torch.export.Dim.AUTO) for a in args) if dynamic else None
     gm = torch.export.export(model, args, dynamic_shapes=dims, strict=False).module()
     assert isinstance(gm, GraphModule)
     return gm
