@@ -90,7 +90,7 @@ def bounds(spec: AttentionSpec, sizes: Mapping[str, int]) -> Bounds:
     )
 
 
-def tiles(B: int, row: int, Sq: int, Skv: int, limits: Bounds | None, budget: int, at_least: int = 64) -> Iterator[Tile]:
+def tiles(B: int, row: int, Sq: int, Skv: int, limits: Bounds | None, budget: int, at_least: int = 32) -> Iterator[Tile]:
     """Tiles of at most ``budget`` elements, where one query of one batch takes ``row`` elements.
 
     A tile spans several queries before it spans several batches, since a product with few rows is slow; it is never

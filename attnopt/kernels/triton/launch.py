@@ -27,6 +27,7 @@ from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton.flash_forward import CONSTEXPRS, TENSORS, Source, generate
 
 MAX_HEAD_DIM = 256
+SHARED_MEMORY_SM90 = 227 * 1024
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -135,21 +136,27 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def config(D: int, Dv: int, Sq: int, dtype: torch.dtype, shared_memory: int) -> Config:
-    """Block sizes for heads of D and Dv on a device with ``shared_memory`` bytes per block of threads."""
+def config(D: int, Dv: int, Sq: int, dtype: torch.dtype, shared_memory: int, dense: bool) -> Config:
+    """Block sizes for heads of D and Dv on a device with ``shared_memory`` bytes per block of threads.
+
+    ``dense`` where the program reads an element per query and key, which takes registers. No choice spills on sm_80 and sm_90
+    (``tests/kernels/test_compile.py``).
+    """
     width = max(power_of_two(D), power_of_two(Dv))
     large = shared_memory >= 200 * 1024  # sm_90 has 227 KiB, sm_80 163 KiB
     if dtype == torch.float32:
         # no tensor cores at full precision: products are unrolled FMAs, and small tiles keep them in registers
-        c = Config(32, 32, 4, 2) if width <= 128 else Config(16, 32, 4, 1)
+        c = Config(32, 32, 4, 2) if width <= 64 else Config(32, 16, 8, 2) if width <= 128 else Config(32, 16, 8, 1)
     elif width <= 64:
-        c = Config(128, 64, 4, 3)
+        c = Config(128, 64, 8 if dense else 4, 3) if large else Config(64, 64, 4, 3)
     elif width <= 128:
-        c = Config(128, 64, 8, 3 if large else 2)
+        c = Config(128, 64, 8, 3) if large else Config(128, 32, 8, 3)
+    elif large:
+        c = Config(64, 32, 8, 2) if dense else Config(128 if width in (D, Dv) else 64, 64, 8, 2)
     else:
-        c = Config(128, 64 if large else 32, 8, 2)
+        c = Config(64, 32, 8, 2)
     BLOCK_M = min(c.BLOCK_M, power_of_two(Sq))
-    return Config(BLOCK_M, c.BLOCK_N, 4 if BLOCK_M <= 64 else c.num_warps, c.num_stages)
+    return Config(BLOCK_M, c.BLOCK_N, min(c.num_warps, max(4, BLOCK_M * 8 // c.BLOCK_M)), c.num_stages)
 
 
 @lru_cache(maxsize=64)
@@ -185,7 +192,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: S
     kernel = kernel_for(spec)
     arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values)
     on_gpu = q.device.type == "cuda"
-    c = config(D, Dv, q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else 232448)
+    c = config(D, Dv, q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, kernel.source.dense)
     programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         kernel.function[(programs,)](*arguments, **constants(D, Dv, c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)

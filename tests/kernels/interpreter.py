@@ -1,0 +1,71 @@
+"""Runs generated Triton kernels under Triton's interpreter: a process of its own, since the interpreter is chosen at import.
+
+Reads one request a line from standard input, writes one JSON reply a line. Run as ``python -m tests.kernels.interpreter``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+
+from attnopt.kernels.triton import launch
+from tests.kernels.cases import BY_NAME, Case
+from tests.kernels.operations import OPERATION_CASES
+
+TOLERANCE = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
+
+
+def upcast_products() -> None:
+    """The interpreter multiplies the raw bits of bfloat16: give its products float32 instead."""
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        import triton.language as tl
+
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, d, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return original(self, widened(a), widened(b), d, *args, **kwargs)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def run(name: str, dtype: str) -> dict[str, object]:
+    case: Case = BY_NAME.get(name) or OPERATION_CASES[name]
+    q, k, v, loads = case.tensors(getattr(torch, dtype))
+    want, want_lse = case.naive(q, k, v, loads)
+    o, lse = launch.attention(q, k, v, loads, list(case.sizes.values()), case.spec())
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(o.double(), want, atol=tolerance, rtol=tolerance, equal_nan=True)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-5)
+    assert o.transpose(1, 2).is_contiguous() and o.dtype == q.dtype
+    return {"ok": True}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    # the interpreter computes with NumPy, which warns of what a GPU does in silence: infinities subtracted, sums that are zero
+    warnings.simplefilter("ignore", RuntimeWarning)
+    upcast_products()
+    for line in sys.stdin:
+        try:
+            reply = run(*json.loads(line))
+        except Exception:  # noqa: BLE001  (it is handed to the test, which fails with it)
+            reply = {"ok": False, "error": traceback.format_exc()}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()
