@@ -17,6 +17,7 @@ from attnopt.capture.captured import Captured, ModelError
 from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.dynamo import Frames, compile_frame
 from attnopt.capture.export import DynamicShapes, capture
+from attnopt.capture.guards import no_new_guards
 from attnopt.capture.run import device_of, undisturbed
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import graph_function
@@ -101,7 +102,7 @@ def inspect(
             reason = error.message
         else:
             start = time.perf_counter()
-            result = run_pipeline(captured.graph_module, config)
+            result = _rewrite(captured.graph_module, config)
             seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
             return Report(result.sites, [*captured.remarks, *result.remarks], seconds=seconds)
     else:
@@ -164,13 +165,18 @@ def _backend(config: OptimizeConfig, frames: Frames, mode: str | None = None) ->
 
     def rewrite(graph: fx.GraphModule) -> tuple[fx.GraphModule, Report]:
         start = time.perf_counter()
-        result = run_pipeline(graph, config)
+        result = _rewrite(graph, config)
         return result.graph_module, Report(result.sites, result.remarks, seconds={"passes": time.perf_counter() - start})
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_frame(gm, example_inputs, rewrite, frames, config.inductor, mode)
 
     return backend
+
+
+def _rewrite(graph: fx.GraphModule, config: OptimizeConfig, skip: frozenset[str] = frozenset()) -> PipelineResult:
+    with no_new_guards(graph):
+        return run_pipeline(graph, config, skip_sites=skip)
 
 
 # ---- one variant of an optimized module
@@ -242,7 +248,7 @@ class _Builder:
             if skip not in results:
                 self._tell("passes", 0, 1)
                 start = time.perf_counter()
-                results[skip] = run_pipeline(captured.graph_module, self.config, skip_sites=skip)
+                results[skip] = _rewrite(captured.graph_module, self.config, skip)
                 spent += time.perf_counter() - start
                 self._tell("passes", 1, 1)
             result = results[skip]

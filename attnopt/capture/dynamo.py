@@ -36,8 +36,12 @@ class Frames:
     def merged(self, *remarks: Remark) -> Report:
         """One report over all frames, with ``remarks`` on the model in front."""
         total = Report(remarks=list(remarks))
+        seen = set()
         for report in self.reports:
-            total.sites += report.sites
+            # A function is compiled again for other sizes or modes: its sites are the same ones.
+            fresh = [s for s in report.sites if (s.name, s.source, s.status, str(s.spec)) not in seen]
+            seen |= {(s.name, s.source, s.status, str(s.spec)) for s in fresh}
+            total.sites += fresh
             total.remarks += report.remarks
             for stage, seconds in report.seconds.items():
                 total.seconds[stage] = total.seconds.get(stage, 0.0) + seconds

@@ -23,7 +23,7 @@ from attnopt.capture.call import Args, CallForm, Kwargs, Leaf, leaves_of
 from attnopt.capture.captured import Captured, DynamicDim, ModelError
 from attnopt.capture.clone import clone_tree
 from attnopt.capture.dynamism import Check, resize
-from attnopt.capture.guards import SymbolicSizes, compile_guard, symbolic_sizes, tie_batches
+from attnopt.capture.guards import SymbolicSizes, compile_guard, expr_of, hint_of, symbolic_sizes, tie_batches
 from attnopt.capture.inline import inline_regions
 from attnopt.capture.run import tensors_from
 from attnopt.capture.specialised import conditions_remarks, fixed_remark, specialised_remarks
@@ -276,7 +276,7 @@ def by_argument(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
 def _leaf(name: str, given: Any, val: Any) -> Leaf:
     if not isinstance(given, torch.Tensor):
         return Leaf(name, value=given)
-    return Leaf(name, given.dtype, given.device, tuple(n if isinstance(n, int) else str(n) for n in val.shape))
+    return Leaf(name, given.dtype, given.device, tuple(str(n) if expr_of(n).free_symbols else hint_of(n) for n in val.shape))
 
 
 def _lower_bounds(sizes: SymbolicSizes, symbols: set[sympy.Symbol]) -> None:

@@ -108,7 +108,7 @@ class OptimizedModule(nn.Module):
         memo[id(self)] = memo[id(self._attnopt.reference)] = new
         old = {k: v for k, v in self.__dict__.items() if k != "_attnopt"}
         new.__dict__.update(copy.deepcopy(old, memo))
-        new.__dict__["_attnopt"] = self._attnopt.for_copy(_reference(new, _original_class(self), copy.deepcopy(_own_forward(self), memo)))
+        new.__dict__["_attnopt"] = self._attnopt.for_copy(over_same_state(new, _original_class(self), copy.deepcopy(_own_forward(self), memo)))
         return new
 
     def __copy__(self: Self) -> Self:
@@ -137,7 +137,7 @@ def optimized_module(model: nn.Module, builder: Builder, max_variants: int = 8, 
     optimized = object.__new__(_class_for(cast(Any, type(tree))))
     optimized.__dict__.update(tree.__dict__)
     own_forward = optimized.__dict__.pop("forward", None)
-    optimized.__dict__["_attnopt"] = State(_reference(optimized, type(tree), own_forward), builder, max_variants, shared=not (copy_parameters or own))
+    optimized.__dict__["_attnopt"] = State(over_same_state(optimized, type(tree), own_forward), builder, max_variants, shared=not (copy_parameters or own))
     return optimized
 
 
@@ -166,8 +166,8 @@ def _original_class(module: OptimizedModule) -> type[nn.Module]:
     return cast(type[nn.Module], type(module).__mro__[2])
 
 
-def _reference(module: nn.Module, cls: type[nn.Module], own_forward: Callable[..., Any] | None) -> nn.Module:
-    """``cls`` over the state of ``module``; ``own_forward`` is a forward that was set on the instance."""
+def over_same_state(module: nn.Module, cls: type[nn.Module], own_forward: Callable[..., Any] | None) -> nn.Module:
+    """Another object over the state of ``module``, of class ``cls``; ``own_forward`` is a forward as set on an instance."""
     if own_forward is not None:
         cls = _subclass(cls.__name__, (cls,), {"forward": staticmethod(own_forward), "__module__": cls.__module__})
     reference = object.__new__(cls)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import attnopt.kernels.ops  # noqa: F401 - registers the operator that a file re
 from attnopt.capture.captured import Captured
 from attnopt.capture.export import DynamicShapes, by_argument, quiet
 from attnopt.capture.guards import expr_of
-from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.module import OptimizedModule, graph_variants, over_same_state
 from attnopt.emit.variant import GraphVariant
 from attnopt.errors import AttnoptError, CaptureError, LoadError
 
@@ -32,7 +35,8 @@ def save_pt2(
     """Export an optimized module again and save it; returns the program.
 
     Without ``args`` and ``kwargs`` it is exported for the call that was captured last, and the same dimensions stay
-    open. ``dynamic_shapes`` is ``"auto"`` or torch.export's own. Read it with ``torch.export.load(path).module()`` after ``import attnopt``.
+    open. Results that are objects of a library's class (``ModelOutput``) come back as dicts, so that reading the file takes no
+    other package. ``dynamic_shapes`` is ``"auto"`` or torch.export's own. Read it with ``torch.export.load(path).module()`` after ``import attnopt``.
     Raises CaptureError for a module that holds no captured graph (one that goes through torch.compile) and
     AttnoptError when the file cannot be written.
     """
@@ -71,10 +75,32 @@ def export_optimized(
         args, kwargs = captured.args, captured.kwargs
     shapes: Any = _open_shapes(optimized, captured) if auto else None if dynamic_shapes == "static" else dynamic_shapes
     with torch.enable_grad(), quiet():
-        program = torch.export.export(optimized, args or (), kwargs or {}, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(_with_plain_results(optimized), args or (), kwargs or {}, dynamic_shapes=shapes, strict=False)
     if auto:
         _lower_bounds(program, captured)
     return program
+
+
+def _with_plain_results(optimized: OptimizedModule) -> nn.Module:
+    """The same module over the same state, with results that every process knows."""
+    run = optimized.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _plain(run(*args, **kwargs))
+
+    forward.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]
+    return over_same_state(optimized, type(optimized), forward)
+
+
+def _plain(value: Any) -> Any:
+    """Library classes that hold results (mappings, dataclasses) as dicts."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(x) for x in value)
+    return value
 
 
 def _open_shapes(optimized: nn.Module, captured: Captured) -> dict[str, Any]:
