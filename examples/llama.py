@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Config:
-    vocabulary: int = 4096
+    vocabulary: int = 2048
     layers: int = 4
-    width: int = 512
-    hidden: int = 1024
-    heads: int = 16
-    kv_heads: int = 4
+    width: int = 256
+    hidden: int = 512
+    heads: int = 8
+    kv_heads: int = 2
     rope_base: float = 10_000.0
 
     @property

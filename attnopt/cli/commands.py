@@ -133,15 +133,21 @@ def _config(options: dict[str, Any], *, verify: bool) -> OptimizeConfig:
 
 
 def _load(target: str, stages: Stages, *, train: bool, inputs: tuple[str, ...], dtype: str | None, device: str | None, attn_implementation: str | None, **_: Any) -> Loaded:
-    """The model and its inputs on the device and in the dtype that were asked for."""
+    """The model and its inputs on the device and in the dtype that were asked for, after it ran once as it is.
+
+    A model that fails by itself is told from one that cannot be captured that way, with the user's own line.
+    """
     from dataclasses import replace
 
-    from attnopt.capture.loader import load
+    from attnopt.capture.loader import load, run_once
 
     stages("load")
     where = None if device is None else _device(device)
     loaded = load(target, inputs, attn_implementation=attn_implementation)
-    return replace(loaded, model=loaded.model.train(train), **_moved(loaded, dtype, where))
+    loaded = replace(loaded, model=loaded.model.train(train), **_moved(loaded, dtype, where))
+    stages("run")
+    run_once(loaded)
+    return loaded
 
 
 def _moved(loaded: Loaded, dtype: str | None, device: Any) -> dict[str, Any]:
@@ -214,7 +220,7 @@ def _next_steps(out: Console, target: str, report: Report, output: str | None, c
     if code == DONE and output is None and report.replaced:
         steps.append(f"attnopt optimize {target} --output model.pt2: save it; or attnopt.optimize(model, inputs) in Python")
     if output is not None:
-        steps.append(f"import attnopt; torch.export.load({output!r}).module(): load it in any process")
+        steps.append(f"import attnopt, torch; torch.export.load({output!r}).module(): load it in any process")
     if steps:
         out.print("Next", style="bold")
         for step in steps:

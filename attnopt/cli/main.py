@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,9 @@ def run(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code. ``argv`` leaves out the program's name."""
     argv = sys.argv[1:] if argv is None else argv
     with_traceback = "--traceback" in argv
+    if not with_traceback:  # advice of libraries to those who write libraries is nothing that a user can act on
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
     try:
         return int(app.main(args=argv, prog_name="attnopt", standalone_mode=False) or 0)
     except click.ClickException as error:

@@ -39,7 +39,8 @@ def show_sites(out: Console, sites: list[Site]) -> None:
     if not sites:
         out.print("No attention was found in this model.", style="yellow")
         return
-    table = Table(title="Attentions", title_justify="left", title_style="bold", header_style="bold", expand=False)
+    table = Table(header_style="bold")
+    out.print("Attentions", style="bold")
     for name in ("site", "source", "computes", "kernel", "why"):
         table.add_column(name, overflow="fold")
     for group in grouped(sites):
@@ -108,7 +109,8 @@ def show_checks(out: Console, verdict: Verdict) -> None:
     """The checks that used most of their budget, failed ones first."""
     if not verdict.checks:
         return
-    table = Table(title="Checks", title_justify="left", title_style="bold", header_style="bold")
+    table = Table(header_style="bold")
+    out.print("Checks", style="bold")
     for name in ("check", "error", "budget", "", "detail"):
         table.add_column(name, overflow="fold")
     ranked = sorted(verdict.checks, key=lambda c: (c.passed, -(c.error / c.budget if c.budget > 0 else c.error)))
@@ -120,7 +122,8 @@ def show_checks(out: Console, verdict: Verdict) -> None:
 
 
 def show_comparison(out: Console, comparison: Comparison) -> None:
-    table = Table(title=f"Time and peak memory ({comparison.what}, median of {comparison.runs} runs)", title_justify="left", title_style="bold", header_style="bold")
+    out.print(f"[bold]Time and peak memory[/] ({comparison.what}, median of {comparison.runs} runs)")
+    table = Table(header_style="bold")
     for name in ("", "time", "peak memory"):
         table.add_column(name, justify="left" if not name else "right")
     for name, m in (("original", comparison.original), ("optimized", comparison.optimized)):

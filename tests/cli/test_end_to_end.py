@@ -25,7 +25,7 @@ def attnopt(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_optimize_saves_what_a_fresh_process_runs(tmp_path: Path) -> None:
     file = tmp_path / "nanogpt.pt2"
-    done = attnopt("optimize", "examples/nanogpt.py", "--output", str(file), "--no-benchmark")
+    done = attnopt("optimize", "examples/nanogpt.py", "--output", str(file), "--no-benchmark", "--input", "idx=int64[2,64]")
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("Done: 3 of 3 attentions replaced, verified: ")
@@ -34,7 +34,7 @@ def test_optimize_saves_what_a_fresh_process_runs(tmp_path: Path) -> None:
         "import sys, torch, attnopt; sys.path.insert(0, 'examples'); import nanogpt\n"
         f"again = torch.export.load({str(file)!r}).module()\n"
         "x = nanogpt.example_inputs()[:, :100]\n"
-        "print((again(x) - nanogpt.model()(x)).abs().max().item())"
+        "print((again(idx=x) - nanogpt.model()(x)).abs().max().item())"
     )
     loaded = call("-c", code)
     assert loaded.returncode == 0, loaded.stderr
@@ -42,17 +42,17 @@ def test_optimize_saves_what_a_fresh_process_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("argv", "words"),
     [
-        ("examples/bert_hf.py", ["full", "key padding"]),
-        ("examples/custom_scores.py:alibi", ["causal", "ALiBi"]),
-        ("examples/custom_scores.py:sliding_window", ["causal", "window 64"]),
-        ("examples/custom_scores.py:softcap", ["causal", "softcap 30"]),
+        (["examples/bert_hf.py", "--input", "input_ids=int64[2,32]", "--input", "attention_mask=int64[2,32]"], ["full", "key padding"]),
+        (["examples/custom_scores.py:alibi", "--input", "float32[2,80,256]"], ["causal", "ALiBi"]),
+        (["examples/custom_scores.py:sliding_window", "--input", "float32[2,80,256]"], ["causal", "window 64"]),
+        (["examples/custom_scores.py:softcap", "--input", "float32[2,80,256]"], ["causal", "softcap 30"]),
     ],
-    ids=lambda x: x.rpartition("/")[2] if isinstance(x, str) else "",
+    ids=["padding", "alibi", "window", "softcap"],
 )
-def test_each_example_is_recognised_as_what_it_is(target: str, words: list[str]) -> None:
-    done = attnopt("optimize", target, "--json", "--no-benchmark", "--require-all")
+def test_each_example_is_recognised_as_what_it_is(argv: list[str], words: list[str]) -> None:
+    done = attnopt("optimize", *argv, "--json", "--no-benchmark", "--require-all")
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(done.stdout)
     assert facts["sites"] and facts["verdict"]["passed"] is True
