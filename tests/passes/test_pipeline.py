@@ -103,7 +103,7 @@ def test_a_skipped_site_stays_in_its_original_form() -> None:
 
 
 def test_unknown_passes_and_backends_are_refused() -> None:
-    with pytest.raises(AttnoptError, match="no pass 'fuse-everything'.*canonicalize, raise-attention"):
+    with pytest.raises(AttnoptError, match=r"no pass 'fuse-everything'.*canonicalize, raise-attention"):
         run_pipeline(captured(), OptimizeConfig(disable_passes=("fuse-everything",)))
     with pytest.raises(AttnoptError, match="cannot be disabled"):
         run_pipeline(captured(), OptimizeConfig(disable_passes=("canonicalize",)))
