@@ -68,25 +68,39 @@ def judge(name: str, optimized: Sequence[Any], original: Sequence[Any], truth: S
         return Check(name, math.inf, band(dtype), False, f"{len(optimized)} outputs instead of {len(original)}")
     reference = original if truth is None else truth
     floor = 0.01 * _rms(reference) if gradient else 0.0
-    worst, where, blind = (0.0, band(dtype) if truth is not None else apart(dtype)), "", False
+    worst, where, notes = (0.0, band(dtype) if truth is not None else apart(dtype)), "", [detail] if detail else []
     for i, (o, r, t) in enumerate(zip(optimized, original, reference, strict=True)):
-        got = distance(o, t, floor=floor, ignore_nan_truth=gradient)
-        own = Distance(0.0, 0.0) if truth is None else distance(r, t, floor=floor, ignore_nan_truth=gradient)
-        base = apart(dtype) if truth is None else band(dtype)
+        own = distance(r, t, floor=floor, ignore_nan_truth=gradient)
+        if truth is None or _lost(t, r, gradient):
+            got, own, base = distance(o, r, floor=floor, ignore_nan_truth=gradient), Distance(0.0, 0.0), apart(dtype)
+            if truth is not None and _TRUTH_LOST not in notes:
+                notes.append(_TRUTH_LOST)
+        else:
+            got, base = distance(o, t, floor=floor, ignore_nan_truth=gradient), band(dtype)
         found = [(got.norm, factor(dtype) * own.norm + base)]
-        if not gradient and truth is not None:
+        if not gradient and base == band(dtype):
             found.append((got.row, ROW * factor(dtype) * own.row + base))
         for error, budget in found:
-            blind |= math.isinf(budget)
+            if math.isinf(budget) and _ORIGINAL_LOST not in notes:
+                notes.append(_ORIGINAL_LOST)
             if _part(error, budget) > _part(*worst):
                 worst, where = (error, budget), f"output {i}" if len(optimized) > 1 else ""
         if isinstance(o, Tensor) and isinstance(r, Tensor) and o.dtype != r.dtype:
             return Check(name, math.inf, base, False, f"the result is {o.dtype} instead of {r.dtype}")
     error, budget = worst
-    notes = [x for x in (detail, where) if x]
-    if blind:
-        notes.append("the original itself is not finite where the truth is")
+    notes += [where] if where else []
     return Check(name, error, budget, error <= budget, "; ".join(notes))
+
+
+_ORIGINAL_LOST = "the original itself is not finite where the truth is"
+_TRUTH_LOST = "against the original at its own dtype, which is finite where its float64 run is not"
+
+
+def _lost(truth: Any, original: Any, gradient: bool) -> bool:
+    """Whether the truth is worth less than the original: a float64 run of a model that casts to float32 by itself may overflow there."""
+    if gradient or not (isinstance(truth, Tensor) and isinstance(original, Tensor) and truth.is_floating_point() and truth.shape == original.shape):
+        return False
+    return bool((original.isfinite() & ~truth.isfinite()).any())
 
 
 def _part(error: float, budget: float) -> float:

@@ -116,20 +116,17 @@ class _Maker:
         return inside and self.dynamic.admits(sizes)
 
     def _sizes(self, base: Mapping[str, int], length: int, *, shorter: bool) -> Iterator[dict[str, int]]:
-        """Other sizes, the most telling first: odd ones, that are multiples of nothing a kernel cuts by."""
+        """Other choices of all sizes, the most telling first."""
         groups = self.dynamic.groups(self.leaves)
         sequences = {dim.symbol for i, dims in self.dynamic.dims.items() for d, dim in dims.items() if d > 0 and self._is_sequence(self.leaves[i])}
-        steps: list[Callable[[int, int], int]] = (
-            [lambda n, _: n * 2 // 3 | 1, lambda n, _: n // 2, lambda n, _: n // 4, lambda n, _: n - 1]
-            if shorter
-            else [lambda n, top: min(max(n * 3 // 2 | 1, LONG), top), lambda n, top: min(n * 3 // 2 | 1, top), lambda n, _: n + 1, lambda n, _: n * 2, lambda n, _: n]
-        )
-        for step in steps:
+        for i in range(5):
             sizes = dict(base)
             for g in groups:
                 for s in g:
-                    top = max(base[s], length - 1) if s in sequences else base[s] * 3 // 2 | 1
-                    sizes[s] = (base[s] if shorter else base[s] + 1) if self.dynamic.is_batch(g) else step(base[s], top)
+                    if self.dynamic.is_batch(g):
+                        sizes[s] = base[s] if shorter else base[s] + 1
+                    else:
+                        sizes[s] = (_shorter(base[s]) if shorter else _longer(base[s], length if s in sequences else None))[i]
             if sizes != dict(base) and self._fits(sizes, length):
                 yield sizes
 
@@ -206,6 +203,20 @@ def kind_of(leaf: Any) -> Kind:
     if leaf.dtype != torch.bool and leaf.ndim >= 1 and leaf.shape[-1] > 1 and bool((leaf.diff(dim=-1) == 1).all()):
         return "range"
     return "ids"
+
+
+def _shorter(n: int) -> list[int]:
+    """Sizes to try instead of n, the most telling first: odd ones, that are multiples of nothing a kernel cuts by."""
+    return [n * 2 // 3 | 1, n // 2, n // 4, n - 1, n]
+
+
+def _longer(n: int, length: int | None) -> list[int]:
+    """The same upwards. ``length`` bounds a sequence; other dimensions (samples, pixels) have no bound of ours."""
+    grown = n * 3 // 2 | 1
+    if length is None:
+        return [grown, n + 1, n * 2, n * 4, n]
+    top = max(n, length - 1)
+    return [min(x, top) for x in (max(grown, LONG), grown, n + 1, n * 2, n)]
 
 
 def _mask(leaf: Tensor, shape: tuple[int, ...], padding: str) -> Tensor:

@@ -17,26 +17,29 @@ Outputs = Mapping[str, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Region:
-    """What a value is computed by: ``nodes`` in order, up to ``output``, from ``leaves``."""
+    """What a value is computed by: ``nodes`` in order, up to ``output``, from ``leaves``.
+
+    ``source`` maps each leaf to the reference node that stands for its value; equal values have one.
+    """
 
     nodes: tuple[Node, ...]
     leaves: tuple[Node, ...]
     output: Node
+    source: Mapping[Node, Node]
 
 
 @dataclass(frozen=True)
 class SiteRegions:
-    """One site in both graphs. ``shared`` maps the leaves of the optimized region to the reference nodes with their values."""
+    """One site in both graphs."""
 
     name: str
     reference: Region
     optimized: Region
-    shared: Mapping[Node, Node]
 
     @property
     def leaves(self) -> tuple[Node, ...]:
         """The reference nodes whose values either region starts from."""
-        return tuple(dict.fromkeys((*self.reference.leaves, *self.shared.values())))
+        return tuple(dict.fromkeys((*self.reference.source.values(), *self.optimized.source.values())))
 
 
 def site_regions(reference: GraphModule, optimized: GraphModule, outputs: Outputs) -> list[SiteRegions]:
@@ -50,18 +53,23 @@ def site_regions(reference: GraphModule, optimized: GraphModule, outputs: Output
     ref = {n.name: n for n in reference.graph.nodes}
     opt = {n.name: n for n in optimized.graph.nodes}
     pairs = {name: (ref[a], opt[b]) for name, (a, b) in outputs.items()}
-    same = shared_nodes(reference, optimized, pairs)
+    same, number = shared_nodes(reference, optimized, pairs)
     fixed = changing(reference.graph)
+    equal: dict[int, list[Node]] = {}
+    for n in reference.graph.nodes:
+        equal.setdefault(number[n], []).append(n)
     result = []
     for name, (r, o) in pairs.items():
-        inner = _slice(o, {n for n in same if n is not o})
-        shared = {n: same[n] for n in inner.leaves}
-        result.append(SiteRegions(name, _slice(r, (fixed | set(shared.values())) - {r}), inner, shared))
+        inner = _slice(o, {n: m for n, m in same.items() if n is not o})
+        stop = {twin: m for m in inner.source.values() for twin in equal[number[m]]}
+        stop |= {n: n for n in fixed if n not in stop}
+        stop.pop(r, None)
+        result.append(SiteRegions(name, _slice(r, stop), inner))
     return result
 
 
-def shared_nodes(reference: GraphModule, optimized: GraphModule, sites: Mapping[str, tuple[Node, Node]]) -> dict[Node, Node]:
-    """Optimized node -> reference node with the same value, given that the sites' outputs agree.
+def shared_nodes(reference: GraphModule, optimized: GraphModule, sites: Mapping[str, tuple[Node, Node]]) -> tuple[dict[Node, Node], dict[Node, int]]:
+    """Optimized node -> reference node with the same value, given that the sites' outputs agree; and the reference's value numbers.
 
     Two nodes agree when they are the same function of agreeing operands, whatever they are called (so merged and
     renamed nodes are found); failing that, when name and function are the same, which is what passes promise for nodes they do not touch.
@@ -86,7 +94,7 @@ def shared_nodes(reference: GraphModule, optimized: GraphModule, sites: Mapping[
         if match is not None and n.op != "output":
             opt_number[n] = ref_number[match]
             same[n] = match
-    return same
+    return same, ref_number
 
 
 def _number(n: Node, known: Mapping[Node, int], numbers: dict[Hashable, int], time_dependent: set[Node]) -> int:
@@ -105,10 +113,10 @@ def _has_effect(n: Node) -> bool:
     return n.is_impure()
 
 
-def _slice(root: Node, stop: set[Node]) -> Region:
-    """The backward slice of ``root``, ending at ``stop`` and at the graph's inputs and tensors."""
+def _slice(root: Node, stop: Mapping[Node, Node]) -> Region:
+    """The backward slice of ``root``, ending at the nodes of ``stop`` (mapped to their sources) and at the graph's inputs and tensors."""
     seen: set[Node] = set()
-    leaves: dict[Node, None] = {}
+    leaves: dict[Node, Node] = {}
     order: list[Node] = []
     stack: list[tuple[Node, bool]] = [(root, False)]
     while stack:
@@ -120,11 +128,11 @@ def _slice(root: Node, stop: set[Node]) -> Region:
             continue
         seen.add(n)
         if n is not root and (n in stop or n.op == "placeholder" or (n.op == "get_attr" and not _is_graph(n))):
-            leaves[n] = None
+            leaves[n] = stop.get(n, n)
             continue
         stack.append((n, True))
         stack.extend((a, False) for a in n.all_input_nodes)
-    return Region(tuple(order), tuple(leaves), root)
+    return Region(tuple(order), tuple(leaves), root, leaves)
 
 
 def _is_graph(n: Node) -> bool:
@@ -160,4 +168,4 @@ def _leaves_of(value: Argument, region: Region) -> set[Node]:
         return set()
     if value in region.leaves:
         return {value}
-    return set(_slice(value, set(region.leaves)).leaves)
+    return set(_slice(value, region.source).leaves)

@@ -32,7 +32,7 @@ class SiteChecker:
     def __init__(self, site: SiteRegions, reference: GraphModule, optimized: GraphModule, root: nn.Module | None = None) -> None:
         self.site, self.reference, self.optimized, self.root = site, reference, optimized, root
         found = operands(site.optimized)
-        self.q, self.k, self.v = ({site.shared[n] for n in x} for x in (found.q, found.k, found.v))
+        self.q, self.k, self.v = ({site.optimized.source[n] for n in x} for x in (found.q, found.k, found.v))
 
     def own_dtype(self, values: Mapping[Node, Any]) -> torch.dtype:
         return computing_dtype([values[n] for n in self.site.leaves])
@@ -82,12 +82,12 @@ class SiteChecker:
         site = self.site
         try:
             cotangent = self._cotangent(values)
-            original = self._gradients(GraphInterpreter(self.reference, root=self.root), site.reference, values, wanted, None, cotangent)
-            truth = self._gradients(Float64Interpreter(self.reference, root=self.root), site.reference, values, wanted, None, cotangent)
+            original = self._gradients(GraphInterpreter(self.reference, root=self.root), site.reference, values, wanted, cotangent)
+            truth = self._gradients(Float64Interpreter(self.reference, root=self.root), site.reference, values, wanted, cotangent)
         except RuntimeError as error:
             return Check(name, 0.0, band(dtype), True, f"not compared: the original has no gradient here ({_line(error)})")
         try:
-            optimized = self._gradients(GraphInterpreter(self.optimized, root=self.root), site.optimized, values, wanted, site.shared, cotangent)
+            optimized = self._gradients(GraphInterpreter(self.optimized, root=self.root), site.optimized, values, wanted, cotangent)
         except Exception as error:  # noqa: BLE001 - whatever a kernel's backward raises is the finding
             return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {_line(error)}")
         return judge(name, optimized, original, truth, dtype, gradient=True)
@@ -102,14 +102,14 @@ class SiteChecker:
 
         with torch.no_grad():
             try:
-                original = _run(interpreter(self.reference), site.reference, values, None)
+                original = _run(interpreter(self.reference), site.reference, values)
             except RuntimeError as error:
                 if type_of is not LowPrecisionInterpreter:
                     raise
                 return Check(name, 0.0, band(dtype), True, f"not compared: the captured original does not run in this dtype ({_line(error)})")
-            truth = _run(Float64Interpreter(self.reference, root=root), site.reference, values, None)
+            truth = _run(Float64Interpreter(self.reference, root=root), site.reference, values)
             try:
-                optimized = _run(interpreter(self.optimized), site.optimized, values, site.shared)
+                optimized = _run(interpreter(self.optimized), site.optimized, values)
             except BackendError as error:
                 if type_of is LowPrecisionInterpreter:  # the kernel was chosen for the dtype of the capture; another dtype is captured, and chosen for, anew
                     return Check(name, 0.0, band(dtype), True, f"not compared: the kernel is for another dtype ({error.message})")
@@ -131,11 +131,11 @@ class SiteChecker:
         size = _rms([values[n] for n in self.k if _is_float(values[n])])
         exact = Float64Interpreter(self.reference, root=self.root)
         with torch.no_grad():
-            out = _run(exact, self.site.reference, values, None)
+            out = _run(exact, self.site.reference, values)
             moved = None
             if floats and 0 < size < math.inf:
                 other = {n: torch.randn(values[n].shape, generator=generator).to(values[n]) * (LARGE / size) for n in floats}
-                moved = _run(exact, self.site.reference, {**values, **other}, None)
+                moved = _run(exact, self.site.reference, {**values, **other})
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
         if moved is None:
             return cotangent
@@ -143,24 +143,22 @@ class SiteChecker:
         if not bool(constant.any()):
             return cotangent
         # A row that sees one key is constant as well, and rightly has no gradient.
-        reported = self._gradients(exact, self.site.reference, values, floats, None, torch.where(constant, cotangent, 0.0))
+        reported = self._gradients(exact, self.site.reference, values, floats, torch.where(constant, cotangent, 0.0))
         return torch.where(constant, 0.0, cotangent) if any(bool((g.nan_to_num() != 0).any()) for g in reported) else cotangent
 
     def _gradients(
-        self, interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], wanted: Sequence[Node], shared: Mapping[Node, Node] | None, cotangent: Tensor
+        self, interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], wanted: Sequence[Node], cotangent: Tensor
     ) -> list[Tensor]:
         with torch.enable_grad():
             leaves = {n: interpreter.load_leaf(values[n]).detach().clone().requires_grad_() for n in wanted}
-            out = _run(interpreter, region, {**values, **leaves}, shared)
+            out = _run(interpreter, region, {**values, **leaves})
             found = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype), allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), found, strict=True)]
 
 
-def _run(interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], shared: Mapping[Node, Node] | None) -> Any:
-    """The region's output from its leaves' values; ``shared`` translates the optimized leaves to those that ``values`` knows."""
-    env = {n: interpreter.load_leaf(values[n if shared is None else shared[n]]) for n in region.leaves}
-    if region.output in env:
-        return env[region.output]
+def _run(interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any]) -> Any:
+    """The region's output from the values of its leaves' sources."""
+    env = {n: interpreter.load_leaf(values[region.source[n]]) for n in region.leaves}
     return interpreter.run_nodes(region.nodes, env, {region.output})[region.output]
 
 

@@ -111,6 +111,13 @@ class TestJudge:
         check = judge("x", [self.off(1.0)], [self.truth * math.nan], [self.truth], torch.float16)
         assert check.passed and check.detail == "the original itself is not finite where the truth is"
 
+    def test_where_the_truth_overflows_they_are_compared_with_each_other(self) -> None:
+        truth = torch.cat([self.truth, torch.tensor([math.nan])])
+        original = torch.cat([self.truth, torch.ones(1)])
+        assert judge("x", [original], [original], [truth], torch.float32).passed
+        check = judge("x", [original * 1.001], [original], [truth], torch.float32)
+        assert not check.passed and check.budget == apart(torch.float32) and "own dtype" in check.detail
+
     def test_gradients_count_together(self) -> None:
         tiny = [self.truth, self.truth * 0]
         noise = self.truth * 1e-9

@@ -136,7 +136,7 @@ class TestEachCheckCatchesWhatNoOtherDoes:
     """Wrong attentions that only one kind of input shows."""
 
     def wrong(self, function: Function, dtype: torch.dtype = torch.float32) -> set[str]:
-        return {n.split(": ", 1)[1].split(",")[0] for n in failures(replaced(decoder(dtype=dtype), calls(function)))}
+        return {n.split(": ", 1)[1].split(",")[0] for n in failures(replaced(decoder(1, dtype=dtype), calls(function)))}
 
     def test_large_scores(self) -> None:
         assert self.wrong(unstable) == {"large scores"}
