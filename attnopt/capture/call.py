@@ -44,9 +44,8 @@ class CallForm:
             args = ()
         defaults = self.defaults
         ordered = {n: taken[n] for n in self.declared if n in taken and taken[n] is not defaults[n]}
-        for name in taken:
-            if name not in defaults:
-                ordered[name] = taken[name]
+        for name in sorted(n for n in taken if n not in defaults):
+            ordered[name] = taken[name]
         return args, ordered
 
 

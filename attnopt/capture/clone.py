@@ -24,8 +24,9 @@ def clone_tree(model: nn.Module, *, clone_parameter: Callable[[nn.Parameter], nn
     for module in model.modules():
         memo[id(module)] = object.__new__(type(module))
     tensors: Memo = {}
-    for module in model.modules():
-        _fill(module, memo, tensors, clone_parameter)
+    with torch.inference_mode(False):  # a buffer copied in inference mode could never meet autograd again
+        for module in model.modules():
+            _fill(module, memo, tensors, clone_parameter)
     copy: nn.Module = memo[id(model)]
     return copy
 

@@ -26,12 +26,11 @@ from attnopt.capture.dynamism import Check, resize
 from attnopt.capture.guards import SymbolicSizes, compile_guard, expr_of, hint_of, symbolic_sizes, tie_batches
 from attnopt.capture.inline import inline_regions
 from attnopt.capture.run import tensors_from
+from attnopt.capture.shapes import Plan, batch_of_one, name_every_argument, plans, shapes_by_argument
 from attnopt.capture.specialised import conditions_remarks, fixed_remark, specialised_remarks
 from attnopt.errors import CaptureError
 
 DynamicShapes = Literal["auto", "static"] | dict[str, Any] | tuple[Any, ...] | None
-Plan = list[frozenset[int]]
-"""Per leaf, the dimensions that are left open."""
 
 log = logging.getLogger("attnopt")
 
@@ -52,9 +51,11 @@ def capture(model: nn.Module, args: Args = (), kwargs: Kwargs | None = None, dyn
     model._forward_pre_hooks.clear()
     try:
         form = CallForm(model.forward)
+        form.signature.bind(*args, **kwargs)
         args, kwargs = form.normalise(args, kwargs)
     except TypeError as error:
         raise ModelError(f"{type(model).__name__} does not take these inputs: {_first_line(error)}", error) from error
+    name_every_argument(model, form, kwargs)
     leaves, structure = pytree.tree_flatten((args, kwargs))
     leaves = [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf else x for x in leaves]
     with torch.inference_mode(False), torch.enable_grad():
@@ -79,10 +80,10 @@ class _Job:
     # ---- the two ways
 
     def auto(self, leaves: list[Any], check: bool) -> Captured:
-        batch_of_one = _batch_of_one(leaves)
-        if batch_of_one:
+        single = batch_of_one(leaves)
+        if single:
             # Export fixes a dimension whose example has size one, so it sees the example twice.
-            repeated = resize(leaves, dict.fromkeys(batch_of_one, 2))
+            repeated = resize(leaves, dict.fromkeys(single, 2))
             captured, failure = self._open(repeated, check, must_hold=leaves)
             if captured is not None:
                 return captured
@@ -97,11 +98,12 @@ class _Job:
         if isinstance(shapes, tuple | list):
             shapes = dict(zip(inspect.signature(self.model.forward).parameters, shapes, strict=False))
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        empty = by_argument(self.model, *pytree.tree_unflatten([None] * len(leaves), self.structure))
-        unknown = sorted(set(shapes) - set(inspect.signature(self.model.forward).parameters))
+        empty = shapes_by_argument(self.model, [None] * len(leaves), args, kwargs)
+        taken = inspect.signature(self.model.forward).parameters
+        unknown = sorted(set(shapes) - set(taken))
         if unknown:
-            raise CaptureError(f"dynamic_shapes names {', '.join(unknown)}, which {type(self.model).__name__} does not take; it takes {', '.join(empty)}.")
-        wanted = {name: shapes.get(name, none) for name, none in empty.items()}
+            raise CaptureError(f"dynamic_shapes names {', '.join(unknown)}, which {type(self.model).__name__} does not take; it takes {', '.join(taken)}.")
+        wanted = {name: shapes.get(name, none) for name, none in empty.items()}  # torch.export wants every argument named
         try:
             program = _export(self.model, args, kwargs, wanted)
         except Exception as error:
@@ -128,24 +130,24 @@ class _Job:
         return captured, None
 
     def _widest(self, leaves: list[Any]) -> tuple[ExportedProgram | None, Plan, Exception | None]:
-        plans = _plans(leaves)
-        program, failure = self._try(leaves, plans[0])
+        first, *between, last = plans(leaves)
+        program, failure = self._try(leaves, first)
         if program is not None:
-            return program, plans[0], None
+            return program, first, None
         # Is it the open dimensions, or the model? The static capture tells, before more is tried.
-        static, why = self._try(leaves, plans[-1])
+        static, why = self._try(leaves, last)
         if static is None:
-            return None, plans[-1], why
-        for plan in plans[1:-1]:
+            return None, last, why
+        for plan in between:
             program, _ = self._try(leaves, plan)
             if program is not None:
                 return program, plan, None
-        return static, plans[-1], failure
+        return static, last, failure
 
     def _try(self, leaves: list[Any], plan: Plan) -> tuple[ExportedProgram | None, Exception | None]:
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         specs = [dict.fromkeys(sorted(dims), Dim.AUTO) or None for dims in plan]
-        shapes = by_argument(self.model, *pytree.tree_unflatten(specs, self.structure))
+        shapes = shapes_by_argument(self.model, specs, args, kwargs)
         try:
             return _export(self.model, args, kwargs, shapes), None
         except Exception as error:  # noqa: BLE001 - export raises errors of every kind; the caller reports the one that counts
@@ -167,7 +169,7 @@ class _Job:
                 fixed.update(dict.fromkeys(sizes.where(symbol), why))
             _lower_bounds(sizes, found.down_to_one)
         inline_regions(graph)
-        asked = [(i, d) for i, dims in enumerate(_plans(leaves)[0]) for d in sorted(dims)] if any(plan) else []
+        asked = [(i, d) for i, dims in enumerate(plans(leaves)[0]) for d in sorted(dims)] if any(plan) else []
         remarks = specialised_remarks(self.names, leaves, sizes, asked)
         remarks += conditions_remarks(self.names, sizes)
         return Captured(
@@ -260,19 +262,6 @@ class _OtherThreads(io.TextIOBase):
         return self._stream.fileno()
 
 
-def by_argument(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
-    """Values by the name of the argument, starred ones collected as Python does."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    kinds = inspect.signature(model.forward).parameters
-    out: dict[str, Any] = {}
-    for name, value in bound.items():
-        if kinds[name].kind is inspect.Parameter.VAR_KEYWORD:
-            out.update(value)
-        else:
-            out[name] = value
-    return out
-
-
 def _leaf(name: str, given: Any, val: Any) -> Leaf:
     if not isinstance(given, torch.Tensor):
         return Leaf(name, value=given)
@@ -287,28 +276,6 @@ def _lower_bounds(sizes: SymbolicSizes, symbols: set[sympy.Symbol]) -> None:
         known = sizes.env.var_to_range.get(symbol)
         if known is not None:
             sizes.env.var_to_range[symbol] = ValueRanges(sympy.Integer(1), known.upper)
-
-
-def _batch_of_one(leaves: list[Any]) -> list[tuple[int, int]]:
-    """(leaf, 0) of all tensors, when every one that has a batch has a batch of one."""
-    tensors = [(i, x) for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.dim() > 0]
-    batched = [x for _, x in tensors if x.dim() > 1] or [x for _, x in tensors]
-    if not batched or any(x.shape[0] != 1 for x in batched):
-        return []
-    return [(i, 0) for i, x in tensors if x.shape[0] == 1]
-
-
-def _plans(leaves: list[Any]) -> list[Plan]:
-    """Dimensions to leave open, most first: all, those of indices and masks with every batch, the batch, none.
-
-    The channels of images stay closed from the start; other feature sizes are fixed by export itself.
-    """
-    tensors = [x if isinstance(x, torch.Tensor) else None for x in leaves]
-    everything = [frozenset(range(x.dim())) - ({1} if x.dim() == 4 and x.is_floating_point() else set()) if x is not None else frozenset() for x in tensors]
-    indices = [dims if x is not None and not x.is_floating_point() else dims & {0} for x, dims in zip(tensors, everything, strict=True)]
-    batch = [dims & {0} for dims in everything]
-    nothing = [frozenset[int]() for _ in tensors]
-    return [everything, *(p for p in (indices, batch) if p != everything), nothing]
 
 
 def _first_line(error: Exception) -> str:

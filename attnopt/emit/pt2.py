@@ -13,13 +13,13 @@ import sympy
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 import attnopt.kernels.ops  # noqa: F401 - registers the operator that a file refers to
 from attnopt.capture.captured import Captured
-from attnopt.capture.export import DynamicShapes, by_argument, quiet
+from attnopt.capture.export import DynamicShapes, quiet
 from attnopt.capture.guards import expr_of
+from attnopt.capture.shapes import shapes_by_argument
 from attnopt.emit.module import OptimizedModule, graph_variants, over_same_state
 from attnopt.emit.variant import GraphVariant
 from attnopt.errors import AttnoptError, CaptureError, LoadError
@@ -104,11 +104,10 @@ def _plain(value: Any) -> Any:
 
 
 def _open_shapes(optimized: nn.Module, captured: Captured) -> dict[str, Any]:
-    leaves, structure = pytree.tree_flatten((captured.args, captured.kwargs))
-    specs: list[dict[int, Any] | None] = [None] * len(leaves)
+    specs: list[dict[int, Any] | None] = [None] * len(captured.leaves)
     for d in captured.dynamic:
         specs[d.leaf] = {**(specs[d.leaf] or {}), d.dim: Dim.AUTO}
-    return by_argument(optimized, *pytree.tree_unflatten(specs, structure))
+    return shapes_by_argument(optimized, specs, captured.args, captured.kwargs)
 
 
 def _lower_bounds(program: ExportedProgram, captured: Captured) -> None:
