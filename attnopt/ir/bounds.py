@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from attnopt.ir import expr as E
-from attnopt.ir.expr import Expr
+import attnopt.ir.expr as E
+from attnopt.ir.node import Expr
 
 _DEPTH = 12
 

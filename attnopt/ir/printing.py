@@ -52,7 +52,7 @@ def render(e: Expr, names: dict[int, str] | None = None) -> str:
         if x.op == "add":
             return total(sorted(E.terms(x), key=lambda t: (t[1] is None, t[0] < 0)))
         if x.op == "mul":
-            return total([E._term(x)]) if x.args[0].is_const else " * ".join(wrap(a, 7) for a in x.args)
+            return total([E.split_term(x)]) if x.args[0].is_const else " * ".join(wrap(a, 7) for a in x.args)
         if x.op in ("floordiv", "mod", "div"):
             return f"{wrap(x.args[0], 6)} { {'floordiv': '//', 'mod': '%', 'div': '/'}[x.op] } {wrap(x.args[1], 7)}"
         if x.op == "pow":

@@ -1,0 +1,168 @@
+"""Choices, comparisons and connectives of expressions, normalised: ``linear >= 0`` for integers, flat ``and`` and ``or``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import attnopt.ir.arithmetic as A
+import attnopt.ir.bounds as bounds
+from attnopt.ir.node import FALSE, FZERO, ONE, TRUE, ZERO, Expr, const, make
+
+
+def as_bool(x: Expr) -> Expr:
+    if x.kind == "bool":
+        return x
+    return ne(x, ZERO if x.kind == "int" else FZERO)
+
+
+def where(c: Expr, a: Expr, b: Expr) -> Expr:
+    c = as_bool(c)
+    (a, b), kind = A.promote(a, b)
+    if c is TRUE or a is b:
+        return a
+    if c is FALSE:
+        return b
+    if kind == "bool":
+        return any_of(all_of(c, a), all_of(negate(c), b))
+    if a.op == "where" and a.args[0] is c:
+        a = a.args[1]
+    if b.op == "where" and b.args[0] is c:
+        b = b.args[2]
+    # where(c, x, F) and where(not c, F, x) are one: a choice reads "visible, else"
+    if c.op == "not":
+        return where(c.args[0], b, a)
+    # where(c, where(d, x, f), f) = where(c and d, x, f)
+    if a.op == "where" and a.args[2] is b:
+        return where(all_of(c, a.args[0]), a.args[1], b)
+    if b.op == "where" and b.args[1] is a:
+        return where(any_of(c, b.args[0]), a, b.args[2])
+    return make("where", (c, a, b), kind)
+
+
+def at_least_zero(x: Expr) -> Expr:
+    """x >= 0 for an integer x, in normal form: divided by the greatest common divisor, bounds applied."""
+    parts = A.terms(x)
+    g = 0
+    for c, a in parts:
+        if a is not None:
+            g = math.gcd(g, int(c))
+    if g > 1:
+        x = A.add(ZERO, *(const(int(c) // g) if a is None else A.scaled(int(c) // g, a) for c, a in parts))
+        parts = A.terms(x)
+    if bounds.nonnegative(x):
+        return TRUE
+    if bounds.nonnegative(A.sub(A.neg(x), ONE)):
+        return FALSE
+    for c, a in parts:
+        if a is None or a.op not in ("abs", "min", "max", "where") or a.kind != "int":
+            continue
+        rest = A.add(ZERO, *(const(n) if t is None else A.scaled(n, t) for n, t in parts if t is not a))
+        if a.op == "where":
+            return where(a.args[0], *(at_least_zero(A.add(rest, A.mul(const(c), b))) for b in a.args[1:]))
+        both = (a.args[0], A.neg(a.args[0])) if a.op == "abs" else a.args
+        sides = [at_least_zero(A.add(rest, A.mul(const(c), s))) for s in both]
+        larger = a.op in ("abs", "max")
+        return all_of(*sides) if larger == (c < 0) else any_of(*sides)
+    return make("ge0", (x,), "bool")
+
+
+def le(a: Expr, b: Expr) -> Expr:
+    (a, b), kind = A.arith(a, b)
+    if kind == "int":
+        return at_least_zero(A.sub(b, a))
+    if a.is_const and b.is_const:
+        return const(bool(a.value <= b.value))
+    if a.op == "float" and b.op == "float":
+        return le(a.args[0], b.args[0])
+    return make("le", (a, b), "bool")
+
+
+def lt(a: Expr, b: Expr) -> Expr:
+    (a, b), kind = A.arith(a, b)
+    if kind == "int":
+        return at_least_zero(A.sub(A.sub(b, a), ONE))
+    if a.is_const and b.is_const:
+        return const(bool(a.value < b.value))
+    if a.op == "float" and b.op == "float":
+        return lt(a.args[0], b.args[0])
+    return make("lt", (a, b), "bool")
+
+
+def ge(a: Expr, b: Expr) -> Expr:
+    return le(b, a)
+
+
+def gt(a: Expr, b: Expr) -> Expr:
+    return lt(b, a)
+
+
+def eq(a: Expr, b: Expr) -> Expr:
+    (a, b), kind = A.promote(a, b)
+    if a is b and kind != "float":  # NaN is not itself
+        return TRUE
+    if a.is_const and b.is_const:
+        return const(bool(a.value == b.value))
+    if kind == "bool":
+        if a.is_const or b.is_const:
+            c, x = (a, b) if a.is_const else (b, a)
+            return x if c.value else negate(x)
+        return make("same", tuple(sorted((a, b), key=lambda e: e.key)), "bool")
+    if A.is_choice(a) and b.is_const:
+        return where(a.args[0], *(const(bool(x.value == b.value)) for x in a.args[1:]))
+    if kind == "int":
+        x = A.sub(a, b)
+        if bounds.nonnegative(A.sub(x, ONE)) or bounds.nonnegative(A.sub(A.neg(x), ONE)):
+            return FALSE
+        return make("eq0", (A.with_positive_lead(x),), "bool")
+    return make("eq", tuple(sorted((a, b), key=lambda e: e.key)), "bool")
+
+
+def ne(a: Expr, b: Expr) -> Expr:
+    return negate(eq(a, b))
+
+
+def negate(x: Expr) -> Expr:
+    x = as_bool(x)
+    if x.is_const:
+        return const(not x.value)
+    if x.op == "not":
+        return x.args[0]
+    if x.op == "ge0":
+        return at_least_zero(A.sub(A.neg(x.args[0]), ONE))
+    if x.op == "and":
+        return any_of(*(negate(a) for a in x.args))
+    if x.op == "or":
+        return all_of(*(negate(a) for a in x.args))
+    return make("not", (x,), "bool")
+
+
+def all_of(*xs: Expr) -> Expr:
+    return _junction("and", xs, FALSE, TRUE)
+
+
+def any_of(*xs: Expr) -> Expr:
+    return _junction("or", xs, TRUE, FALSE)
+
+
+def _junction(op: str, xs: Iterable[Expr], absorbing: Expr, neutral: Expr) -> Expr:
+    flat: set[Expr] = set()
+    for x in xs:
+        x = as_bool(x)
+        for a in x.args if x.op == op else (x,):
+            if a is absorbing:
+                return absorbing
+            if a is not neutral:
+                flat.add(a)
+    if any(negate(a) in flat for a in flat if a.op in ("not", "ge0")):
+        return absorbing
+    if not flat:
+        return neutral
+    if len(flat) == 1:
+        return next(iter(flat))
+    return make(op, tuple(sorted(flat, key=lambda e: e.key)), "bool")
+
+
+def conjuncts(x: Expr) -> tuple[Expr, ...]:
+    """The parts of a conjunction; none for TRUE."""
+    return () if x is TRUE else x.args if x.op == "and" else (x,)
