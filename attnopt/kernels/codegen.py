@@ -16,10 +16,21 @@ from attnopt.ir.bounds import nonnegative
 from attnopt.ir.expr import Expr
 from attnopt.kernels.materialise import FOREIGN, QUERIES
 
-_CALLS = {"exp": "tl.exp", "log": "tl.log", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "ceil": "tl.ceil", "erf": "tl.erf"}
+_CALLS = {
+    "exp": "tl.exp",
+    "log": "tl.log",
+    "sqrt": "tl.sqrt",
+    "rsqrt": "tl.rsqrt",
+    "sigmoid": "tl.sigmoid",
+    "sin": "tl.sin",
+    "cos": "tl.cos",
+    "floor": "tl.floor",
+    "ceil": "tl.ceil",
+    "erf": "tl.erf",
+}
 _HELPERS = {"tanh": "tanh", "round": "round_half_even"}
 
-HELPERS = '''
+HELPERS = """
 @triton.jit
 def tanh(x):
     # A series where 1 - exp(-2x) would lose digits; no device library, so that it runs under the interpreter too.
@@ -47,7 +58,7 @@ def floor_div(x, d):
 def floor_mod(x, d):
     r = x % d
     return tl.where((r != 0) & ((r < 0) != (d < 0)), r + d, r)
-'''
+"""
 
 
 def unsupported(programs: Iterable[Expr]) -> str | None:
@@ -131,7 +142,11 @@ class Emitter:
         if e.op in ("floordiv", "mod"):
             plain = nonnegative(e.args[0]) and nonnegative(e.args[1])
             sign = "//" if e.op == "floordiv" else "%"
-            return f"{args[0]} {sign} {args[1]}" if plain else f"floor_{'div' if e.op == 'floordiv' else 'mod'}({self._tensor(e.args[0])}, {self._tensor(e.args[1])})"
+            return (
+                f"{args[0]} {sign} {args[1]}"
+                if plain
+                else f"floor_{'div' if e.op == 'floordiv' else 'mod'}({self._tensor(e.args[0])}, {self._tensor(e.args[1])})"
+            )
         return _FORMS[e.op](args)
 
     def _tensor(self, a: Expr) -> str:

@@ -58,7 +58,10 @@ class Part:
         (value,), _ = evaluate((self.expr,), env)
         x = as_tensor(value, self.kind, env)
         x = x.view((1,) * (4 - x.dim()) + tuple(x.shape))
-        full = [n if a in self.axes or (a == "k" and "d" in self.axes) else 1 for a, n in zip("bhqk", (shape["b"], shape["h"], shape["q"], extents[-1] if extents else 1), strict=True)]
+        full = [
+            n if a in self.axes or (a == "k" and "d" in self.axes) else 1
+            for a, n in zip("bhqk", (shape["b"], shape["h"], shape["q"], extents[-1] if extents else 1), strict=True)
+        ]
         return x.expand(full).reshape(extents)
 
 

@@ -51,9 +51,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: 
         return _run(q, k, v, loads, sizes, spec, kernel)[0]
 
 
-def _attention_for_training(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
-) -> tuple[Tensor, Tensor]:
+def _attention_for_training(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return _run(q, k, v, loads, sizes, spec, kernel)
 
@@ -78,9 +76,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Seque
     return empty_output(q, v)
 
 
-def _fake_for_training(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
-) -> tuple[Tensor, Tensor]:
+def _fake_for_training(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
     return _fake(q, k, v, loads, sizes, spec, kernel), torch.empty((), dtype=torch.int64)
 
 
@@ -116,9 +112,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 torch.library.register_autograd("attnopt::attention_for_training", _backward, setup_context=_setup_context, lib=_LIBRARY)
 
 
-def _autograd(
-    keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference"
-) -> Tensor:
+def _autograd(keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
     """With gradients to compute the training operator takes over; without, the graph keeps ``attention`` itself."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *loads)):
         return torch.ops.attnopt.attention_for_training.default(q, k, v, loads, sizes, spec, kernel)[0]  # type: ignore[no-any-return]

@@ -29,7 +29,9 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], spec:
         raise AttnoptError(f"q, k and v must have 4 axes [B, H, S, D]; they have {q.dim()}, {k.dim()} and {v.dim()}.")
     same = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
     if not same or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise AttnoptError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together as [B, Hq, Sq, D], [B, Hkv, Skv, D] and [B, Hkv, Skv, Dv].")
+        raise AttnoptError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together as [B, Hq, Sq, D], [B, Hkv, Skv, D] and [B, Hkv, Skv, Dv]."
+        )
     if len(loads) != len(spec.loads):
         raise AttnoptError(f"This attention reads {len(spec.loads)} tensors beside q, k and v, and was given {len(loads)}.")
 

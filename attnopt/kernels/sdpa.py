@@ -172,7 +172,13 @@ class _Call:
         """The tile under the score program for empty rows, over all keys."""
         spec = self.spec
         assert spec.empty_score is not None
-        env = Env({**tile.ranges(self.q.shape[1]), "k": (0, self.k.shape[2])}, self.loads, self.sizes, torch.float64 if self.q.dtype == torch.float64 else torch.float32, self.q.device)
+        env = Env(
+            {**tile.ranges(self.q.shape[1]), "k": (0, self.k.shape[2])},
+            self.loads,
+            self.sizes,
+            torch.float64 if self.q.dtype == torch.float64 else torch.float32,
+            self.q.device,
+        )
         q, k, v = (x[tile.b0 : tile.b1].to(env.dtype) for x in (self.q[:, :, tile.q0 : tile.q1], self.k, self.v))
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

@@ -44,8 +44,14 @@ OPERATIONS: dict[str, tuple[Term, Naive]] = {
     "where": (lambda d, s: E.where(E.le(d.k, d.q), s, E.const(0.5)), lambda s, i, j: torch.where(j <= i, s, 0.5)),
     "ge0": (lambda d, s: _choice(E.ge(E.mul(E.const(2), d.q), d.k)), lambda s, i, j: _sign(2 * i >= j)),
     "le": (lambda d, s: _choice(E.le(X(d, s), E.const(0.2))), lambda s, i, j: _sign(x(s) <= 0.2)),
-    "lt": (lambda d, s: _choice(E.lt(E.mul(E.const(0.37), f(d.q)), E.mul(E.const(0.11), f(d.k)))), lambda s, i, j: _sign(0.37 * i.double() < 0.11 * j.double())),
-    "eq": (lambda d, s: _choice(E.eq(E.function("floor", E.mul(E.const(0.26), f(d.q))), E.const(2.0))), lambda s, i, j: _sign(torch.floor(0.26 * i.double()) == 2) + 0 * j),
+    "lt": (
+        lambda d, s: _choice(E.lt(E.mul(E.const(0.37), f(d.q)), E.mul(E.const(0.11), f(d.k)))),
+        lambda s, i, j: _sign(0.37 * i.double() < 0.11 * j.double()),
+    ),
+    "eq": (
+        lambda d, s: _choice(E.eq(E.function("floor", E.mul(E.const(0.26), f(d.q))), E.const(2.0))),
+        lambda s, i, j: _sign(torch.floor(0.26 * i.double()) == 2) + 0 * j,
+    ),
     "same": (lambda d, s: _choice(E.eq(E.le(d.k, d.q), E.le(E.const(9), d.k))), lambda s, i, j: _sign((j <= i) == (j >= 9))),
     "eq0": (lambda d, s: _choice(E.eq(d.q, d.k)), lambda s, i, j: _sign(i == j)),
     "not": (lambda d, s: _choice(E.all_of(E.negate(E.eq(d.q, d.k)), E.le(d.k, E.const(9)))), lambda s, i, j: _sign((i != j) & (j <= 9))),

@@ -25,7 +25,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa, "BUDGET", 500)
     for module in (reference, sdpa):
         whole = module.tiles
-        monkeypatch.setattr(module, "tiles", lambda B, row, Sq, Skv, limits, budget, at_least=0, whole=whole: whole(B, row, Sq, Skv, limits, budget, at_least=8))
+        monkeypatch.setattr(
+            module, "tiles", lambda B, row, Sq, Skv, limits, budget, at_least=0, whole=whole: whole(B, row, Sq, Skv, limits, budget, at_least=8)
+        )
 
 
 def check(o: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:

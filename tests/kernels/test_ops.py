@@ -228,7 +228,7 @@ def test_heads_that_do_not_fit_are_named() -> None:
 
 def test_missing_loads_and_sizes_are_counted() -> None:
     q, k, v, loads, sizes, spec = arguments("alibi-causal")
-    with pytest.raises(AttnoptError, match="reads 1 tensors .* given 0"):
+    with pytest.raises(AttnoptError, match=r"reads 1 tensors .* given 0"):
         attention(q, k, v, [], sizes, spec)
-    with pytest.raises(AttnoptError, match="reads 0 sizes .* given 1"):
+    with pytest.raises(AttnoptError, match=r"reads 0 sizes .* given 1"):
         attention(q, k, v, loads, [3], spec)

@@ -21,9 +21,12 @@ Run = Callable[[str, str], None]
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Runs a case by name and dtype in the interpreter's own process."""
     log = tmp_path_factory.mktemp("interpreter") / "stderr.txt"
-    with log.open("w") as errors, subprocess.Popen(
-        [sys.executable, "-m", "tests.kernels.interpreter"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-    ) as process:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.interpreter"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
         assert process.stdin is not None and process.stdout is not None
         requests, replies = process.stdin, process.stdout
 

@@ -136,23 +136,24 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def config(D: int, Dv: int, Sq: int, dtype: torch.dtype, shared_memory: int, dense: bool) -> Config:
+def config(D: int, Dv: int, Sq: int, dtype: torch.dtype, shared_memory: int, heavy: bool) -> Config:
     """Block sizes for heads of D and Dv on a device with ``shared_memory`` bytes per block of threads.
 
-    ``dense`` where the program reads an element per query and key, which takes registers. No choice spills on sm_80 and sm_90
+    ``heavy`` where the kernel needs registers beyond the plain ones (``Source.heavy``). No choice spills on sm_80 and sm_90
     (``tests/kernels/test_compile.py``).
     """
     width = max(power_of_two(D), power_of_two(Dv))
     large = shared_memory >= 200 * 1024  # sm_90 has 227 KiB, sm_80 163 KiB
     if dtype == torch.float32:
         # no tensor cores at full precision: products are unrolled FMAs, and small tiles keep them in registers
-        c = Config(32, 32, 4, 2) if width <= 64 else Config(32, 16, 8, 2) if width <= 128 else Config(32, 16, 8, 1)
+        wide = Config(16, 32, 8, 1) if heavy else Config(32, 16, 8, 1)
+        c = Config(32, 32, 4, 2) if width <= 64 else Config(32, 16, 8, 2) if width <= 128 else wide
     elif width <= 64:
-        c = Config(128, 64, 8 if dense else 4, 3) if large else Config(64, 64, 4, 3)
+        c = Config(128, 64, 8 if heavy else 4, 3) if large else Config(64, 64, 4, 3)
     elif width <= 128:
         c = Config(128, 64, 8, 3) if large else Config(128, 32, 8, 3)
     elif large:
-        c = Config(64, 32, 8, 2) if dense else Config(128 if width in (D, Dv) else 64, 64, 8, 2)
+        c = Config(64, 32, 8, 2) if heavy else Config(128 if width in (D, Dv) else 64, 64, 8, 2)
     else:
         c = Config(64, 32, 8, 2)
     BLOCK_M = min(c.BLOCK_M, power_of_two(Sq))
@@ -192,7 +193,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: S
     kernel = kernel_for(spec)
     arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values)
     on_gpu = q.device.type == "cuda"
-    c = config(D, Dv, q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, kernel.source.dense)
+    c = config(D, Dv, q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, kernel.source.heavy)
     programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         kernel.function[(programs,)](*arguments, **constants(D, Dv, c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)

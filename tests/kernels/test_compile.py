@@ -1,0 +1,62 @@
+"""Generated kernels compiled for sm_80 and sm_90, without a GPU: nothing spills, and shared memory is within the limits."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile with")
+
+ROOT = Path(__file__).parents[2]
+LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+# name, D, dtype, Sq: what a program adds to a kernel's registers, over head sizes and dtypes.
+FEW = [
+    ("causal-GQA", 128, "float16", 4096),
+    ("causal-GQA", 192, "bfloat16", 4096),
+    ("softcap-window", 256, "float16", 4096),
+    ("causal-left-padding-uniform", 64, "float16", 4096),
+    ("dense-bias", 256, "bfloat16", 4096),
+    ("dense-bias", 64, "float32", 4096),
+    ("alibi-causal", 80, "float16", 1),
+]
+MANY = [
+    *(
+        (name, D, "float16", 4096)
+        for name in ("full", "causal-GQA", "softcap-window", "alibi-causal", "causal-left-padding-uniform", "dense-bias")
+        for D in (64, 80, 128, 256)
+    ),
+    *((name, D, "float32", 4096) for name in ("causal-GQA", "dense-bias") for D in (64, 128, 256)),
+    *((name, 192, "bfloat16", 4096) for name in ("causal-GQA", "relative-buckets", "padding-program", "documents-causal")),
+    *(("causal-left-padding-uniform", D, "bfloat16", 1) for D in (64, 128, 256)),
+]
+
+
+def check(arch: int, wanted: list[tuple[str, int, str, int]]) -> None:
+    # a process of its own: the kernels of this one may be interpreted, and a compiler's memory is not given back
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiler", str(arch), json.dumps(wanted)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout)
+    assert len(results) == len(wanted)
+    for r in results:
+        assert re.fullmatch(r"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", r["spills"]), r
+        assert 0 < r["shared"] <= LIMIT[arch], r
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiles_without_spills(arch: int) -> None:
+    check(arch, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", sorted({k[0] for k in MANY}))
+def test_compiles_without_spills_in_all_sizes(name: str, arch: int) -> None:
+    check(arch, [k for k in MANY if k[0] == name])

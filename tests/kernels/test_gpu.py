@@ -1,0 +1,123 @@
+"""The kernels on a real GPU against attention written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnopt.kernels import ops, reference, registry
+from attnopt.kernels.triton import launch
+from tests.kernels.cases import BY_NAME, CASES, Case, Shape
+from tests.kernels.operations import OPERATION_CASES
+
+assert ops.__doc__  # the operator is registered
+pytestmark = pytest.mark.gpu
+
+# Rounding of the output, and of the probabilities before the product with V in half precision.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+HEADS = [40, 64, 80, 128, 192, 256]
+
+
+def of_shape(case: Case, shape: Shape) -> Case:
+    return Case(**{**vars(case), "shape": shape})
+
+
+def on_gpu(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    q, k, v, loads = case.tensors(dtype)
+    return q.cuda(), k.cuda(), v.cuda(), [x.cuda() for x in loads]
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    q, k, v, loads = case.tensors(dtype)
+    want, want_lse = case.naive(q, k, v, loads)
+    o, lse = launch.attention(q.cuda(), k.cuda(), v.cuda(), [x.cuda() for x in loads], list(case.sizes.values()), case.spec())
+    tolerance = TOLERANCE[dtype]
+    assert o.dtype == dtype and o.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(o.double().cpu(), want, atol=tolerance, rtol=tolerance, equal_nan=True)
+    torch.testing.assert_close(lse.double().cpu(), want_lse, atol=1e-4, rtol=1e-4)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_case(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", OPERATION_CASES.values(), ids=lambda c: c.name)
+def test_operation(case: Case) -> None:
+    check(case, torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize("D", HEADS)
+@pytest.mark.parametrize(
+    "name", ["full", "causal-GQA", "window-causal", "alibi-causal", "softcap-causal", "causal-left-padding-uniform", "dense-bias", "padding-program"]
+)
+def test_head_sizes(name: str, D: int, dtype: torch.dtype) -> None:
+    # lengths that no block size divides
+    check(of_shape(BY_NAME[name], (2, 4, 2, 333, 333, D, D)), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("Sq", "Skv"), [(1, 1000), (17, 513), (513, 17), (128, 128), (129, 1023)])
+@pytest.mark.parametrize("name", ["full", "causal-GQA", "reverse-causal", "relative-buckets"])
+def test_lengths(name: str, Sq: int, Skv: int, dtype: torch.dtype) -> None:
+    check(of_shape(BY_NAME[name], (1, 4, 4, Sq, Skv, 64, 64)), dtype)
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "transposed", "stride-2"])
+def test_any_strides(layout: str) -> None:
+    case = of_shape(BY_NAME["causal-GQA"], (2, 4, 2, 150, 150, 64, 64))
+    q, k, v, loads = on_gpu(case, torch.float16)
+    want, _ = case.naive(q.cpu(), k.cpu(), v.cpu(), [])
+    if layout == "BSHD":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "transposed":
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    else:
+        q, k, v = (torch.stack([x, x], -1)[..., 0] for x in (q, k, v))
+    o, _ = launch.attention(q, k, v, loads, [], case.spec())
+    torch.testing.assert_close(o.double().cpu(), want, atol=3e-3, rtol=3e-3)
+
+
+@DTYPES
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["full", "causal-GQA", "padding-uniform", "padding-nan", "alibi-causal", "causal-bottom-right-empty-rows-zero"])
+def test_backends_agree(name: str, backend: str, dtype: torch.dtype) -> None:
+    case = BY_NAME[name]
+    q, k, v, loads = on_gpu(case, dtype)
+    want, _ = case.naive(q.cpu(), k.cpu(), v.cpu(), [x.cpu() for x in loads])
+    with torch.no_grad():
+        o = registry.find(backend).run(q, k, v, loads, [], case.spec())
+    torch.testing.assert_close(o.double().cpu(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "triton"])
+def test_gradients_through_the_operator(kernel: str) -> None:
+    case = BY_NAME["causal-GQA"]
+    q, k, v, loads = (x.requires_grad_() if isinstance(x, Tensor) else x for x in on_gpu(case, torch.float32))
+    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    o = torch.ops.attnopt.attention(q, k, v, loads, [], case.spec().to_json(), kernel)
+    grad = torch.randn_like(o)
+    got = torch.autograd.grad(o, (q, k, v), grad)
+    leaves = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(case.naive(*leaves, [])[0], leaves, grad.double().cpu())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, atol=2e-5, rtol=2e-5)
+
+
+def test_no_wait_for_the_device() -> None:
+    """Neither the generated kernel nor the reference reads anything back, so that a CUDA graph can hold them."""
+    case = BY_NAME["causal-left-padding-uniform"]
+    q, k, v, loads = on_gpu(case, torch.float16)
+    spec = case.spec()
+    launch.attention(q, k, v, loads, [], spec)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            launch.attention(q, k, v, loads, [], spec)
+            reference.attention(q, k, v, loads, [], spec)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

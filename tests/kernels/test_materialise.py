@@ -1,0 +1,72 @@
+"""What PyTorch computes ahead of a kernel, and how large it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnopt.ir import expr as E
+from attnopt.kernels.materialise import QUERIES, materialise
+from attnopt.kernels.triton.flash_forward import generate
+from tests.kernels.cases import BY_NAME, CASES, bucket, dims, t5
+
+SHAPE = (2, 3, 3, 5, 9, 4, 4)
+D = dims(SHAPE)
+
+
+def test_a_bucket_of_the_distance_becomes_a_table_over_distances() -> None:
+    (score,), parts = materialise((t5(D, E.score()),), 1)
+    (part,) = parts
+    assert part.axes == "hd"
+    distance = E.add(E.sub(D.k, D.q), E.sub(QUERIES, E.ONE))
+    assert score is E.add(E.score(), E.load(1, (D.h, distance), "float"))
+    table = torch.randn(8, 3)
+    got = part.tensor({"b": 2, "h": 3, "q": 5, "k": 9}, [table], {}, torch.device("cpu"))
+    assert got.shape == (3, 5 + 9 - 1)
+
+
+def test_a_decision_in_the_mask_is_materialised_and_the_rest_is_not() -> None:
+    near = E.lt(E.mul(E.const(0.37), E.as_float(D.q)), E.mul(E.const(0.11), E.as_float(D.k)))
+    mask = E.all_of(E.le(D.k, D.q), near, E.load(0, (D.b, D.k), "bool"))
+    (got,), parts = materialise((mask,), 1)
+    assert [p.axes for p in parts] == ["qk"]
+    assert E.le(D.k, D.q) in E.conjuncts(got)
+    want = 0.37 * torch.arange(5)[:, None] < 0.11 * torch.arange(9)
+    assert torch.equal(parts[0].tensor({"b": 2, "h": 3, "q": 5, "k": 9}, [], {}, torch.device("cpu")), want)
+
+
+def test_integers_exact_floats_and_the_score_are_left_alone() -> None:
+    s = E.score()
+    programs = (
+        E.where(E.lt(E.mul(E.const(0.3), s), E.const(1.0)), s, E.const(2.0)),
+        E.all_of(E.le(D.k, D.q), E.gt(E.load(0, (D.b, D.k), "float"), E.const(0.5))),
+        E.add(s, E.load(1, (E.minimum(D.k, E.const(3)), D.h), "float")),
+    )
+    assert materialise(programs, 2) == (programs, ())
+
+
+def test_the_bucket_itself_where_the_load_needs_more_than_the_distance() -> None:
+    score = E.add(E.score(), E.load(0, (D.b, bucket(E.sub(D.k, D.q)), D.h), "float"))
+    _, parts = materialise((score,), 1)
+    assert [(p.axes, p.kind) for p in parts] == [("d", "int")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_generated_source_is_the_same_every_time(case: object) -> None:
+    assert isinstance(case, type(CASES[0]))
+    assert generate(case.spec()) == generate(case.spec())
+    compile(generate(case.spec()).text, case.name, "exec")
+
+
+def test_blocks_are_skipped_and_whole_blocks_have_no_mask() -> None:
+    text = generate(BY_NAME["window-causal"].spec()).text
+    loops = [line.strip() for line in text.splitlines() if "in tl.range(" in line]
+    assert loops == [
+        "for start in tl.range(lo, tl.minimum(whole_lo, hi), BLOCK_N):",
+        "for start in tl.range(whole_lo, whole_hi, BLOCK_N):",
+        "for start in tl.range(tl.maximum(whole_lo, whole_hi), hi, BLOCK_N):",
+    ]
+    whole = text.split("range(whole_lo, whole_hi")[1].split("for start")[0]
+    assert "tl.where(m_new" in whole and ">= 0" not in whole and "key_inside" not in whole
+    padded = generate(BY_NAME["causal-left-padding-uniform"].spec()).text
+    assert padded.count("in tl.range(lo, hi, BLOCK_N)") == 1
