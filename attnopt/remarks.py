@@ -69,7 +69,6 @@ PAGES: dict[str, Page] = {
     "AO207": Page("a tensor in the region is modified in place", "A value that the attention reads is written by an in-place operation that could not be made functional."),
     "AO208": Page("the call has an argument that is not supported", "An argument of the existing attention call is outside of what a spec can say."),
     "AO209": Page("the captured function breaks inside the attention", "torch.compile split the model between the product with the keys and the product with the values."),
-    "AO210": Page("no kernel accepts the spec", "The chosen backend refuses this attention; see the reason."),
     "AO211": Page("channels are mixed, not positions", "The product has the form of an attention, but its keys are feature channels and its features are positions; attention kernels gain nothing there."),
     "AO212": Page("the scores pass through an operator that cannot be expressed", "Something between the product with the keys and the softmax is neither pointwise nor a view (talking heads, for instance)."),
     # ---- analysis

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from attnopt.analysis import nodes as N
+from attnopt.errors import AttnoptError
 from attnopt.kernels import registry
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import PassResult, Tier
+from attnopt.passes.group_heads import site_name
 
 KERNEL = "attnopt_kernel"
 """Key in an attention node's meta: (kernel's name, why)."""
@@ -26,5 +28,8 @@ class SelectKernel:
     def run(self, module: fx.GraphModule) -> PassResult:
         for node in attentions(module.graph):
             q = N.value(node.args[0])  # type: ignore[arg-type]
-            node.meta[KERNEL] = registry.choose(spec_of(node), device=q.device, dtype=q.dtype, training=module.training, backend=self.backend)
+            try:
+                node.meta[KERNEL] = registry.choose(spec_of(node), device=q.device, dtype=q.dtype, training=module.training, backend=self.backend)
+            except registry.BackendRefusal as refusal:
+                raise AttnoptError(f"{refusal.message.rstrip('.')} (site {site_name(node)}).", refusal.hint) from refusal
         return PassResult(False)

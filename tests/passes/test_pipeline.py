@@ -200,3 +200,13 @@ def test_regions_without_gradients_are_inlined_and_stay_without() -> None:
     model(x).square().sum().backward()
     result.graph_module(y).square().sum().backward()
     assert (x.grad - y.grad).norm() <= 1e-5 * x.grad.norm()
+
+
+class Capped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.tanh(x @ x.mT / 30.0) * 30.0).softmax(-1) @ x
+
+
+def test_a_backend_that_refuses_a_site_is_an_error_that_names_both() -> None:
+    with pytest.raises(AttnoptError, match=r"'sdpa' cannot compute this attention: .*softcap.* \(site model\)"):
+        run_pipeline(captured(Capped()), OptimizeConfig(backend="sdpa"))
