@@ -57,7 +57,9 @@ def computing_dtype(values: Sequence[Any]) -> torch.dtype:
     return max(found, key=lambda d: torch.finfo(d).eps, default=torch.float32)
 
 
-def judge(name: str, optimized: Sequence[Any], original: Sequence[Any], truth: Sequence[Any] | None, dtype: torch.dtype, *, gradient: bool = False, detail: str = "") -> Check:
+def judge(
+    name: str, optimized: Sequence[Any], original: Sequence[Any], truth: Sequence[Any] | None, dtype: torch.dtype, *, gradient: bool = False, detail: str = ""
+) -> Check:
     """Compare the leaves of two outputs (in order), with the truth or, where ``truth`` is None, with each other.
 
     The check holds the leaf that used the largest part of its budget. ``gradient``: a gradient is measured against at least 1% of the

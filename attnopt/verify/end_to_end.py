@@ -153,7 +153,13 @@ class _Runner:
                 with seeded():
                     got = output_leaves(GraphInterpreter(self.optimized, root=self.root).run_leaves(leaves)[0])
             except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
-                return Check(name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}")
+                return Check(
+                    name,
+                    math.inf,
+                    apart(dtype),
+                    False,
+                    f"the optimized model raises {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}",
+                )
             exact = None
             if truth:
                 try:
@@ -169,7 +175,13 @@ class _Runner:
         parameters = {n: p for n, p in holder.named_parameters(remove_duplicate=False) if p.is_floating_point()}
         dtype = computing_dtype(list(parameters.values()))
         if lost:
-            return Check(name, 0.0, apart(dtype), True, f"not compared: in {lost[0]} autograd has a gradient for rows in which the scores have no effect; each site was compared without them")
+            return Check(
+                name,
+                0.0,
+                apart(dtype),
+                True,
+                f"not compared: in {lost[0]} autograd has a gradient for rows in which the scores have no effect; each site was compared without them",
+            )
         try:
             original = self._gradients(GraphInterpreter, self.reference, leaves, parameters)
             truth = self._gradients(Float64Interpreter, self.reference, leaves, parameters)

@@ -41,7 +41,12 @@ Accepts = Callable[[tuple[Any, ...], dict[str, Any]], str | None]
 
 
 def variants(
-    example_args: Sequence[Any], example_kwargs: Mapping[str, Any], dynamic: DynamicShapes | None = None, accepts: Accepts | None = None, *, length: int = LENGTH
+    example_args: Sequence[Any],
+    example_kwargs: Mapping[str, Any],
+    dynamic: DynamicShapes | None = None,
+    accepts: Accepts | None = None,
+    *,
+    length: int = LENGTH,
 ) -> tuple[list[Variant], list[str]]:
     """Named input sets made from an example, and a note on each kind that could not be made.
 

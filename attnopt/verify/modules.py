@@ -80,7 +80,9 @@ def _check(name: str, optimized: Callable[..., Any], args: Any, kwargs: Any, exp
     try:
         got = output_leaves(_run(optimized, args, kwargs))
     except Exception as error:  # noqa: BLE001 - whatever the optimized model raises is the finding
-        return Check(name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}")
+        return Check(
+            name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+        )
     return judge(name, got, expected, truth, dtype, detail=detail)
 
 

@@ -204,7 +204,9 @@ class LowPrecisionInterpreter(GraphInterpreter):
     ``dtype``: a model writes ``.to(query.dtype)`` there, of which the graph has kept only the dtype of the capture.
     """
 
-    def __init__(self, gm: GraphModule, dtype: torch.dtype = torch.bfloat16, *, root: nn.Module | None = None, attributes: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, gm: GraphModule, dtype: torch.dtype = torch.bfloat16, *, root: nn.Module | None = None, attributes: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__(gm, root=root, attributes=attributes)
         self.dtype = dtype
 

@@ -146,9 +146,7 @@ class SiteChecker:
         reported = self._gradients(exact, self.site.reference, values, floats, torch.where(constant, cotangent, 0.0))
         return torch.where(constant, 0.0, cotangent) if any(bool((g.nan_to_num() != 0).any()) for g in reported) else cotangent
 
-    def _gradients(
-        self, interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], wanted: Sequence[Node], cotangent: Tensor
-    ) -> list[Tensor]:
+    def _gradients(self, interpreter: GraphInterpreter, region: Region, values: Mapping[Node, Any], wanted: Sequence[Node], cotangent: Tensor) -> list[Tensor]:
         with torch.enable_grad():
             leaves = {n: interpreter.load_leaf(values[n]).detach().clone().requires_grad_() for n in wanted}
             out = _run(interpreter, region, {**values, **leaves})

@@ -52,7 +52,9 @@ def test_the_same_function(model: Decoder) -> None:
     verdict = verify_modules(model, Other(model), example(), None, DYNAMIC)
     assert verdict.passed, verdict.checks
     names = {c.name for c in verdict.checks}
-    assert {f"whole model: {v}" for v in ("example", "other values", "shorter", "longer", "right padding", "left padding", "a padded row", "gradients")} <= names
+    assert {
+        f"whole model: {v}" for v in ("example", "other values", "shorter", "longer", "right padding", "left padding", "a padded row", "gradients")
+    } <= names
 
 
 def test_inputs_by_name(model: Decoder) -> None:

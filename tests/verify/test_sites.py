@@ -145,7 +145,15 @@ class TestEachCheckCatchesWhatNoOtherDoes:
         def baked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
             return right(q, k, v, bias) if q.shape[2] % 8 == 0 else right(q, k, v, bias.roll(1, -1))
 
-        assert self.wrong(baked) == {"shorter", "longer", "longer in bfloat16", "longer in float16", "long sums", "long sums in bfloat16", "long sums in float16"}
+        assert self.wrong(baked) == {
+            "shorter",
+            "longer",
+            "longer in bfloat16",
+            "longer in float16",
+            "long sums",
+            "long sums in bfloat16",
+            "long sums in float16",
+        }
 
     def test_shorter_than_the_example(self) -> None:
         def block(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
