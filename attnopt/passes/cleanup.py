@@ -23,4 +23,6 @@ class Cleanup:
                 node.replace_all_uses_with(node.args[0])
                 module.graph.erase_node(node)
                 changed = True
-        return PassResult(bool(module.graph.eliminate_dead_code()) or changed)
+        # Drawing random numbers that nobody reads is no effect to keep: a dropout would hold on to a whole replaced attention.
+        dead = module.graph.eliminate_dead_code(lambda node: bool(node.is_impure(impure_random=False)))
+        return PassResult(bool(dead) or changed)
