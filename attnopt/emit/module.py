@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import logging
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -213,7 +214,13 @@ def _autocast(leaves: list[Any]) -> tuple[Any, ...] | None:
 
 
 def _build(module: OptimizedModule, key: Key, args: Args, kwargs: Kwargs) -> Variant:
-    """Capture the model for a call that no variant takes. Not traced by torch.compile."""
+    """Capture the model for a call that no variant takes; never a part of what torch.compile traces."""
+    compiler = sys.modules.get("torch._dynamo")
+    build: Callable[..., Variant] = _build_now if compiler is None else compiler.disable(_build_now)
+    return build(module, key, args, kwargs)
+
+
+def _build_now(module: OptimizedModule, key: Key, args: Args, kwargs: Kwargs) -> Variant:
     state = module._attnopt
     known = state.variants
     count = len(graph_variants(module))
