@@ -93,23 +93,31 @@ for _name, _shapes in (("attention", _fake), ("attention_for_training", _fake_fo
 # ------------------------------------------------------------------------------------------------ gradients
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, loads, ctx.sizes, ctx.spec, _ = inputs
-    ctx.save_for_backward(q, k, v, output[1], *loads)
-    ctx.mark_non_differentiable(output[1])
+class _Training(torch.autograd.Function):
+    """``attention_for_training`` with its gradient. Written by hand: ``torch.library.register_autograd`` takes no symbolic sizes in a list."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, sizes: Sequence[int], spec: str, kernel: str, q: Tensor, k: Tensor, v: Tensor, *loads: Tensor) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            below = keyset & torch._C._after_autograd_keyset
+            o, seed = torch.ops.attnopt.attention_for_training.default.redispatch(below, q, k, v, list(loads), sizes, spec, kernel)
+        ctx.sizes, ctx.spec = sizes, spec
+        ctx.save_for_backward(q, k, v, seed, *loads)
+        ctx.mark_non_differentiable(seed)
+        return o, seed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, seed, *loads = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[4:])
+        found = iter(torch.ops.attnopt.attention_backward(grads[0], q, k, v, loads, ctx.sizes, ctx.spec, seed, needs))
+        return None, None, None, None, *(next(found) if need else None for need in needs)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, seed, *loads = ctx.saved_tensors
-    for_loads = ctx.needs_input_grad[3]
-    wanted = for_loads if isinstance(for_loads, (list, tuple)) else [bool(for_loads)] * len(loads)
-    needs = [*ctx.needs_input_grad[:3], *(bool(w) and x.is_floating_point() for w, x in zip(wanted, loads, strict=True))]
-    found = iter(torch.ops.attnopt.attention_backward(grad, q, k, v, loads, ctx.sizes, ctx.spec, seed, needs))
-    dq, dk, dv, *dloads = [next(found) if need else None for need in needs]
-    return dq, dk, dv, dloads, [None] * len(ctx.sizes), None, None
-
-
-torch.library.register_autograd("attnopt::attention_for_training", _backward, setup_context=_setup_context, lib=_LIBRARY)
+def _autograd_for_training(
+    keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
+) -> tuple[Tensor, Tensor]:
+    return _Training.apply(keyset, sizes, spec, kernel, q, k, v, *loads)  # type: ignore[no-any-return]
 
 
 def _autograd(keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
@@ -121,3 +129,4 @@ def _autograd(keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tens
 
 
 _LIBRARY.impl("attention", _autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("attention_for_training", _autograd_for_training, "Autograd", with_keyset=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from attnopt.errors import BackendError
 from attnopt.ir import expr as E
 from attnopt.kernels.materialise import QUERIES, materialise
 from attnopt.kernels.triton.flash_forward import generate
@@ -70,3 +73,11 @@ def test_blocks_are_skipped_and_whole_blocks_have_no_mask() -> None:
     assert "tl.where(m_new" in whole and ">= 0" not in whole and "key_inside" not in whole
     padded = generate(BY_NAME["causal-left-padding-uniform"].spec()).text
     assert padded.count("in tl.range(lo, hi, BLOCK_N)") == 1
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("attnopt.kernels.triton.launch", reason="triton is not installed")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTNOPT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(BackendError, match=r"cannot be written to .*file/triton: Not a directory"):
+        launch.import_source("x = 1  # never written\n")

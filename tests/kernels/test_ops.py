@@ -175,6 +175,23 @@ def test_compile_forward_and_backward(backend: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+def test_sizes_may_be_symbolic() -> None:
+    """A size that the program reads is a symbol when the graph is compiled, and stays one in its backward pass."""
+    spec = BY_NAME["scale-by-size"].spec().to_json()
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, [], [k.shape[2]], spec)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+    for S in (7, 12):
+        q, k, v = (torch.randn(2, h, S, 16, requires_grad=True) for h in (4, 2, 2))
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=S**-0.5, enable_gqa=True)
+        got = compiled(q, k, v)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_make_fx_keeps_the_operator() -> None:
     q, k, v, loads, sizes, spec = arguments("causal-GQA")
     graph = make_fx(lambda q, k, v: attention(q, k, v, loads, sizes, spec), tracing_mode="symbolic")(q, k, v)

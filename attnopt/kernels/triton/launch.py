@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.errors import AttnoptError
+from attnopt.errors import AttnoptError, BackendError
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.codegen import unsupported
@@ -88,14 +88,18 @@ def import_source(text: str) -> ModuleType:
     name = f"attnopt_generated_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     if name in sys.modules:
         return sys.modules[name]
-    folder = cache_folder() / "triton"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.py"
-    if not path.is_file() or path.read_text() != text:
-        # written beside and moved, so that another process never reads half of it
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as f:
-            f.write(text)
-        Path(f.name).replace(path)
+    path = cache_folder() / "triton" / f"{name}.py"
+    try:
+        if not path.is_file() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # written beside and moved, so that another process never reads half of it
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as f:
+                f.write(text)
+            Path(f.name).replace(path)
+    except OSError as e:
+        raise BackendError(
+            f"The generated Triton kernel cannot be written to {path.parent}: {e.strerror}.", hint="ATTNOPT_CACHE_DIR names another folder"
+        ) from e
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
