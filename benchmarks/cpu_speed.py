@@ -2,7 +2,7 @@
 
 Each length runs in a process of its own, where both models run in turn. The model is captured once, at a short length.
 
-    python benchmarks/cpu_speed.py [--lengths 512,2048,4096] [--layers 2]
+    python benchmarks/cpu_speed.py [--lengths 512,2048,4096] [--layers 2] [--threads 2]
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lengths", default="512,2048,4096")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="fewer than cores where other work runs beside it")
     parser.add_argument("--one", action="store_true", help="measure the given length in this process and print JSON")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.one:
         print(json.dumps(measure(int(options.lengths), options.layers)))
         return
     rows = []
     for length in options.lengths.split(","):
-        command = [sys.executable, __file__, "--one", "--lengths", length, "--layers", str(options.layers)]
+        command = [sys.executable, __file__, "--one", "--lengths", length, "--layers", str(options.layers), "--threads", str(options.threads)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     show(f"Llama example, {options.layers} layers, batch 1, float32", [{k: v for k, v in row.items() if k != "verdict"} for row in rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from rich.console import Console
@@ -45,7 +45,7 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
 
             stages("save")
             save_pt2(optimized, output)
-    report: Report = optimized.attnopt_report
+    report = cast("Report", optimized.attnopt_report)
     code = _exit_code(report, require_all)
     if as_json:
         extra = {"benchmark": None if comparison is None else comparison.to_dict(), "output": output}
@@ -85,7 +85,8 @@ def verify_command(target: str, *, against: str | None, as_json: bool, train: bo
     with Stages(err) as stages:
         loaded = _load(target, stages, train=train, **options)
         if against is None:
-            report: Report = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages).attnopt_report
+            optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
+            report = cast("Report", optimized.attnopt_report)
         else:
             other = _other(against, loaded)
             report = Report(verdict=api.verify(loaded.model, other, loaded.args, kwargs=loaded.kwargs))
