@@ -49,6 +49,14 @@ class CallForm:
         return args, ordered
 
 
+    def spread(self, args: Args, kwargs: Kwargs, positional: int) -> tuple[Args, Kwargs]:
+        """The inverse of ``normalise``: the first ``positional`` parameters by position again."""
+        if self.keeps_positions:
+            return args, kwargs
+        first = self.positional[:positional]
+        return tuple(kwargs.get(n, self.defaults[n]) for n in first), {n: v for n, v in kwargs.items() if n not in first}
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One leaf of a call: a tensor's dtype, device and sizes (an int, or the name of a symbol), or another value."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import fx
@@ -16,8 +16,9 @@ from torch._guards import detect_fake_mode, tracing
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnopt.capture.breaks import explain_break
 from attnopt.remarks import Remark
-from attnopt.report import Report, Site
+from attnopt.report import Report
 
 log = logging.getLogger("attnopt")
 
@@ -67,7 +68,7 @@ def compile_frame(gm: fx.GraphModule, example_inputs: Sequence[Any], rewrite: Re
     else:
         with tracing(None):
             result, report = rewrite(graph)
-        report.sites = [_explain_break(site, graph, ended_in_break, frames.broken) for site in report.sites]
+        report.sites = [explain_break(site, graph, ended_in_break, frames.broken) for site in report.sites]
         frames.reports.append(report)
     frames.broken |= ended_in_break
     if not inductor:
@@ -91,67 +92,3 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
         new._rename(old.name)
     traced.recompile()
     return traced
-
-
-# ---- attentions that a graph break cut in two
-
-
-def _explain_break(site: Site, graph: fx.GraphModule, ended_in_break: bool, began_after_break: bool) -> Site:
-    """The site, with AO209 in place of "no product with the values" (or "with the keys") where a break is the reason."""
-    codes = {r.code for r in site.remarks}
-    node = _softmax_of(site, graph)
-    if site.status == "replaced" or node is None:
-        return site
-    if "AO201" in codes and ended_in_break and _reaches_output(node):
-        code, missing = "AO201", "values"
-    elif "AO202" in codes and began_after_break and _comes_from_input(node):
-        code, missing = "AO202", "keys"
-    else:
-        return site
-    text = f"The model breaks into two compiled functions at this attention: the product with the {missing} stands in the other one."
-    remarks = [Remark("AO209", text, r.site, r.source) if r.code == code else r for r in site.remarks]
-    return replace(site, remarks=remarks, why=text)
-
-
-def _softmax_of(site: Site, graph: fx.GraphModule) -> fx.Node | None:
-    path, _, line = site.source.rpartition(":")
-    for node in graph.graph.nodes:
-        if "softmax" in str(node.target) and f'{path}", line {line}' in node.meta.get("stack_trace", ""):
-            found: fx.Node = node
-            return found
-    return None
-
-
-_CONTRACTIONS = ("matmul", "mm", "bmm", "baddbmm", "einsum", "linear", "addmm", "conv", "scaled_dot_product_attention")
-
-
-def _contracts(node: fx.Node) -> bool:
-    name = getattr(node.target, "_opname", str(node.target))
-    return any(name == c or name.startswith("conv") for c in _CONTRACTIONS)
-
-
-def _reaches_output(node: fx.Node) -> bool:
-    """Whether the probabilities leave the function, by way of operations that contract nothing."""
-    seen, todo = {node}, [node]
-    while todo:
-        for user in todo.pop().users:
-            if user.op == "output":
-                return True
-            if user not in seen and not _contracts(user):
-                seen.add(user)
-                todo.append(user)
-    return False
-
-
-def _comes_from_input(node: fx.Node) -> bool:
-    """Whether the scores enter the function, by way of operations that contract nothing."""
-    shape = getattr(node.meta.get("val"), "shape", ())
-    seen, todo = {node}, [node]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source.op == "placeholder" and len(getattr(source.meta.get("val"), "shape", ())) == len(shape):
-                return True
-            if source not in seen and not _contracts(source):
-                seen.add(source)
-                todo.append(source)
-    return False

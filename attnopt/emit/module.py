@@ -50,10 +50,12 @@ class State:
         self.variants: dict[Key, tuple[Variant, ...]] = {}
         self.latest: Variant | None = None
         self.compiled: dict[Variant, Callable[..., Any]] = {}
+        self.positional = 0
+        """How many arguments the example was given by position: a saved program is called in the same way."""
 
     def for_copy(self, reference: nn.Module) -> State:
         new = State(reference, self.builder, self.max_variants, shared=False)
-        new.variants, new.latest = dict(self.variants), self.latest
+        new.variants, new.latest, new.positional = dict(self.variants), self.latest, self.positional
         return new
 
 
@@ -82,6 +84,7 @@ class OptimizedModule(nn.Module):
     def attnopt_capture(self, args: Args, kwargs: Kwargs) -> Variant:
         """The variant for this call, built now when there is none, as the first such call would. Raises CaptureError."""
         state = self._attnopt
+        state.positional = len(args)
         try:
             args, kwargs = state.form.normalise(args, kwargs)
         except TypeError as error:

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._sympy.value_ranges import ValueRanges
 
 import attnopt.kernels.ops  # noqa: F401 - registers the operator that a file refers to
+from attnopt.capture.call import Args, CallForm, Kwargs
 from attnopt.capture.captured import Captured
 from attnopt.capture.export import DynamicShapes, quiet
 from attnopt.capture.guards import expr_of
@@ -35,7 +36,7 @@ def save_pt2(
     """Export an optimized module again and save it; returns the program.
 
     Without ``args`` and ``kwargs`` it is exported for the call that was captured last, and the same dimensions stay
-    open. Results that are objects of a library's class (``ModelOutput``) come back as dicts, so that reading the file takes no
+    open. The program is called as the example was, by position or by name. Results that are objects of a library's class (``ModelOutput``) come back as dicts, so that reading the file takes no
     other package. ``dynamic_shapes`` is ``"auto"`` or torch.export's own. Read it with ``torch.export.load(path).module()`` after ``import attnopt``.
     Raises CaptureError for a module that holds no captured graph (one that goes through torch.compile) and
     AttnoptError when the file cannot be written.
@@ -71,9 +72,11 @@ def export_optimized(
         raise CaptureError(f"{type(optimized).__name__} goes through torch.compile and holds no graph to save; torch.export has to take the model for that.")
     captured = variant.captured
     auto = dynamic_shapes == "auto"
+    form = CallForm(optimized.forward)
+    spread = form.spread(captured.args, captured.kwargs, optimized._attnopt.positional)
     if auto or not given:
-        args, kwargs = captured.args, captured.kwargs
-    shapes: Any = _open_shapes(optimized, captured) if auto else None if dynamic_shapes == "static" else dynamic_shapes
+        args, kwargs = spread
+    shapes: Any = _open_shapes(optimized, captured, *spread) if auto else None if dynamic_shapes == "static" else dynamic_shapes
     with torch.enable_grad(), quiet():
         program = torch.export.export(_with_plain_results(optimized), args or (), kwargs or {}, dynamic_shapes=shapes, strict=False)
     if auto:
@@ -103,20 +106,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _open_shapes(optimized: nn.Module, captured: Captured) -> dict[str, Any]:
+def _open_shapes(optimized: nn.Module, captured: Captured, args: Args, kwargs: Kwargs) -> dict[str, Any]:
     specs: list[dict[int, Any] | None] = [None] * len(captured.leaves)
     for d in captured.dynamic:
         specs[d.leaf] = {**(specs[d.leaf] or {}), d.dim: Dim.AUTO}
-    return shapes_by_argument(optimized, specs, captured.args, captured.kwargs)
+    found = shapes_by_argument(optimized, specs, captured.args, captured.kwargs)
+    return {name: found.get(name) for name in inspect.signature(optimized.forward).bind(*args, **kwargs).arguments}
 
 
 def _lower_bounds(program: ExportedProgram, captured: Captured) -> None:
     """Export assumes at least two of everything that varies; the capture has seen which sizes may be one."""
-    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
+    inputs = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
+    tensors = [v for v in inputs if isinstance(v, torch.Tensor)]  # in the order of the captured ones, whatever stands between
     one = {(d.leaf, d.dim) for d in captured.dynamic if d.lower == 1}
-    for leaf, node in enumerate(inputs):
-        value = node.meta.get("val")
-        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+    for value, leaf in zip(tensors, (i for i, x in enumerate(captured.leaves) if x.is_tensor), strict=True):
+        for dim, size in enumerate(value.shape):
             symbol = expr_of(size)
             known = program.range_constraints.get(symbol) if isinstance(symbol, sympy.Symbol) else None
             if known is not None and (leaf, dim) in one and known.lower == 2:
