@@ -59,6 +59,7 @@ class RaiseAttention:
                 if N.is_tensor(found.loads[i]) and _is_dense(found, i):
                     site.remarks.append(Remark("AO303", f"{load.name} is read as a dense tensor of shape {[str(n) for n in N.shape(found.loads[i])]}.", found.name, found.source))
             result.modified = True
+        graph.eliminate_dead_code()
         return result
 
 
@@ -95,4 +96,3 @@ def _replace(graph: fx.Graph, site: AttentionSite) -> None:
     out.meta[SITE] = site.name
     out.meta["attnopt_original"] = site.output.name
     site.output.replace_all_uses_with(out)
-    graph.eliminate_dead_code()

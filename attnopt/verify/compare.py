@@ -51,12 +51,14 @@ def distance(actual: Any, truth: Any, *, floor: float = 0.0, ignore_nan_truth: b
     if ignore_nan_truth:
         a = torch.where(t.isnan(), 0.0, a)
         t = t.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    alike = (a == t) | (a.isnan() & t.isnan())
-    usable = a.isfinite() & t.isfinite()
-    if bool((~alike & ~usable).any()):
-        return FAR
-    difference = torch.where(usable, a - t, 0.0)
-    t = torch.where(usable, t, 0.0)
+    difference = a - t
+    if not math.isfinite(float(difference.norm()) + float(t.norm())):
+        alike = (a == t) | (a.isnan() & t.isnan())
+        usable = a.isfinite() & t.isfinite()
+        if bool((~alike & ~usable).any()):
+            return FAR
+        difference = torch.where(usable, difference, 0.0)
+        t = torch.where(usable, t, 0.0)
     size = max(float(t.norm()), floor * math.sqrt(t.numel()))
     norm = _ratio(float(difference.norm()), size)
     if t.ndim < 2:

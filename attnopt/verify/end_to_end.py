@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,9 @@ def compare_graphs(
     sets, notes = variants(args, kwargs, from_graph(reference), run.refuses)
     checkers = [] if only_whole else [SiteChecker(s, reference, optimized, root) for s in site_regions(reference, optimized, outputs)]
     keep = {n for c in checkers for n in c.site.leaves}
+    forms: set[Hashable] = set()
+    # Layers are alike: the first of each form is asked everything, the others whether their own values agree.
+    first = {c.site.name for c in checkers if not (c.site.form in forms or forms.add(c.site.form))}  # type: ignore[func-returns-value]
     small = sum(p.numel() * p.element_size() for p in holder.parameters()) <= SMALL
     trains = training or any(p.requires_grad for p in holder.parameters())
 
@@ -82,11 +85,16 @@ def compare_graphs(
         original, values = run.original(leaves, keep)
         if not v.light:
             for checker in checkers:
-                for check in _site_checks(checker, {n: values[n] for n in checker.site.leaves}, v.name, plain=i == plain, longest=i == longest, trains=trains):
+                mine = {n: values[n] for n in checker.site.leaves}
+                if checker.site.name in first:
+                    found = _site_checks(checker, mine, v.name, plain=i == plain, longest=i == longest, trains=trains)
+                else:
+                    found = [checker.values(f"{checker.site.name}: {v.name}", mine)] if i in (plain, longest) else []
+                for check in found:
                     result.checks.append(check)
                     if not check.passed:
                         result.failed.setdefault(checker.site.name, []).append(check)
-        lost = [c.site.name for c in checkers if i == plain and trains and small and c.loses_scores({n: values[n] for n in c.site.leaves})]
+        lost = [c.site.name for c in checkers if i == plain and trains and small and c.site.name in first and c.loses_scores({n: values[n] for n in c.site.leaves})]
         del values
         whole = [run.whole(f"whole model: {v.name}", leaves, original, truth=small and not v.light)]
         if trains and small and i == plain:

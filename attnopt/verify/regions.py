@@ -37,9 +37,25 @@ class SiteRegions:
     optimized: Region
 
     @property
+    def form(self) -> Hashable:
+        """Equal for sites that compute the same function of their leaves, as the layers of one model do."""
+        places = {leaf: i for i, leaf in enumerate(self.leaves)}
+        return tuple(_form(r, {n: places[s] for n, s in r.source.items()}) for r in (self.reference, self.optimized))
+
+    @property
     def leaves(self) -> tuple[Node, ...]:
         """The reference nodes whose values either region starts from."""
         return tuple(dict.fromkeys((*self.reference.source.values(), *self.optimized.source.values())))
+
+
+def _form(region: Region, places: Mapping[Node, int]) -> Hashable:
+    names = {n: f"leaf {i}" for n, i in places.items()}
+    leaves = tuple((names[n], str(getattr(n.meta.get("val"), "shape", None)), str(getattr(n.meta.get("val"), "dtype", None))) for n in region.leaves)
+    steps = []
+    for i, n in enumerate(region.nodes):
+        steps.append((n.op, str(n.target), repr(map_arg((n.args, n.kwargs), lambda a: names.get(a, a.name)))))
+        names[n] = f"value {i}"
+    return leaves, tuple(steps)
 
 
 def site_regions(reference: GraphModule, optimized: GraphModule, outputs: Outputs) -> list[SiteRegions]:

@@ -85,10 +85,10 @@ class Case:
         loads = self.loads(self.shape)
         return q, k, v, [x.double() if dtype == torch.float64 and x.is_floating_point() else x for x in loads]
 
-    def naive(self, q: Tensor, k: Tensor, v: Tensor, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """o and lse by the book, in float64, everything in memory."""
-        q, k, v = q.double(), k.double(), v.double()
-        loads = [x.double() if x.is_floating_point() else x for x in loads]
+    def naive(self, q: Tensor, k: Tensor, v: Tensor, loads: list[Tensor], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """o and lse by the book, in ``dtype``, everything in memory."""
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        loads = [x.to(dtype) if x.is_floating_point() else x for x in loads]
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         raw = q @ k.transpose(-1, -2)

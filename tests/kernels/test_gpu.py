@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnopt.kernels import ops, reference, registry
 from attnopt.kernels.triton import launch
+from attnopt.verify.budget import judge
 from tests.kernels.cases import BY_NAME, CASES, Case, Shape
 from tests.kernels.operations import OPERATION_CASES
 
@@ -33,9 +34,13 @@ def check(case: Case, dtype: torch.dtype) -> None:
     q, k, v, loads = case.tensors(dtype)
     want, want_lse = case.naive(q, k, v, loads)
     o, lse = launch.attention(q.cuda(), k.cuda(), v.cuda(), [x.cuda() for x in loads], list(case.sizes.values()), case.spec())
-    tolerance = TOLERANCE[dtype]
     assert o.dtype == dtype and o.transpose(1, 2).is_contiguous()
-    torch.testing.assert_close(o.double().cpu(), want, atol=tolerance, rtol=tolerance, equal_nan=True)
+    if dtype is torch.float32:
+        # large scores amplify rounding, so float32 is measured by what the plain computation loses in it (see attnopt.verify.budget)
+        plain = judge("", [o.cpu()], [case.naive(q, k, v, loads, dtype)[0]], [want], dtype)
+        assert plain.passed, (plain.error, plain.budget)
+    else:
+        torch.testing.assert_close(o.double().cpu(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
     torch.testing.assert_close(lse.double().cpu(), want_lse, atol=1e-4, rtol=1e-4)
 
 
