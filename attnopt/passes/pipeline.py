@@ -75,7 +75,6 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
         problems = check(module)
         if problems:
             raise PassError(f"pass {p.name} left an invalid graph: {'; '.join(problems[:3])} (before it ran: {', '.join(done) or 'none'})")
-        module.recompile()
         done.append(p.name)
         sites += result.sites
         folded += result.folded
@@ -86,6 +85,7 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
             sys.stderr.write(f"--- after {p.name}\n{module.graph}\n")
         if p.name == "canonicalize":
             reference = duplicate(module)
+    module.recompile()
     outputs = {}
     kernels = _kernels(module)
     for node in module.graph.nodes:
