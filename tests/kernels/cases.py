@@ -93,7 +93,7 @@ class Case:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         raw = q @ k.transpose(-1, -2)
         i, j = indices((q.shape[0], q.shape[1], 0, q.shape[2], k.shape[2], 0, 0))
-        score = raw * self.scale if self.naive_score is None else self.naive_score(raw, i, j, loads)
+        score = raw * self.scale if self.naive_score is None else self.naive_score(raw, i, j, loads).to(dtype)
         visible = torch.ones((), dtype=torch.bool) if self.naive_mask is None else self.naive_mask(i, j, loads)
         visible = visible.expand(raw.shape)
         score = score.expand(raw.shape).masked_fill(~visible, -math.inf)
@@ -103,7 +103,7 @@ class Case:
             empty = (score == -math.inf).all(-1, keepdim=True)
         if self.empty_rows == "program":
             assert self.naive_empty is not None
-            score = torch.where(empty, self.naive_empty(raw, i, j, loads), score)
+            score = torch.where(empty, self.naive_empty(raw, i, j, loads).to(dtype), score)
         elif self.empty_rows in ("uniform", "zero"):
             score = torch.where(empty, 0.0, score)
         p = torch.softmax(score, -1)
