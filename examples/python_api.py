@@ -34,7 +34,7 @@ def main() -> None:
         file = Path(folder) / "nanogpt.pt2"
         save_pt2(optimized, file)
         again = torch.export.load(file).module()  # a fresh process needs `import attnopt` first
-        print("saved and loaded:", torch.equal(again(idx=tokens), optimized(tokens)))
+        print("saved and loaded:", torch.equal(again(tokens), optimized(tokens)))
 
 
 if __name__ == "__main__":

@@ -50,14 +50,22 @@ def save_pt2(
 
 
 def load_pt2(path: str | os.PathLike[str]) -> nn.Module:
-    """The module of a ``.pt2`` file. Raises LoadError when it is none."""
+    """The module of a ``.pt2`` file, with tied parameters tied. Raises LoadError when it is none."""
     if not Path(path).is_file():
         raise LoadError(f"{path} does not exist.")
     try:
-        return torch.export.load(path).module()
+        module = torch.export.load(path).module()
     except Exception as error:
         text = str(error).strip()
         raise LoadError(f"{path} cannot be read as an exported program: {text.splitlines()[0] if text else type(error).__name__}") from error
+    same: dict[Any, nn.Parameter] = {}
+    for m in module.modules():
+        m.training = False  # its mode is fixed, and eval() of an exported module raises
+        for name, p in m._parameters.items():
+            if p is not None and p.numel():
+                # A file keeps the memory of tied parameters shared, and loses that they are one.
+                m._parameters[name] = same.setdefault((p.data_ptr(), p.dtype, p.shape, p.stride()), p)
+    return module
 
 
 def export_optimized(

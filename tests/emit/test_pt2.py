@@ -58,6 +58,20 @@ def test_another_call_and_static_shapes(tmp_path: Path) -> None:
         again(ids(2, 5), torch.ones(2, 5))
 
 
+def test_a_loaded_program_can_be_verified(tmp_path: Path) -> None:
+    model = tiny_gpt()
+    save_pt2(attnopt.optimize(model, (ids(),), config=QUICK), tmp_path / "model.pt2")
+    assert attnopt.verify(model, load_pt2(tmp_path / "model.pt2"), (ids(),)).passed is True
+
+
+def test_programs_are_called_as_the_example_was(tmp_path: Path) -> None:
+    weights = torch.rand(2, 12)
+    for given in (((ids(), weights), {}), ((ids(),), {"weights": weights}), ((), {"ids": ids(), "weights": weights})):
+        fast = attnopt.optimize(tiny_gpt(), given[0], kwargs=given[1], config=QUICK)
+        save_pt2(fast, tmp_path / "model.pt2")
+        assert load_pt2(tmp_path / "model.pt2")(*given[0], **given[1]).shape == (2, 12, 61)
+
+
 def test_what_cannot_be_saved_or_read(tmp_path: Path) -> None:
     class Refuses(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
