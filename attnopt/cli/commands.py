@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
-from rich.console import Console
 from rich.markup import escape
 
 from attnopt.cli import render
@@ -21,6 +20,7 @@ from attnopt.report import Report
 
 if TYPE_CHECKING:
     from attnopt.capture.loader import Loaded
+    from attnopt.cli.render import Terminal
 
 DONE, POLICY = 0, 1
 
@@ -54,9 +54,9 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
     render.show_report(out, report)
     if comparison is not None:
         render.show_comparison(out, comparison)
-    out.print(_seconds(report), style="dim")
+    out.say(_seconds(report), style="dim")
     _next_steps(out, target, report, output, code, require_all)
-    out.print(_summary(report, comparison, code))
+    out.say(_summary(report, comparison, code))
     return code
 
 
@@ -73,7 +73,7 @@ def inspect_command(target: str, *, as_json: bool, train: bool, **options: Any) 
         return DONE
     _introduce(out, loaded)
     render.show_report(out, report)
-    out.print(f"{_counts(report, 'can be replaced')}. Nothing was changed; `attnopt optimize {target}` does it, and compares with the original.")
+    out.say(f"{_counts(report, 'can be replaced')}. Nothing was changed; `attnopt optimize {target}` does it, and compares with the original.")
     return DONE
 
 
@@ -98,7 +98,7 @@ def verify_command(target: str, *, against: str | None, as_json: bool, train: bo
     if against is None:
         render.show_report(out, report)
     render.show_checks(out, report.verdict)
-    out.print(render.verdict_text(report.verdict))
+    out.say(render.verdict_text(report.verdict))
     return code
 
 
@@ -200,18 +200,18 @@ def _print_json(loaded: Loaded, report: Report, code: int, **extra: Any) -> None
     click.echo(json.dumps(facts, indent=2))
 
 
-def _introduce(out: Console, loaded: Loaded) -> None:
+def _introduce(out: Terminal, loaded: Loaded) -> None:
     parameters = sum(p.numel() for p in loaded.model.parameters())
-    out.print(f"[bold]{escape(loaded.name)}[/], {parameters / 1e6:.1f} M parameters, inputs {escape(loaded.inputs)}")
+    out.say(f"[bold]{escape(loaded.name)}[/], {parameters / 1e6:.1f} M parameters, inputs {escape(loaded.inputs)}")
     for note in loaded.notes:
-        out.print(escape(note), style="yellow")
+        out.say(escape(note), style="yellow")
 
 
 def _seconds(report: Report) -> str:
     return "Took " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()) if report.seconds else ""
 
 
-def _next_steps(out: Console, target: str, report: Report, output: str | None, code: int, require_all: bool) -> None:
+def _next_steps(out: Terminal, target: str, report: Report, output: str | None, code: int, require_all: bool) -> None:
     steps = []
     codes = list(dict.fromkeys(r.code for s in report.missed for r in s.remarks))
     if codes:
@@ -223,11 +223,11 @@ def _next_steps(out: Console, target: str, report: Report, output: str | None, c
     if output is not None:
         steps.append(f"import attnopt, torch; torch.export.load({output!r}).module(): load it in any process")
     if steps:
-        out.print("Next", style="bold")
+        out.say("Next", style="bold")
         for step in steps:
-            out.print(f"  {escape(step)}")
+            out.say(f"  {escape(step)}")
     if require_all and report.missed:
-        out.print(f"--require-all: {len(report.missed)} of {len(report.sites)} were not replaced: {', '.join(s.name for s in report.missed)}", style="red")
+        out.say(f"--require-all: {len(report.missed)} of {len(report.sites)} were not replaced: {', '.join(s.name for s in report.missed)}", style="red")
 
 
 def _counts(report: Report, verb: str) -> str:

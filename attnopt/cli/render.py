@@ -21,26 +21,33 @@ _PIPED_WIDTH = 140
 _SHOWN_CHECKS = 12
 
 
-def console(stderr: bool = False) -> Console:
+class Terminal(Console):
+    """Sentences are left to the terminal to wrap, so that a line of output stays one line in a pipe; tables fit the width."""
+
+    def say(self, sentence: str, style: str | None = None) -> None:
+        self.print(sentence, style=style, soft_wrap=True)
+
+
+def console(stderr: bool = False) -> Terminal:
     """The terminal; where output is piped and nobody says how wide it is, lines of 140 columns."""
-    made = Console(stderr=stderr, highlight=False)
+    made = Terminal(stderr=stderr, highlight=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _PIPED_WIDTH
     return made
 
 
-def show_report(out: Console, report: Report) -> None:
+def show_report(out: Terminal, report: Report) -> None:
     """Sites, then remarks, then the verdict."""
     show_sites(out, report.sites)
     show_remarks(out, [*report.remarks, *(r for s in report.sites for r in s.remarks)])
 
 
-def show_sites(out: Console, sites: list[Site]) -> None:
+def show_sites(out: Terminal, sites: list[Site]) -> None:
     if not sites:
-        out.print("No attention was found in this model.", style="yellow")
+        out.say("No attention was found in this model.", style="yellow")
         return
     table = Table(header_style="bold")
-    out.print("Attentions", style="bold")
+    out.say("Attentions", style="bold")
     for name in ("site", "source", "computes", "kernel", "why"):
         table.add_column(name, overflow="fold")
     for group in grouped(sites):
@@ -86,7 +93,7 @@ def shown_path(source: str) -> str:
     return source.removeprefix(here)
 
 
-def show_remarks(out: Console, remarks: Iterable[Remark]) -> None:
+def show_remarks(out: Terminal, remarks: Iterable[Remark]) -> None:
     """Each different remark once, with how often it was made; that a site was replaced is told by the table already."""
     groups: dict[tuple[str, str], list[Remark]] = {}
     for remark in remarks:
@@ -94,23 +101,23 @@ def show_remarks(out: Console, remarks: Iterable[Remark]) -> None:
             groups.setdefault((remark.code, remark.message), []).append(remark)
     if not groups:
         return
-    out.print("Remarks", style="bold")
+    out.say("Remarks", style="bold")
     for (code, message), group in sorted(groups.items(), key=lambda item: item[0][0]):
         first = group[0]
         places = [escape(x) for x in dict.fromkeys(r.site for r in group) if x]
         where = f" [dim]{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}[/]" if places else ""
-        out.print(f"  [{_LEVEL_STYLE[first.level]}]{code}[/]{where} {escape(message)}{f' [dim]{escape(shown_path(first.source))}[/]' if first.source else ''}")
+        out.say(f"  [{_LEVEL_STYLE[first.level]}]{code}[/]{where} {escape(message)}{f' [dim]{escape(shown_path(first.source))}[/]' if first.source else ''}")
         hint = first.hint or PAGES[code].hint
         if hint:
-            out.print(f"        [dim]{escape(hint)}[/]")
+            out.say(f"        [dim]{escape(hint)}[/]")
 
 
-def show_checks(out: Console, verdict: Verdict) -> None:
+def show_checks(out: Terminal, verdict: Verdict) -> None:
     """The checks that used most of their budget, failed ones first."""
     if not verdict.checks:
         return
     table = Table(header_style="bold")
-    out.print("Checks", style="bold")
+    out.say("Checks", style="bold")
     for name in ("check", "error", "budget", "", "detail"):
         table.add_column(name, overflow="fold")
     ranked = sorted(verdict.checks, key=lambda c: (c.passed, -(c.error / c.budget if c.budget > 0 else c.error)))
@@ -118,11 +125,11 @@ def show_checks(out: Console, verdict: Verdict) -> None:
         table.add_row(escape(check.name), f"{check.error:.2e}", f"{check.budget:.2e}", "[green]ok[/]" if check.passed else "[red]FAILED[/]", escape(check.detail))
     out.print(table)
     if len(ranked) > _SHOWN_CHECKS:
-        out.print(f"  and {len(ranked) - _SHOWN_CHECKS} more that used a smaller part of their budget", style="dim")
+        out.say(f"  and {len(ranked) - _SHOWN_CHECKS} more that used a smaller part of their budget", style="dim")
 
 
-def show_comparison(out: Console, comparison: Comparison) -> None:
-    out.print(f"[bold]Time and peak memory[/] ({comparison.what}, median of {comparison.runs} runs)")
+def show_comparison(out: Terminal, comparison: Comparison) -> None:
+    out.say(f"[bold]Time and peak memory[/] ({comparison.what}, median of {comparison.runs} runs)")
     table = Table(header_style="bold")
     for name in ("", "time", "peak memory"):
         table.add_column(name, justify="left" if not name else "right")
@@ -157,15 +164,15 @@ def comparison_words(comparison: Comparison) -> str:
     return words if ratio is None else f"{words}, {word(ratio, 'less peak memory', 'more peak memory')}"
 
 
-def show_page(out: Console, code: str) -> None:
+def show_page(out: Terminal, code: str) -> None:
     page = PAGES[code]
-    out.print(f"[bold]{code}[/] {escape(page.title)}")
-    out.print(f"\n{escape(page.text)}")
+    out.say(f"[bold]{code}[/] {escape(page.title)}")
+    out.say(f"\n{escape(page.text)}")
     if page.hint:
-        out.print(f"\n[bold]What to do:[/] {escape(page.hint)}")
+        out.say(f"\n[bold]What to do:[/] {escape(page.hint)}")
 
 
-def show_pages(out: Console) -> None:
+def show_pages(out: Terminal) -> None:
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name in ("code", "remark"):
         table.add_column(name)

@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "examples"
 
 def call(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # kernel tests set it in their own process
-    env = {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "140"}
     return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
 
 

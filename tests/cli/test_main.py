@@ -78,6 +78,11 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     return fake
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+
+
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "model.py").write_text(MODEL)
@@ -140,6 +145,14 @@ def test_unverified_is_said(api: FakeApi, model: str, capsys: pytest.CaptureFixt
     api.report.verdict = Verdict()
     assert run(["optimize", model, "--no-benchmark", "--no-verify"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "Done: 3 of 3 attentions replaced, unverified"
+
+
+def test_sentences_are_one_line_on_a_narrow_terminal(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run(["optimize", model, "--no-benchmark"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("Done: 3 of 3") and lines[-1].endswith("of budget 4.00e-07")
+    assert all(len(x) <= 60 for x in lines if x.startswith(("│", "┃", "┏", "└")))
 
 
 def test_model_without_attention(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str]) -> None:

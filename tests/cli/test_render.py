@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from attnopt.cli import render
 from attnopt.cli.measure import Comparison, Measured
@@ -19,7 +18,7 @@ def site(name: str, kernel: str = "sdpa", **more: object) -> Site:
 
 
 def printed(show: object, *args: object) -> str:
-    out = Console(width=120, record=True, file=io.StringIO())
+    out = render.Terminal(width=120, record=True, file=io.StringIO())
     show(out, *args)  # type: ignore[operator]
     return out.export_text()
 
