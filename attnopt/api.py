@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import attnopt.kernels.ops  # noqa: F401 - registers the operator that the passes put into graphs
 from attnopt.capture.call import Args, CallForm, Kwargs
-from attnopt.capture.captured import Captured, ModelError
+from attnopt.capture.captured import Captured, Example, ModelError
 from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.dynamo import Frames, compile_frame
 from attnopt.capture.export import DynamicShapes, capture
@@ -27,7 +27,8 @@ from attnopt.errors import AttnoptError, CaptureError, VerificationError
 from attnopt.passes.pipeline import PipelineResult, passes, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
-from attnopt.verify import GraphPair, from_graph, verify_and_repair, verify_modules
+from attnopt.verify import DynamicDim, GraphPair, verify_and_repair, verify_modules
+from attnopt.verify import DynamicShapes as VariedShapes
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage (``capture``, ``passes``, ``verify``), how much of it is done, and how much there is (0: unknown)."""
@@ -129,7 +130,7 @@ def verify(
     dynamic = None
     if isinstance(optimized, OptimizedModule) and graph_variants(optimized):
         args, keywords = CallForm(original.forward).normalise(args, keywords)
-        dynamic = from_graph(graph_variants(optimized)[0].captured.graph_module)
+        dynamic = _shapes(graph_variants(optimized)[0].example)
     return verify_modules(original, optimized, args, keywords, dynamic, progress=_verify_progress(progress))
 
 
@@ -211,7 +212,7 @@ class _Builder:
         graph, report = self._rewritten(captured, module)
         if why is not None:
             report.remarks.insert(0, why)
-        return GraphVariant(graph_function(graph, module), captured.holds, report, captured)
+        return GraphVariant(graph_function(graph, module), captured.example.holds, report, captured.example)
 
     def compiled(self, reason: str) -> CompiledVariant:
         """The variant that goes through torch.compile, for all further calls."""
@@ -260,7 +261,7 @@ class _Builder:
         remarks: list[Remark] = []
         if self.config.verify:
             training = any(m.training for m in module.modules())
-            repair = verify_and_repair(rebuild, captured.args, captured.kwargs, training=training, progress=_verify_progress(self.progress))
+            repair = verify_and_repair(rebuild, captured.example.args, captured.example.kwargs, training=training, progress=_verify_progress(self.progress))
             verdict, reverted = repair.verdict, repair.reverted
             if verdict.passed is None:
                 remarks.append(_unverified("the weights are on the meta device" if any(t.is_meta for t in tensors_of(module)) else "nothing could be compared"))
@@ -291,6 +292,20 @@ class _Builder:
 
 def _unverified(reason: str) -> Remark:
     return Remark("AO304", f"Not compared with the original: {reason}.")
+
+
+def _shapes(example: Example) -> VariedShapes:
+    """Which sizes verification may vary, and together with which others."""
+    leaves = pytree.tree_leaves((example.args, example.kwargs))
+    dims: dict[int, dict[int, DynamicDim]] = {}
+    for d in example.dynamic:
+        dims.setdefault(d.leaf, {})[d.dim] = DynamicDim(d.symbol, d.lower, d.upper)
+    shapes = VariedShapes(dims)
+
+    def admits(values: Mapping[str, int]) -> bool:
+        return example.holds([torch.empty(shapes.shape(i, x, values), device="meta") if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)])
+
+    return VariedShapes(dims, admits)
 
 
 def _verify_progress(progress: Progress | None) -> Progress | None:

@@ -34,30 +34,33 @@ class DynamicDim:
     upper: int | None
 
 
-@dataclass
-class Captured:
-    """A captured call of a model.
+@dataclass(frozen=True)
+class Example:
+    """The call that was captured, and which others the graph holds for.
 
-    ``graph_module`` is called as the model was: ``graph_module(*args, **kwargs)`` with arguments in canonical form
-    (``CallForm.normalise``). It is training IR (ATen, not decomposed) without submodules for ``torch.no_grad`` regions,
-    its get_attr targets are the model's own parameter names, and parameters are the model's own objects.
-    ``holds(leaves)`` says whether it may be used for other leaves of the same structure, dtypes, devices and values.
-    ``args`` and ``kwargs`` are inputs on which it was captured (a batch of one is repeated, since export would fix it).
+    ``args`` and ``kwargs`` are inputs in canonical form (``CallForm.normalise``; a batch of one is repeated, since
+    export would fix it). ``holds(leaves)`` says whether the graph may be used for other leaves of the same structure,
+    dtypes, devices and values.
     """
 
-    graph_module: torch.fx.GraphModule
-    program: ExportedProgram
     args: Args
     kwargs: Kwargs
     leaves: tuple[Leaf, ...]
     dynamic: tuple[DynamicDim, ...]
     holds: Callable[[Sequence[Any]], bool]
+
+
+@dataclass
+class Captured:
+    """A captured call of a model.
+
+    ``graph_module`` is called as the model was: ``graph_module(*example.args, **example.kwargs)``. It is training IR
+    (ATen, not decomposed) without submodules for ``torch.no_grad`` regions, its get_attr targets are the model's own
+    parameter names, and parameters are the model's own objects.
+    """
+
+    graph_module: torch.fx.GraphModule
+    program: ExportedProgram
+    example: Example
     remarks: list[Remark] = field(default_factory=list)
     seconds: float = 0.0
-
-    def dynamic_sizes(self) -> dict[str, list[DynamicDim]]:
-        """The dynamic dimensions by symbol; those of one symbol always have the same size."""
-        found: dict[str, list[DynamicDim]] = {}
-        for d in self.dynamic:
-            found.setdefault(d.symbol, []).append(d)
-        return found

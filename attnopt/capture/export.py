@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from attnopt.capture.call import Args, CallForm, Kwargs, Leaf, leaves_of
-from attnopt.capture.captured import Captured, DynamicDim, ModelError
+from attnopt.capture.captured import Captured, DynamicDim, Example, ModelError
 from attnopt.capture.clone import clone_tree
 from attnopt.capture.dynamism import Check, resize
 from attnopt.capture.guards import SymbolicSizes, compile_guard, expr_of, hint_of, symbolic_sizes, tie_batches
@@ -125,7 +125,7 @@ class _Job:
             remarks = [fixed_remark(self.names[i], d, leaves[i].shape[d], why) for (i, d), why in fixed.items()]
             captured = self._finish(again, leaves, closed, False, {}, must_hold)
             captured.remarks[:0] = remarks
-        if not captured.holds(must_hold):
+        if not captured.example.holds(must_hold):
             return None, CaptureError("The captured graph does not hold for the inputs that were given.")
         return captured, None
 
@@ -175,13 +175,13 @@ class _Job:
         return Captured(
             graph_module=graph,
             program=program,
-            args=args,
-            kwargs=kwargs,
-            leaves=tuple(_leaf(name, x, v) for name, x, v in zip(self.names, must_hold, sizes.values, strict=True)),
-            dynamic=tuple(
-                DynamicDim(i, self.names[i], d, str(symbol), *sizes.bounds[symbol]) for symbol in sizes.home for i, d in sizes.where(symbol)
+            example=Example(
+                args=args,
+                kwargs=kwargs,
+                leaves=tuple(_leaf(name, x, v) for name, x, v in zip(self.names, must_hold, sizes.values, strict=True)),
+                dynamic=tuple(DynamicDim(i, self.names[i], d, str(symbol), *sizes.bounds[symbol]) for symbol in sizes.home for i, d in sizes.where(symbol)),
+                holds=compile_guard(sizes),
             ),
-            holds=compile_guard(sizes),
             remarks=remarks,
         )
 

@@ -17,7 +17,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 import attnopt.kernels.ops  # noqa: F401 - registers the operator that a file refers to
 from attnopt.capture.call import Args, CallForm, Kwargs
-from attnopt.capture.captured import Captured
+from attnopt.capture.captured import Example
 from attnopt.capture.export import DynamicShapes, quiet
 from attnopt.capture.guards import expr_of
 from attnopt.capture.shapes import shapes_by_argument
@@ -78,17 +78,17 @@ def export_optimized(
     variant = optimized.attnopt_capture(args or (), kwargs or {}) if given else next(reversed(graph_variants(optimized)), None)
     if not isinstance(variant, GraphVariant):
         raise CaptureError(f"{type(optimized).__name__} goes through torch.compile and holds no graph to save; torch.export has to take the model for that.")
-    captured = variant.captured
+    example = variant.example
     auto = dynamic_shapes == "auto"
     form = CallForm(optimized.forward)
-    spread = form.spread(captured.args, captured.kwargs, optimized._attnopt.positional)
+    spread = form.spread(example.args, example.kwargs, optimized._attnopt.positional)
     if auto or not given:
         args, kwargs = spread
-    shapes: Any = _open_shapes(optimized, captured, *spread) if auto else None if dynamic_shapes == "static" else dynamic_shapes
+    shapes: Any = _open_shapes(optimized, example, *spread) if auto else None if dynamic_shapes == "static" else dynamic_shapes
     with torch.enable_grad(), quiet():
         program = torch.export.export(_with_plain_results(optimized), args or (), kwargs or {}, dynamic_shapes=shapes, strict=False)
     if auto:
-        _lower_bounds(program, captured)
+        _lower_bounds(program, example)
     return program
 
 
@@ -114,20 +114,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _open_shapes(optimized: nn.Module, captured: Captured, args: Args, kwargs: Kwargs) -> dict[str, Any]:
-    specs: list[dict[int, Any] | None] = [None] * len(captured.leaves)
-    for d in captured.dynamic:
+def _open_shapes(optimized: nn.Module, example: Example, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+    specs: list[dict[int, Any] | None] = [None] * len(example.leaves)
+    for d in example.dynamic:
         specs[d.leaf] = {**(specs[d.leaf] or {}), d.dim: Dim.AUTO}
-    found = shapes_by_argument(optimized, specs, captured.args, captured.kwargs)
+    found = shapes_by_argument(optimized, specs, example.args, example.kwargs)
     return {name: found.get(name) for name in inspect.signature(optimized.forward).bind(*args, **kwargs).arguments}
 
 
-def _lower_bounds(program: ExportedProgram, captured: Captured) -> None:
+def _lower_bounds(program: ExportedProgram, example: Example) -> None:
     """Export assumes at least two of everything that varies; the capture has seen which sizes may be one."""
     inputs = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
     tensors = [v for v in inputs if isinstance(v, torch.Tensor)]  # in the order of the captured ones, whatever stands between
-    one = {(d.leaf, d.dim) for d in captured.dynamic if d.lower == 1}
-    for value, leaf in zip(tensors, (i for i, x in enumerate(captured.leaves) if x.is_tensor), strict=True):
+    one = {(d.leaf, d.dim) for d in example.dynamic if d.lower == 1}
+    for value, leaf in zip(tensors, (i for i, x in enumerate(example.leaves) if x.is_tensor), strict=True):
         for dim, size in enumerate(value.shape):
             symbol = expr_of(size)
             known = program.range_constraints.get(symbol) if isinstance(symbol, sympy.Symbol) else None

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from attnopt.capture.call import Args, Kwargs
-from attnopt.capture.captured import Captured
+from attnopt.capture.captured import Example
 from attnopt.emit.function import GraphFunction
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
@@ -24,7 +24,8 @@ class GraphVariant:
     function: GraphFunction
     holds: Callable[[list[Any]], bool]
     report: Report
-    captured: Captured
+    example: Example
+    """Not the captured graph itself: that would keep parameters alive that the module has long left."""
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, leaves: list[Any]) -> Any:
         return pytree.tree_unflatten(self.function.run(module, *leaves, *self.function.constants), self.function.out_spec)

@@ -18,7 +18,7 @@ from attnopt.errors import CaptureError
 
 
 def open_dims(captured: Captured) -> dict[tuple[str, int], tuple[int, int | None]]:
-    return {(d.name, d.dim): (d.lower, d.upper) for d in captured.dynamic}
+    return {(d.name, d.dim): (d.lower, d.upper) for d in captured.example.dynamic}
 
 
 def run(captured: Captured, *args: Any, **kwargs: Any) -> Any:
@@ -33,15 +33,15 @@ def test_batch_and_sequence_are_open_down_to_one() -> None:
     assert captured.remarks == []
     for batch, length in ((1, 12), (5, 12), (2, 33), (1, 1)):
         x = ids(batch, length)
-        assert captured.holds([x])
+        assert captured.example.holds([x])
         torch.testing.assert_close(run(captured, ids=x), model(x), rtol=0, atol=0)
-    assert not captured.holds([ids(2, 12).new_zeros(2, LENGTH + 1)])
+    assert not captured.example.holds([ids(2, 12).new_zeros(2, LENGTH + 1)])
 
 
 def test_an_example_with_a_batch_of_one_leaves_the_batch_open() -> None:
     captured = capture(tiny_gpt(), (ids(1, 12),))
     assert open_dims(captured)["ids", 0] == (1, None)
-    assert captured.args == () and captured.kwargs["ids"].shape == (2, 12)
+    assert captured.example.args == () and captured.example.kwargs["ids"].shape == (2, 12)
 
 
 def test_no_grad_regions_are_inlined_and_still_stop_gradients() -> None:
@@ -107,7 +107,7 @@ def test_a_length_that_was_baked_in_is_found_by_running_elsewhere() -> None:
     assert [r.message for r in captured.remarks if r.code == "AO301"] == [
         "Dimension 1 of x holds for size 10 only: result 0 differs by 4.0e-01 (norm-relative)."
     ]
-    assert captured.holds([torch.randn(5, 10)]) and not captured.holds([torch.randn(5, 11)])
+    assert captured.example.holds([torch.randn(5, 10)]) and not captured.example.holds([torch.randn(5, 11)])
 
 
 def test_without_the_check_the_lie_goes_unseen() -> None:
@@ -121,16 +121,16 @@ class Pairs(nn.Module):
 
 def test_a_condition_on_sizes_is_part_of_what_holds() -> None:
     captured = capture(Pairs(), (torch.randn(3, 10),))
-    assert captured.holds([torch.randn(4, 8)])
-    assert not captured.holds([torch.randn(4, 7)])
+    assert captured.example.holds([torch.randn(4, 8)])
+    assert not captured.example.holds([torch.randn(4, 7)])
 
 
 def test_inputs_of_one_batch_have_to_agree() -> None:
     captured = capture(hf_model("llama"), (), hf_inputs("llama"))
-    inputs = pytree.tree_leaves((captured.args, captured.kwargs))
-    assert captured.holds(inputs)
-    assert not captured.holds([inputs[0], inputs[1][:1], *inputs[2:]])
-    assert not captured.holds([inputs[0], inputs[1][:, :-1], *inputs[2:]])
+    inputs = pytree.tree_leaves((captured.example.args, captured.example.kwargs))
+    assert captured.example.holds(inputs)
+    assert not captured.example.holds([inputs[0], inputs[1][:1], *inputs[2:]])
+    assert not captured.example.holds([inputs[0], inputs[1][:, :-1], *inputs[2:]])
 
 
 # ---- what is not touched
@@ -223,7 +223,7 @@ def test_nested_starred_and_extra_arguments() -> None:
     model = Nested()
     args, kwargs = inputs(3)
     captured = capture(model, args, kwargs)
-    assert {d.name for d in captured.dynamic} == {"args[0]['a']", "args[0]['b'][0]", "args[1]", "args[2]", "c"}
+    assert {d.name for d in captured.example.dynamic} == {"args[0]['a']", "args[0]['b'][0]", "args[1]", "args[2]", "c"}
     args, kwargs = inputs(7)
     torch.testing.assert_close(run(captured, *args, **kwargs), model(*args, **kwargs))
 
@@ -259,7 +259,7 @@ def test_transformers_models_hold_at_other_sizes(kind: str) -> None:
     captured = capture(model, (), hf_inputs(kind))
     for batch, length in ((3, 17), (1, 40)):
         inputs = hf_inputs(kind, batch, length)
-        got = captured.graph_module(**{k: inputs[k] for k in captured.kwargs})
+        got = captured.graph_module(**{k: inputs[k] for k in captured.example.kwargs})
         with torch.no_grad():
             expected = model(**inputs)
         assert type(got) is type(expected)
