@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from dataclasses import dataclass, field
 
@@ -107,7 +106,7 @@ def duplicate(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in table.items():
         new.meta = dict(old.meta)
         new.name = old.name
-    graph._codegen = copy.deepcopy(gm.graph._codegen)
+    graph._codegen = gm.graph._codegen  # the calling convention, which no pass changes
     new_gm = fx.GraphModule(gm, graph)
     new_gm.training = gm.training
     return new_gm
