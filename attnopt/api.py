@@ -20,7 +20,7 @@ from attnopt.capture.export import DynamicShapes, capture
 from attnopt.capture.guards import no_new_guards
 from attnopt.capture.run import device_of, undisturbed
 from attnopt.config import OptimizeConfig
-from attnopt.emit.function import graph_function
+from attnopt.emit.function import graph_function, is_state
 from attnopt.emit.module import OptimizedModule, graph_variants, optimized_module
 from attnopt.emit.variant import CompiledVariant, GraphVariant, Variant
 from attnopt.errors import AttnoptError, CaptureError, VerificationError
@@ -209,10 +209,11 @@ class _Builder:
                 raise
             return self._compiled_now(module, args, kwargs, error.message)
         self._tell("capture", 1, 1)
-        graph, report = self._rewritten(captured, module)
+        result, report = self._rewritten(captured, module)
         if why is not None:
             report.remarks.insert(0, why)
-        return GraphVariant(graph_function(graph, module), captured.example.holds, report, captured.example)
+        folded = {name: module.get_buffer(name).detach().clone() for name in result.folded if is_state(module, name)}
+        return GraphVariant(graph_function(result.graph_module, module), captured.example.holds, report, captured.example, folded)
 
     def compiled(self, reason: str) -> CompiledVariant:
         """The variant that goes through torch.compile, for all further calls."""
@@ -239,7 +240,7 @@ class _Builder:
             variant.verdict.passed, variant.verdict.checks = found.passed, found.checks
         return variant
 
-    def _rewritten(self, captured: Captured, module: OptimizedModule) -> tuple[fx.GraphModule, Report]:
+    def _rewritten(self, captured: Captured, module: OptimizedModule) -> tuple[PipelineResult, Report]:
         """Passes and verification; sites that fail are put back."""
         results: dict[frozenset[str], PipelineResult] = {}
         spent = 0.0
@@ -280,7 +281,7 @@ class _Builder:
                 site.why = f"error {check.error:.2e}, budget {check.budget:.2e} ({check.name})"
                 site.remarks.append(Remark("AO901", f"{check.name}: error {check.error:.2e}, budget {check.budget:.2e}. {check.detail}".strip(), site.name, site.source))
         seconds = {"capture": captured.seconds, "passes": spent, "verify": total - spent}
-        return result.graph_module, Report(result.sites, [*captured.remarks, *result.remarks, *remarks], verdict, seconds)
+        return result, Report(result.sites, [*captured.remarks, *result.remarks, *remarks], verdict, seconds)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -39,7 +39,7 @@ def graph_function(gm: fx.GraphModule, module: nn.Module) -> GraphFunction:
     last = (graph.find_nodes(op="placeholder") or [None])[-1]
     for node in graph.find_nodes(op="get_attr"):
         target = str(node.target)
-        if _is_state(module, target):
+        if is_state(module, target):
             continue
         if target not in constants:
             # Placeholders stand in the order of the calls's arguments: leaves first, then constants.
@@ -57,7 +57,7 @@ def graph_function(gm: fx.GraphModule, module: nn.Module) -> GraphFunction:
     return GraphFunction(space["forward"], tuple(value for _, value in constants.values()), out_spec, code.src)
 
 
-def _is_state(module: nn.Module, target: str) -> bool:
+def is_state(module: nn.Module, target: str) -> bool:
     """Whether the dotted name is a parameter or buffer of the module."""
     *path, name = target.split(".")
     for part in path:

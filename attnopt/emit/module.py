@@ -50,6 +50,8 @@ class State:
         self.variants: dict[Key, tuple[Variant, ...]] = {}
         self.latest: Variant | None = None
         self.compiled: dict[Variant, Callable[..., Any]] = {}
+        self.folded: dict[tuple[Variant, str], tuple[torch.Tensor, int]] = {}
+        """Folded buffers that were seen to hold their values, at which version."""
         self.positional = 0
         """How many arguments the example was given by position: a saved program is called in the same way."""
 
@@ -90,7 +92,7 @@ class OptimizedModule(nn.Module):
         except TypeError as error:
             raise ModelError(f"{_original_class(self).__name__} does not take these inputs: {error}.", error) from error
         leaves, key = _key(state, args, kwargs)
-        return next((v for v in state.variants.get(key, ()) if v.holds(leaves)), None) or _build(self, key, args, kwargs)
+        return next((v for v in state.variants.get(key, ()) if v.holds(leaves) and v.current(self)), None) or _build(self, key, args, kwargs)
 
     # ---- nn.Module's own life
 
@@ -152,7 +154,7 @@ def _class_for(cls: Any) -> type[OptimizedModule]:
         args, kwargs = state.form.normalise(args, kwargs)
         leaves, key = _key(state, args, kwargs)
         for variant in state.variants.get(key, ()):
-            if variant.holds(leaves):
+            if variant.holds(leaves) and variant.current(self):
                 return variant(self, args, kwargs, leaves)
         return _build(self, key, args, kwargs)(self, args, kwargs, leaves)
 

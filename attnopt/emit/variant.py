@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,23 @@ class GraphVariant:
     report: Report
     example: Example
     """Not the captured graph itself: that would keep parameters alive that the module has long left."""
+    folded: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Buffers whose values became part of the graph, as they were then (a registered triangle that was proven to be causal)."""
+
+    def current(self, module: nn.Module) -> bool:
+        """Whether the folded buffers still hold those values. Compared again only when one was written to or replaced."""
+        if not self.folded or torch.compiler.is_compiling():
+            return True
+        seen = module.__dict__["_attnopt"].folded
+        for name, value in self.folded.items():
+            buffer = module.get_buffer(name)
+            version = -1 if buffer.is_inference() else buffer._version
+            before = seen.get((self, name))
+            if before is None or before[0] is not buffer or before[1] != version or version < 0:
+                if buffer.shape != value.shape or not torch.equal(buffer, value.to(buffer)):
+                    return False
+                seen[self, name] = (buffer, version)
+        return True
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, leaves: list[Any]) -> Any:
         return pytree.tree_unflatten(self.function.run(module, *leaves, *self.function.constants), self.function.out_spec)
@@ -48,6 +65,9 @@ class CompiledVariant:
         return self.make_report()
 
     def holds(self, leaves: list[Any]) -> bool:
+        return True
+
+    def current(self, module: nn.Module) -> bool:
         return True
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, leaves: list[Any]) -> Any:
