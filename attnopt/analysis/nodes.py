@@ -85,7 +85,8 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 def source(node: fx.Node) -> str:
     """file:line of the innermost frame of the user's code that made the node; empty when unknown."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    outside = [f for f in frames if "/torch/" not in f[0]]
+    # What PyTorch's own modules compute stands in PyTorch's files; otherwise those are only in between.
+    outside = [f for f in frames if "/torch/" not in f[0]] or frames
     return f"{outside[-1][0]}:{outside[-1][1]}" if outside else ""
 
 

@@ -58,6 +58,8 @@ def capture(model: nn.Module, args: Args = (), kwargs: Kwargs | None = None, dyn
     name_every_argument(model, form, kwargs)
     leaves, structure = pytree.tree_flatten((args, kwargs))
     leaves = [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf else x for x in leaves]
+    # Strides of a slice of something larger would become conditions on its sizes.
+    leaves = [x.contiguous() if isinstance(x, torch.Tensor) and not x.requires_grad else x for x in leaves]
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in leaves]
         job = _Job(model, structure, [name for name, _ in leaves_of(args, kwargs)])

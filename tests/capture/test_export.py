@@ -264,3 +264,10 @@ def test_transformers_models_hold_at_other_sizes(kind: str) -> None:
             expected = model(**inputs)
         assert type(got) is type(expected)
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_slice_of_something_larger_leaves_the_sizes_open() -> None:
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1, enable_nested_tensor=False).eval()
+    captured = capture(model, (torch.randn(3, 20, 16)[:2, :9],))
+    assert not captured.remarks
+    assert {(d.leaf, d.dim) for d in captured.example.dynamic} == {(0, 0), (0, 1)}
