@@ -66,6 +66,10 @@ def terms(x: Expr) -> list[tuple[Number, Expr | None]]:
     return [split_term(a) for a in (x.args if x.op == "add" else (x,))]
 
 
+_EXACT = 1 << 24
+"""Integers below this are exact in float32."""
+
+
 def add(*xs: Expr) -> Expr:
     args, kind = arith(*xs)
     total: dict[Expr | None, Number] = {}
@@ -82,6 +86,13 @@ def add(*xs: Expr) -> Expr:
         return const(constant)
     if kind == "float" and math.isinf(constant):
         return const(constant)
+    if kind == "float":
+        whole = [(a, c) for a, c in items if a.op == "float" and float(c).is_integer()]
+        part = int(constant) if float(constant).is_integer() and abs(constant) < _EXACT else 0
+        if whole and (len(whole) > 1 or part):  # float(k) - float(q) = float(k - q), so that index arithmetic stays integer
+            index = add(const(part), *(mul(const(int(c)), a.args[0]) for a, c in whole))
+            rest = [scaled(c, a) for a, c in items if (a, c) not in whole]
+            return add(as_float(index), const(constant - part), *rest)
     if constant == 0 and len(items) == 1:
         return scaled(items[0][1], items[0][0])
     # An affine function of one two-way choice between constants is such a choice again: (1 - m) * min, and so on.

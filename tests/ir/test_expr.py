@@ -197,3 +197,11 @@ def test_choices_between_constants_stay_choices() -> None:
 
 def test_environments_cover_what_they_should() -> None:
     assert {(e[Q], e[K]) for e in environments(3)} == set(itertools.product(range(3), repeat=2))
+
+
+def test_index_arithmetic_in_floats_stays_integer() -> None:
+    distance = E.sub(E.as_float(K), E.as_float(Q))
+    assert distance is E.as_float(E.sub(K, Q))
+    assert E.sub(E.as_float(E.add(K, E.ONE)), E.const(1.0)) is E.as_float(K)
+    mask = E.add(E.as_float(K), E.const(-3.4e38))
+    assert mask.op == "add", "a number that no int32 holds is no index"
