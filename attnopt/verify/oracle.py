@@ -45,7 +45,7 @@ class GraphInterpreter(Interpreter):
     """
 
     def __init__(self, gm: GraphModule, *, root: nn.Module | None = None, attributes: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__(root or gm, garbage_collect_values=True, graph=gm.graph)
+        super().__init__(root or gm, garbage_collect_values=False, graph=gm.graph)  # run_nodes frees what is no longer read
         self.attributes = attributes or {}
         self._node: Node | None = None
 
