@@ -75,7 +75,7 @@ def optimize(
     report = optimized.attnopt_report
     if config.require_all and report.missed:
         names = ", ".join(s.name for s in report.missed)
-        raise VerificationError(f"{len(report.missed)} of {len(report.sites)} attentions were not replaced: {names}.", "inspect() says why for each of them.")
+        raise VerificationError(f"{len(report.missed)} of {len(report.attentions)} attentions were not replaced: {names}.", "inspect() says why for each of them.")
     return optimized
 
 

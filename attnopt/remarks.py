@@ -54,6 +54,9 @@ class Remark:
         return f"{self.code}{where} {self.message}" + (f" ({hint})" if hint else "")
 
 
+NOT_ATTENTION = frozenset({"AO201", "AO202", "AO211"})
+"""Codes that say of a softmax that it is no attention: a classifier's, a router's. Nothing was missed there."""
+
 PAGES: dict[str, Page] = {
     # ---- applied
     "AO101": Page("attention replaced", "The attention was lifted to a spec and runs as one fused operation."),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from attnopt.ir.spec import AttentionSpec
-from attnopt.remarks import Remark
+from attnopt.remarks import NOT_ATTENTION, Remark
 
 Status = Literal["replaced", "missed", "reverted"]
 
@@ -72,6 +72,11 @@ class Site:
     """Why this kernel, or why not."""
     remarks: list[Remark] = field(default_factory=list)
 
+    @property
+    def is_attention(self) -> bool:
+        """False for a softmax that turned out to be something else: it is listed, with the reason, and not counted."""
+        return not any(r.code in NOT_ATTENTION for r in self.remarks)
+
     def to_dict(self) -> dict[str, Any]:
         s = self.spec
         facts = (
@@ -94,7 +99,7 @@ class Site:
                 "mask": str(s.mask),
             }
         )
-        return {"name": self.name, "source": self.source, "status": self.status, "spec": facts, "kernel": self.kernel, "why": self.why, "remarks": [r.to_dict() for r in self.remarks]}
+        return {"name": self.name, "source": self.source, "status": self.status, "attention": self.is_attention, "spec": facts, "kernel": self.kernel, "why": self.why, "remarks": [r.to_dict() for r in self.remarks]}
 
 
 @dataclass
@@ -113,8 +118,14 @@ class Report:
         return [s for s in self.sites if s.status == "replaced"]
 
     @property
+    def attentions(self) -> list[Site]:
+        """The sites that are attentions, replaced or not."""
+        return [s for s in self.sites if s.is_attention]
+
+    @property
     def missed(self) -> list[Site]:
-        return [s for s in self.sites if s.status != "replaced"]
+        """Attentions that were not replaced."""
+        return [s for s in self.attentions if s.status != "replaced"]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -128,7 +139,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} of {len(self.sites)} attentions replaced, {self.verdict}"]
+        lines = [f"{len(self.replaced)} of {len(self.attentions)} attentions replaced, {self.verdict}"]
         for s in self.sites:
             what = str(s.spec) if s.spec is not None else "-"
             lines.append(f"  {s.status:8} {s.name} ({s.source}): {what}; {s.kernel or s.why}")

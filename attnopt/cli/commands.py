@@ -213,7 +213,7 @@ def _seconds(report: Report) -> str:
 
 def _next_steps(out: Terminal, target: str, report: Report, output: str | None, code: int, require_all: bool) -> None:
     steps = []
-    codes = list(dict.fromkeys(r.code for s in report.missed for r in s.remarks))
+    codes = list(dict.fromkeys(r.code for s in report.sites if s.status != "replaced" for r in s.remarks))
     if codes:
         steps.append(f"attnopt explain {codes[0]}: why an attention was not replaced" + (f" (also {', '.join(codes[1:])})" if codes[1:] else ""))
     if report.verdict.passed is False:
@@ -227,11 +227,11 @@ def _next_steps(out: Terminal, target: str, report: Report, output: str | None, 
         for step in steps:
             out.say(f"  {escape(step)}")
     if require_all and report.missed:
-        out.say(f"--require-all: {len(report.missed)} of {len(report.sites)} were not replaced: {', '.join(s.name for s in report.missed)}", style="red")
+        out.say(f"--require-all: {len(report.missed)} of {len(report.attentions)} were not replaced: {', '.join(s.name for s in report.missed)}", style="red")
 
 
 def _counts(report: Report, verb: str) -> str:
-    n = len(report.sites)
+    n = len(report.attentions)
     return f"{len(report.replaced)} of {n} {'attention' if n == 1 else 'attentions'} {verb}"
 
 

@@ -53,7 +53,7 @@ def show_sites(out: Terminal, sites: list[Site]) -> None:
     for group in grouped(sites):
         site = group[0]
         words = str(site.spec) if site.spec is not None else "-"
-        kernel = site.kernel if site.status == "replaced" else f"({site.status})"
+        kernel = site.kernel if site.status == "replaced" else f"({site.status})" if site.is_attention else "(no attention)"
         source = shown_path(site.source) if len({s.source for s in group}) == 1 else f"{shown_path(site.source)}, ..."
         table.add_row(escape(shown_names(group)), escape(source), escape(words), f"[{_STATUS_STYLE[site.status]}]{escape(kernel)}[/]", escape(site.why))
     out.print(table)
