@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnopt.analysis import classify
+from attnopt.analysis import classify, views
 from attnopt.analysis import nodes as N
 from attnopt.analysis.site import AttentionSite, Operand
 from attnopt.analysis.views import Index
@@ -238,31 +238,34 @@ def _feature_axis(raw: RawSite) -> None:
     node, index = raw.k
     where = _projected_axis(node, index)
     if where is not None and raw.key in where.variables:
-        raise Refusal("AO211", f"the keys run along the feature axis of {node_text(node)}, so channels are mixed and not positions.", node)
+        raise Refusal("AO211", f"the keys run along the feature axis of {node.target}, so channels are mixed and not positions.", node)
     if raw.key.extent is not None and raw.key.extent.is_const and not _extent(raw.feature).is_const:
-        raise Refusal("AO211", f"the summed axis has the variable size {raw.feature.extent} and the key axis the fixed size {raw.key.extent}: channels are mixed and not positions.", node)
+        raise Refusal(
+            "AO211", f"the summed axis has the variable size {raw.feature.extent} and the key axis the fixed size {raw.key.extent}: channels are mixed and not positions.", node
+        )
 
 
-def node_text(node: fx.Node) -> str:
-    return str(node.target)
+_FEATURES_LAST = {"aten::linear", "aten::addmm", "aten::mm"}
+_FEATURES_SECOND = {"aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution"}
+_MIXING = {"aten::matmul", "aten::bmm", "aten::einsum", "aten::cat"}
 
 
 def _projected_axis(node: fx.Node, index: Index) -> Expr | None:
     """The index along the feature axis of the projection that made an operand, through views and pointwise operators."""
-    from attnopt.analysis import views
-
-    for _ in range(200):
+    stack, seen = [(node, index)], set[fx.Node]()
+    while stack:
+        node, index = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = N.op_name(node)
         moved = views.step(node, index)
         if moved is not None:
-            node, index = moved
-            continue
-        name = N.op_name(node)
-        if name in ("aten::linear", "aten::addmm", "aten::mm"):
+            stack.append(moved)
+        elif name in _FEATURES_LAST:
             return index[-1]
-        if name in ("aten::conv2d", "aten::conv1d", "aten::convolution", "aten::conv3d"):
+        elif name in _FEATURES_SECOND:
             return index[1]
-        same = [a for a in node.all_input_nodes if N.is_tensor(a) and N.shape(a) == N.shape(node)]
-        if len(same) != 1 or name in ("aten::matmul", "aten::bmm", "aten::cat"):
-            return None
-        node = same[0]
+        elif name not in _MIXING:
+            stack += [(x, index) for x in node.all_input_nodes if N.is_tensor(x) and N.shape(x) == N.shape(node)]
     return None

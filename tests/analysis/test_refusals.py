@@ -62,7 +62,7 @@ def _wrong_axis(m: nn.Module, x: Tensor) -> object:
 
 def _mean_over_wrong_axis(m: nn.Module, x: Tensor) -> object:
     p = (m.q(x) @ m.k(x).mT * SCALE).softmax(-1)
-    return p.mean(-2) @ m.v(x).mean(1).mT if False else p.mean(-2, keepdim=True) @ m.v(x)
+    return p.mean(-2, keepdim=True) @ m.v(x)
 
 
 def _renormalised(m: nn.Module, x: Tensor) -> object:
@@ -89,12 +89,20 @@ def _performer(m: nn.Module, x: Tensor) -> object:
     return (fq @ (fk.mT @ v)) / (fq @ fk.sum(1, keepdim=True).mT)
 
 
+def _dual_channel(m: nn.Module, x: Tensor) -> object:
+    """Channel attention of dual attention networks: [C, C] scores of a feature map with itself."""
+    b, s, c = x.shape
+    y = m.conv(x.mT.reshape(b, c, s // 2, 2)).flatten(2)
+    return (y @ y.mT).softmax(-1) @ y
+
+
 CASES: dict[str, tuple[Callable[[nn.Module, Tensor], object], set[str]]] = {
     "probabilities returned": (_returned, {"AO203"}),
     "scores used elsewhere": (_scores_returned, {"AO203"}),
     "classifier": (_classifier, {"AO201"}),
     "mixture of experts router": (_router, {"AO201", "AO202"}),
     "channel attention": (_channel, {"AO211"}),
+    "channel attention of a feature map": (_dual_channel, {"AO211"}),
     "softmax over queries": (_wrong_axis, {"AO205"}),
     "mean over the wrong axis": (_mean_over_wrong_axis, {"AO204"}),
     "renormalised slots": (_renormalised, {"AO204"}),
@@ -105,16 +113,17 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], object], set[str]]] = {
 
 def _model(f: Callable[[nn.Module, Tensor], object]) -> nn.Module:
     torch.manual_seed(0)
-    m = Wrap(f, q=nn.Linear(C, C), k=nn.Linear(C, C), v=nn.Linear(C, C), gate=nn.Linear(C, 2))
+    m = Wrap(f, q=nn.Linear(C, C), k=nn.Linear(C, C), v=nn.Linear(C, C), gate=nn.Linear(C, 2), conv=nn.Conv2d(C, C, 1))
     m.mix = nn.Parameter(torch.randn(4, 4))
     return m
 
 
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", CASES)
-def test_refused_with_a_reason(name: str) -> None:
+def test_refused_with_a_reason(name: str, dynamic: bool) -> None:
     f, codes = CASES[name]
     model = _model(f)
-    result = lifted(model, _x())
+    result = lifted(model, _x(), dynamic=dynamic)
     assert result.sites, "the softmax is not mentioned at all"
     for site in result.sites:
         assert site.status == "missed"
