@@ -165,7 +165,8 @@ def _repeat_interleave(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[
 def _repeat(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
     extents = N.shape(x)
     tail = index[len(index) - len(extents) :]
-    return x, tuple(E.ZERO if n is E.ONE else E.mod(i, n) if n is not out else i for i, n, out in zip(tail, extents, N.shape(args["out"])[-len(extents) :] if extents else (), strict=True))
+    repeated = N.shape(args["out"])[len(index) - len(extents) :]
+    return x, tuple(E.ZERO if n is E.ONE else i if n is out else E.mod(i, n) for i, n, out in zip(tail, extents, repeated, strict=True))
 
 
 @rule("roll")
