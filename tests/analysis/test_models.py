@@ -174,3 +174,23 @@ def test_pooling_with_a_learned_query() -> None:
     result = lifted(model, _x())
     assert [s.status for s in result.sites] == ["replaced"]
     assert_same(model, result, _x(3, 17))
+
+
+class NumberMask(nn.Module):
+    """The old way to pad: an integer mask, taken from one and scaled."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (x @ x.mT * 0.2 + (1.0 - mask[:, None, :].float()) * -1e9).softmax(-1) @ x
+
+
+def test_an_integer_mask_that_is_used_as_a_number_stays_a_number() -> None:
+    """Nothing says that it holds only 0 and 1, and a 2 in it means something else than a 1."""
+    model = NumberMask()
+    mask = torch.ones(B, S, dtype=torch.long)
+    mask[0, -4:] = 0
+    result = lifted(model, _x(), mask)
+    assert (result.sites[0].status, result.sites[0].spec.key_padding) == ("replaced", False)
+    assert_same(model, result, _x(), mask)
+    mask[1, 3] = 2
+    with torch.no_grad():
+        assert torch.allclose(result.graph_module(_x(), mask), model(_x(), mask), rtol=1e-4, atol=1e-4)
