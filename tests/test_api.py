@@ -111,10 +111,17 @@ def test_models_on_the_meta_device_are_unverified_until_weights_arrive() -> None
     assert model.tokens.weight.is_meta
 
 
+class ReturnsWeights(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        p = (x @ x.mT).softmax(-1)
+        return p @ x, p
+
+
 def test_require_all_raises_with_the_names() -> None:
     config = OptimizeConfig(verify=False, require_all=True)
-    with pytest.raises(VerificationError, match="1 of 1 attentions were not replaced"):
-        attnopt.optimize(NoAttention(), (torch.randn(2, 4),), config=config)
+    with pytest.raises(VerificationError, match="1 of 1 attentions were not replaced: model"):
+        attnopt.optimize(ReturnsWeights(), (torch.randn(2, 5, 4),), config=config)
+    attnopt.optimize(NoAttention(), (torch.randn(2, 4),), config=config)  # a softmax that is no attention was not missed
     attnopt.optimize(tiny_gpt(), (ids(),), config=config)
 
 
