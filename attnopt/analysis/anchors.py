@@ -83,12 +83,11 @@ def _exp(node: fx.Node) -> Anchor | None:
         total = _total(user, node)
         if total is None or (axis is not None and total.axis != axis):
             continue
-        denominator = next(iter(n for n in total.nodes if n.op != "placeholder"))
         chain = {node, *total.nodes}
         for quotient in {u for n in chain for u in n.users} - chain:
             if N.op_name(quotient) == "aten::div" and quotient.args[0] is node and quotient.args[1] in chain and N.arguments(quotient).get("rounding_mode") is None:
                 return Anchor(quotient, logits, total.axis, "nan", frozenset(interior | chain))
-        return Anchor(node, logits, total.axis, "nan", frozenset(interior | set(total.nodes)), denominator=denominator)
+        return Anchor(node, logits, total.axis, "nan", frozenset(interior | set(total.nodes)), denominator=total.nodes[0])
     return None
 
 

@@ -191,20 +191,21 @@ def _eye(lift: Lifter, node: fx.Node, args: dict[str, Any], index: Index) -> Exp
 
 @rule("tril")
 def _tril(lift: Lifter, node: fx.Node, args: dict[str, Any], index: Index) -> Expr | None:
-    diagonal = N.scalar(args["diagonal"])
-    if diagonal is None:
-        return None
-    x = lift.at(args["self"], index)
-    return E.where(E.le(index[-1], E.add(index[-2], diagonal)), x, E.convert(E.ZERO, x.kind))
+    return _triangle(lift, args, index, E.le)
 
 
 @rule("triu")
 def _triu(lift: Lifter, node: fx.Node, args: dict[str, Any], index: Index) -> Expr | None:
+    return _triangle(lift, args, index, E.ge)
+
+
+def _triangle(lift: Lifter, args: dict[str, Any], index: Index, keeps: Callable[[Expr, Expr], Expr]) -> Expr | None:
+    """The input where ``keeps(column, row + diagonal)``, zero elsewhere."""
     diagonal = N.scalar(args["diagonal"])
     if diagonal is None:
         return None
     x = lift.at(args["self"], index)
-    return E.where(E.ge(index[-1], E.add(index[-2], diagonal)), x, E.convert(E.ZERO, x.kind))
+    return E.where(keeps(index[-1], E.add(index[-2], diagonal)), x, E.convert(E.ZERO, x.kind))
 
 
 @rule("constant_pad_nd", "pad")

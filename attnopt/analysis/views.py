@@ -66,9 +66,14 @@ def _transpose(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node,
     return x, tuple(out)
 
 
-@rule("t", "mT", "numpy_T", "matrix_H", "adjoint")
-def _flip_last(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
-    return (x, (*index[:-2], index[-1], index[-2])) if len(index) == 2 or ("self" in args and len(index) > 2) else None
+@rule("mT")
+def _flip_last(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    return x, (*index[:-2], index[-1], index[-2])
+
+
+@rule("t", "numpy_T")
+def _reverse(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
+    return x, index[::-1]
 
 
 @rule("movedim", "moveaxis")

@@ -194,3 +194,18 @@ def test_an_integer_mask_that_is_used_as_a_number_stays_a_number() -> None:
     mask[1, 3] = 2
     with torch.no_grad():
         assert torch.allclose(result.graph_module(_x(), mask), model(_x(), mask), rtol=1e-4, atol=1e-4)
+
+
+class Reversed(nn.Module):
+    """``.T`` of a tensor of three axes turns all of them around, not the last two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = x.permute(2, 1, 0).T  # x again
+        return (x @ k.mT * 0.2).softmax(-1) @ x
+
+
+def test_all_axes_turned_around() -> None:
+    model = Reversed()
+    result = lifted(model, _x())
+    assert [s.status for s in result.sites] == ["replaced"]
+    assert_same(model, result, _x(3, 17))
