@@ -3,16 +3,22 @@
 A softmax anchor says which node holds the probabilities, which the logits, along which axis, and what an all-masked row
 gives. ``exp(x) / sum(exp(x))`` divides before or after the product with the values: in the latter case the probabilities
 are not normalised, and ``denominator`` is the sum that the product is divided by.
+
+Softmax does not see what is subtracted from all logits of a row alike, so a shift of that form (the row's maximum, usually)
+is left out. What is added to the sum of exponentials is one more logit without a key, a ``sink``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
 
 from attnopt.analysis import nodes as N
+from attnopt.ir import expr as E
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Anchor:
     interior: frozenset[fx.Node] = field(default_factory=frozenset)
     """Nodes of the spelling itself between logits and probabilities."""
     denominator: fx.Node | None = None
+    sink: fx.Node | float | None = None
+    """A logit that only the sum of exponentials has: a number, or a node of size one along the axis."""
 
 
 _SOFTMAX = {"aten::softmax", "aten::_softmax", "aten::special_softmax"}
@@ -59,35 +67,80 @@ def _plain(node: fx.Node, empty: Literal["nan", "zero"]) -> Anchor | None:
     x = args["self"]
     if not N.is_tensor(x):
         return None
-    return Anchor(node, x, N.axis(args["dim"], len(N.shape(x))), empty)
+    axis = N.axis(args["dim"], len(N.shape(x)))
+    logits, shift = _without_shift(x, axis)
+    return Anchor(node, logits, axis, empty, frozenset() if shift is None else frozenset({x}))
+
+
+def _without_shift(x: fx.Node, axis: int) -> tuple[fx.Node, fx.Node | None]:
+    """``x`` and the tensor, the same along ``axis``, that is subtracted to make it; ``x`` itself and None when none is."""
+    if N.op_name(x) != "aten::sub":
+        return x, None
+    args = N.arguments(x)
+    of, shift = args["self"], args["other"]
+    if not (N.is_tensor(of) and N.is_tensor(shift)) or args.get("alpha", 1) != 1 or N.shape(of) != N.shape(x) or N.kind(of) != "float":
+        return x, None
+    extents = N.shape(shift)
+    if len(extents) != len(N.shape(x)) or extents[axis] is not E.ONE or N.shape(x)[axis] is E.ONE:
+        return x, None
+    return of, shift
 
 
 def _exp(node: fx.Node) -> Anchor | None:
-    """exp(x) or exp(x - max) over its sum, exp(x - logsumexp(x)), exp(log_softmax(x))."""
+    """exp(x) or exp(x - shift) over its sum, with or without a sink in it, exp(x - logsumexp(x)), exp(log_softmax(x))."""
     x = node.args[0]
     if not isinstance(x, fx.Node) or not N.is_tensor(x):
         return None
-    rank = len(N.shape(x))
     if N.op_name(x) in ("aten::log_softmax", "aten::_log_softmax", "aten::special_log_softmax"):
         args = N.arguments(x)
-        return Anchor(node, args["self"], N.axis(args["dim"], rank), "nan", frozenset({x}))
-    logits, interior, axis = x, set[fx.Node](), None
+        return Anchor(node, args["self"], N.axis(args["dim"], len(N.shape(x))), "nan", frozenset({x}))
     if N.op_name(x) == "aten::sub" and N.arguments(x).get("alpha", 1) == 1:
         args = N.arguments(x)
-        shift = _row_reduction(args["other"], args["self"])
-        if shift is not None:
-            logits, interior, axis = args["self"], {x, *shift.nodes}, shift.axis
-            if shift.op == "logsumexp":
-                return Anchor(node, logits, axis, "nan", frozenset(interior))
+        normaliser = _row_reduction(args["other"], args["self"])
+        if normaliser is not None and normaliser.op == "logsumexp":
+            return Anchor(node, args["self"], normaliser.axis, "nan", frozenset({x, *normaliser.nodes}))
     for user in node.users:
         total = _total(user, node)
-        if total is None or (axis is not None and total.axis != axis):
+        if total is None:
             continue
-        chain = {node, *total.nodes}
-        for quotient in {u for n in chain for u in n.users} - chain:
-            if N.op_name(quotient) == "aten::div" and quotient.args[0] is node and quotient.args[1] in chain and N.arguments(quotient).get("rounding_mode") is None:
-                return Anchor(quotient, logits, total.axis, "nan", frozenset(interior | chain))
-        return Anchor(node, logits, total.axis, "nan", frozenset(interior | set(total.nodes)), denominator=total.nodes[0])
+        logits, shift = _without_shift(x, total.axis)
+        interior = {node, *total.nodes} | ({x} if shift is not None else set())
+        for below, sink in _denominators(total, shift):
+            for quotient in below.users:
+                if N.op_name(quotient) == "aten::div" and quotient.args[0] is node and quotient.args[1] is below and N.arguments(quotient).get("rounding_mode") is None:
+                    return Anchor(quotient, logits, total.axis, "nan", frozenset(interior | {below}), sink=sink)
+        return Anchor(node, logits, total.axis, "nan", frozenset(interior), denominator=total.nodes[0])
+    return None
+
+
+def _denominators(total: _Reduction, shift: fx.Node | None) -> Iterable[tuple[fx.Node, fx.Node | float | None]]:
+    """What exponentials may be divided by to be probabilities: their sum, or their sum and a sink, with that sink."""
+    for node in total.nodes:
+        yield node, None
+        for user in node.users:
+            args = N.arguments(user)
+            if N.op_name(user) == "aten::add" and args.get("alpha", 1) == 1:
+                sink = _sink(args["other"] if args["self"] is node else args["self"], shift)
+                if sink is not None:
+                    yield user, sink
+
+
+def _sink(x: object, shift: fx.Node | None) -> fx.Node | float | None:
+    """The logit whose exponential, with the row's shift taken off, is ``x``; None when x is not known to be one."""
+    if isinstance(x, (int, float)):
+        return math.log(x) if x > 0 and shift is None else None
+    if not isinstance(x, fx.Node) or N.op_name(x) != "aten::exp":
+        return None
+    y = x.args[0]
+    if not isinstance(y, fx.Node) or shift is None:
+        return y if isinstance(y, fx.Node) else None
+    if N.op_name(y) == "aten::neg" and y.args[0] is shift:
+        return 0.0
+    if N.op_name(y) in ("aten::sub", "aten::rsub"):
+        args = N.arguments(y)
+        a, b = (args["self"], args["other"]) if N.op_name(y) == "aten::sub" else (args["other"], args["self"])
+        if b is shift and args.get("alpha", 1) == 1:
+            return float(a) if isinstance(a, (int, float)) else a if N.is_tensor(a) else None
     return None
 
 

@@ -31,9 +31,11 @@ class Parts:
     empty_score: Expr | None
 
 
-def split(logits: Expr, empty: EmptyRows) -> Parts:
+def split(logits: Expr, empty: EmptyRows, sink: Expr | None = None) -> Parts:
     """Separate the mask from the score. ``empty`` is what a row of nothing but -inf gives (``nan`` or ``zero``)."""
     score, mask, fills = _split(logits)
+    if sink is not None:  # it takes all the weight of a row on which everything else is hidden
+        return Parts(score, mask, "zero", None)
     if mask is E.TRUE:
         return Parts(score, mask, empty, None)
     rows, program = _empty_row(logits, mask, fills, empty)
@@ -110,9 +112,9 @@ def _same_for_all_keys(x: Expr) -> bool:
     return x.is_const or not any(v.op == "score" or (v.op == "var" and v.value == "k") for v in x.leaves)
 
 
-def traits(score: Expr, mask: Expr, dims: Dims, loads: tuple[Load, ...]) -> Traits:
+def traits(score: Expr, mask: Expr, dims: Dims, loads: tuple[Load, ...], sink: Expr | None = None) -> Traits:
     """Name what is proven of score and mask."""
-    scale, softcap, bias = _score(score)
+    scale, softcap, bias = _score(score, sink)
     causal, window, rest = _diagonals(mask, dims)
     padding, document = False, False
     others: list[Expr] = []
@@ -139,14 +141,14 @@ def traits(score: Expr, mask: Expr, dims: Dims, loads: tuple[Load, ...]) -> Trai
 # ------------------------------------------------------------------------------------------------ score
 
 
-def _score(score: Expr) -> tuple[float | None, float | None, Expr | None]:
+def _score(score: Expr, sink: Expr | None) -> tuple[float | None, float | None, Expr | None]:
     """(scale, softcap, bias) of ``scale * s + bias`` or ``softcap * tanh(scale / softcap * s) + bias``."""
     with_s: list[Expr] = []
     bias: list[Expr] = []
     for a in score.args if score.op == "add" else (score,):
         (with_s if any(x.op == "score" for x in a.leaves) else bias).append(a)
     total = E.add(E.FZERO, *bias)
-    if all(not any(v.op == "var" and v.value == "k" for v in b.leaves) for b in bias):
+    if sink is None and all(not any(v.op == "var" and v.value == "k" for v in b.leaves) for b in bias):
         total = E.FZERO  # softmax does not see what is the same for all keys of a row
     found = None if total is E.FZERO else total
     if len(with_s) != 1:

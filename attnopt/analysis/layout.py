@@ -46,6 +46,8 @@ class RawSite:
     empty: EmptyRows
     dropout: float
     region: frozenset[fx.Node]
+    sink: Expr | None = None
+    """The logit of a key that has no value."""
 
 
 def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
@@ -65,10 +67,11 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
 
     split = _splits(lead, (*q_index, *k_index, *v_index, logits))
     back: dict[Expr, Expr] = {}  # pieces of split axes in terms of the output's axes
+    wholes: dict[Expr, Expr] = {}
     for axis, (high, low) in split.items():
         d = low.extent
         assert d is not None
-        whole = E.add(E.mul(high, d), low)
+        whole = wholes[axis] = E.add(E.mul(high, d), low)
         q_index, k_index, v_index = (tuple(E.substitute(x, {axis: whole}) for x in i) for i in (q_index, k_index, v_index))
         logits = E.substitute(logits, {axis: whole})
         lead = [p for x in lead for p in ((high, low) if x is axis else (x,))]
@@ -114,25 +117,28 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
     v = _operand(raw.v[0], v_index, kv_names | features, (dims.b, kv_h, dims.k, dv_var), "values")
 
     logits = E.substitute(logits, names)
-    stray = {x for x in logits.variables if x not in (dims.b, dims.h, dims.q, dims.k)}
-    if stray:
-        raise Refusal("AO206", f"the score depends on {', '.join(sorted(str(x.value) for x in stray))}, which is no batch, head, query or key axis.", node)
-    parts = classify.split(logits, raw.empty)
-    score, mask, empty_score, loads = _slots(parts.score, parts.mask, parts.empty_score)
+    sink = None if raw.sink is None else E.substitute(E.substitute(raw.sink, wholes), names)
+    for part, what, allowed in ((logits, "score", (dims.b, dims.h, dims.q, dims.k)), (sink, "sink", (dims.b, dims.h, dims.q))):
+        stray = set() if part is None else part.variables - set(allowed)
+        if stray:
+            raise Refusal("AO206", f"the {what} depends on {', '.join(sorted(str(x.value) for x in stray))}, which is no axis that it may depend on.", node)
+    parts = classify.split(logits, raw.empty, sink)
+    (score, mask, empty_score, sink), loads = _slots((parts.score, parts.mask, parts.empty_score, sink))
+    assert score is not None and mask is not None
     infos = tuple(Load(_load_name(n), N.kind(n) if N.is_tensor(n) else "float", "cumsum" if N.op_name(n) == "aten::cumsum" else "") for n in loads)
-    programs = [score, mask] + ([] if empty_score is None else [empty_score])
-    sizes = sorted({x for p in programs for x in p.leaves if x.op == "sym"}, key=lambda e: str(e.value))
     spec = AttentionSpec(
         dims=dims,
         score=score,
         mask=mask,
         empty_rows=parts.empty_rows,
         empty_score=empty_score,
+        sink=sink,
         loads=infos,
-        sizes=tuple(str(x.value[0]) for x in sizes),
         dropout=raw.dropout,
-        traits=classify.traits(score, mask, dims, infos),
+        traits=classify.traits(score, mask, dims, infos, sink),
     )
+    sizes = sorted({x for p in spec.programs for x in p.leaves if x.op == "sym"}, key=lambda e: str(e.value))
+    spec = spec.replace(sizes=tuple(str(x.value[0]) for x in sizes))
 
     def original(x: Expr) -> Expr:
         return back.get(x, x)
@@ -215,17 +221,15 @@ def _operand(node: fx.Node, index: Index, names: dict[Expr, Expr], out: tuple[Ex
     return Operand(node, tuple(found))
 
 
-def _slots(score: Expr, mask: Expr, empty_score: Expr | None) -> tuple[Expr, Expr, Expr | None, tuple[fx.Node, ...]]:
+def _slots(programs: Sequence[Expr | None]) -> tuple[list[Expr | None], tuple[fx.Node, ...]]:
     """Loads of graph nodes as loads of numbered slots, in order of first use."""
     nodes: dict[fx.Node, int] = {}
     table: dict[Expr, Expr] = {}
-    roots = [score, mask] + ([] if empty_score is None else [empty_score])
-    for x in E.postorder(*roots):
+    for x in E.postorder(*(p for p in programs if p is not None)):
         if x.op == "load":
             slot = nodes.setdefault(x.value, len(nodes))
             table[x] = E.load(slot, tuple(E.substitute(a, table) for a in x.args), x.kind)
-    out = [E.substitute(r, table) for r in roots]
-    return out[0], out[1], out[2] if empty_score is not None else None, tuple(nodes)
+    return [None if p is None else E.substitute(p, table) for p in programs], tuple(nodes)
 
 
 def _load_name(node: fx.Node) -> str:

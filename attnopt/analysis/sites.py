@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from attnopt.analysis import anchors as A
+from attnopt.analysis import classify, views
 from attnopt.analysis import nodes as N
-from attnopt.analysis import views
 from attnopt.analysis.contraction import Contraction, contraction
 from attnopt.analysis.layout import RawSite, Refusal, arrange
 from attnopt.analysis.lift import Lifter
@@ -116,7 +116,8 @@ class _Finder:
             raise Refusal("AO203", f"the probabilities are multiplied with {len(products)} tensors; supported is one.", products[1].form.node)
         p = products[0]
         key = p.form.summed
-        if p.index[anchor.axis] is not key:
+        start = E.sub(p.index[anchor.axis], key)
+        if not start.is_const:
             raise Refusal("AO205", f"softmax runs along axis {anchor.axis} of {len(p.index)}, and the product with the values sums another axis.", p.form.node)
         if any(key in x.leaves for i, x in enumerate(p.index) if i != anchor.axis):
             raise Refusal("AO205", "the summed axis appears in two axes of the probabilities.", p.form.node)
@@ -125,6 +126,7 @@ class _Finder:
         lifter = self.lifter()
         qk = _scores(lifter, anchor, p.index, key)
         logits = lifter.lift(anchor.logits, p.index, qk.hook(lifter))
+        sink = self._sink(lifter, anchor, p, start, qk.form.node)
         output = p.form.node if anchor.denominator is None else self._quotient(anchor, p)
         region = self._region(qk.form.node, output, anchor)
         self._closed(region, output)
@@ -135,11 +137,37 @@ class _Finder:
         if q_scale * k_scale != 1.0:
             logits = E.substitute(logits, {E.score(): E.mul(E.const(q_scale * k_scale), E.score())})
         empty: EmptyRows = "zero" if p.zeroed or anchor.empty == "zero" else "nan"
-        raw = RawSite(output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region))
-        if any(x.op == "load" and x.value in region for x in logits.leaves):
-            node = next(x.value for x in logits.leaves if x.op == "load" and x.value in region)
+        raw = RawSite(output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region), sink)
+        inside = [x.value for e in (logits, sink) if e is not None for x in e.leaves if x.op == "load" and x.value in region]
+        if inside:
+            node = inside[0]
             raise Refusal("AO212", f"the scores pass through {node.target}, which is neither pointwise nor a view.", node)
         return arrange(raw, anchor.probs, lifter.folded)
+
+    def _sink(self, lifter: Lifter, anchor: A.Anchor, p: _Product, start: Expr, scores: fx.Node) -> Expr | None:
+        """The logit that takes weight and has no value: one in the sum of exponentials only, or one of a column that the product leaves out."""
+
+        def row(x: Expr) -> views.Index:
+            return (*p.index[: anchor.axis], x, *p.index[anchor.axis + 1 :])
+
+        if anchor.sink is not None:
+            return E.const(anchor.sink) if isinstance(anchor.sink, float) else lifter.lift(anchor.sink, row(E.ZERO))
+        keys, normalised = N.shape(p.values), N.shape(anchor.logits)[anchor.axis]
+        assert p.form.summed.extent is not None
+        end = E.add(start, p.form.summed.extent)
+        left_out = [E.const(i) for i in range(min(int(start.value), 2))]
+        after = E.sub(normalised, end)
+        if start.value < 0 or not after.is_const or len(left_out) + after.value > 1:
+            raise Refusal(
+                "AO205", f"softmax normalises over {normalised} keys and the product with the values {keys} uses {p.form.summed.extent} of them; supported are all, or all but one.", p.form.node
+            )
+        left_out += [E.sub(normalised, E.ONE)] * int(after.value)
+        if not left_out:
+            return None
+        sink = lifter.lift(anchor.logits, row(left_out[0]))
+        if p.form.summed in sink.leaves or any(x is E.score() or (x.op == "load" and x.value is scores) for x in sink.leaves):
+            raise Refusal("AO205", f"softmax normalises over {normalised} keys, and the product with the values leaves one of them out.", p.form.node)
+        return None if sink.is_const and sink.value <= classify.HIDDEN else E.as_float(sink)
 
     def _no_product(self, anchor: A.Anchor) -> Refusal:
         users = list(anchor.probs.users)

@@ -7,6 +7,9 @@ For batch b, query head h, query q and key k, with ``s = sum_d Q[b, h, q, d] * K
 On a row in which ``mask`` leaves no key, ``empty_rows`` says what is computed instead: ``nan`` and ``zero`` are the
 values of the output row, ``uniform`` is the average of all values, ``program`` is the softmax of ``empty_score`` over all keys.
 
+``sink`` is the logit of one more key, for which there is no value (an attention sink): it takes a part of each row's
+weight, ``exp(sink(b, h, q))`` in the softmax's sum. With a sink a row without a visible key is zero.
+
 A spec is a value: it is compared, printed, and travels in graphs and files as JSON.
 """
 
@@ -87,14 +90,13 @@ class Traits:
     document: bool = False
     mask_rest: Expr = E.TRUE
     """The part of the mask that none of the words above covers."""
-    sinks: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
     """One attention. See the module's text for the formula.
 
-    ``sizes`` names the symbolic sizes that score, mask or empty_score read, in the order in which the op receives them.
+    ``sizes`` names the symbolic sizes that score, mask, empty_score or sink read, in the order in which the op receives them.
     """
 
     dims: Dims
@@ -102,6 +104,7 @@ class AttentionSpec:
     mask: Expr = E.TRUE
     empty_rows: EmptyRows = "nan"
     empty_score: Expr | None = None
+    sink: Expr | None = None
     loads: tuple[Load, ...] = ()
     sizes: tuple[str, ...] = ()
     dropout: float = 0.0
@@ -143,7 +146,7 @@ class AttentionSpec:
 
     @property
     def sinks(self) -> bool:
-        return self.traits.sinks
+        return self.sink is not None
 
     @property
     def groups(self) -> int:
@@ -152,7 +155,7 @@ class AttentionSpec:
 
     @property
     def programs(self) -> tuple[Expr, ...]:
-        return (self.score, self.mask) + (() if self.empty_score is None else (self.empty_score,))
+        return (self.score, self.mask, *(x for x in (self.empty_score, self.sink) if x is not None))
 
     @property
     def load_names(self) -> dict[int, str]:
@@ -197,8 +200,8 @@ class AttentionSpec:
             words.append("ALiBi")
         elif t.bias is not None:
             words.append("bias " + _short(render(t.bias, self.load_names)))
-        if t.sinks:
-            words.append("sinks")
+        if self.sink is not None:
+            words.append("softmax plus one" if self.sink is E.FZERO else "sinks")
         if t.scale is None:
             words.append("score " + _short(render(self.score, self.load_names)))
         if self.dropout:
@@ -215,7 +218,7 @@ class AttentionSpec:
     @cached_property
     def _json(self) -> str:
         t = self.traits
-        exprs = [*self.dims.all, self.score, self.mask, self.empty_score, t.bias, t.mask_rest]
+        exprs = [*self.dims.all, self.score, self.mask, self.empty_score, self.sink, t.bias, t.mask_rest]
         nodes, roots = encode([x for x in exprs if x is not None])
         it = iter(roots)
         where = [None if x is None else next(it) for x in exprs]
@@ -227,7 +230,7 @@ class AttentionSpec:
                 "loads": [[x.name, x.kind, x.origin] for x in self.loads],
                 "sizes": list(self.sizes),
                 "dropout": self.dropout,
-                "traits": [t.scale, t.softcap, t.alibi, t.causal, list(t.window), t.key_padding, t.document, t.sinks],
+                "traits": [t.scale, t.softcap, t.alibi, t.causal, list(t.window), t.key_padding, t.document],
             },
             separators=(",", ":"),
         )
@@ -251,8 +254,8 @@ def _parse(text: str) -> AttentionSpec:
     data = json.loads(text)
     table = decode(data["nodes"])
     found = [None if i is None else table[i] for i in data["roots"]]
-    score, mask, empty_score, bias, mask_rest = found[7:]
-    scale, softcap, alibi, causal, window, key_padding, document, sinks = data["traits"]
+    score, mask, empty_score, sink, bias, mask_rest = found[7:]
+    scale, softcap, alibi, causal, window, key_padding, document = data["traits"]
     assert score is not None and mask is not None and mask_rest is not None
     return AttentionSpec(
         dims=Dims(*(x for x in found[:7] if x is not None)),
@@ -260,6 +263,7 @@ def _parse(text: str) -> AttentionSpec:
         mask=mask,
         empty_rows=data["empty_rows"],
         empty_score=empty_score,
+        sink=sink,
         loads=tuple(Load(*x) for x in data["loads"]),
         sizes=tuple(data["sizes"]),
         dropout=data["dropout"],
@@ -273,6 +277,5 @@ def _parse(text: str) -> AttentionSpec:
             key_padding=key_padding,
             document=document,
             mask_rest=mask_rest,
-            sinks=sinks,
         ),
     )

@@ -90,8 +90,9 @@ def gradients(
         p = problem.dropped(t.p, seed, n)
         dv[b, :, ks] += problem.grouped(p).transpose(-1, -2) @ do
         dp = problem.dropped((do @ problem.v[b, :, ks].transpose(-1, -2)).view(t.p.shape), seed, n)
-        ds = t.p * (dp - (t.p * dp).sum(-1, keepdim=True))
-        raw = problem.into_programs(t, ds, into)
+        mean = (t.p * dp).sum(-1, keepdim=True)
+        raw = problem.into_programs(t, t.p * (dp - mean), into)
+        problem.into_sink(t, mean, into)
         if raw is not None:
             raw = problem.grouped(raw.expand(t.p.shape))
             dq[b, :, tile.q0 : tile.q1] = (raw @ problem.k[b, :, ks]).view(dq[b, :, tile.q0 : tile.q1].shape)
@@ -131,8 +132,6 @@ class _Problem:
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> _Problem:
         check_shapes(q, k, v, loads, spec)
-        if spec.sinks:
-            raise AttnoptError("Attention sinks are not computed by the reference kernel yet.")
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return _Problem(q.to(dtype), k.to(dtype), v.to(dtype), loads, bind_sizes(spec, sizes, q, k, v), spec, dtype)
 
@@ -178,6 +177,11 @@ class _Problem:
             score = torch.where(visible, score, -torch.inf)
         score = score.expand(shape)
         empty: Tensor | None = None
+        if spec.sink is not None:
+            (sink,), more = evaluate((spec.sink,), env, keep)
+            lse = torch.logaddexp(torch.logsumexp(score, -1), as_tensor(sink, "float", env).expand(*shape[:3], 1).squeeze(-1))
+            p = torch.exp(score - lse.unsqueeze(-1))
+            return _Scored(p, lse, *env.ranges["k"], env, {**table, **more}, visible, None)
         if spec.empty_rows == "zero":
             empty = score.amax(-1, keepdim=True) == -torch.inf if shape[-1] else score.new_ones((*shape[:3], 1), dtype=torch.bool)
         elif visible is not None and some_may_be_empty and spec.empty_rows in ("uniform", "program"):
@@ -196,7 +200,7 @@ class _Problem:
         p = torch.softmax(score, -1)
         if empty is not None and spec.empty_rows == "zero":
             p = torch.where(empty, 0.0, p)
-        return _Scored(p, lse, env.ranges["k"][0], env.ranges["k"][1], env, table, visible, empty)
+        return _Scored(p, lse, *env.ranges["k"], env, table, visible, empty)
 
     def into_programs(self, t: _Scored, ds: Tensor, into: Sequence[Tensor | None]) -> Tensor | None:
         """Gradient of the raw scores from that of the scores; adds the gradients of loads to ``into``."""
@@ -210,6 +214,13 @@ class _Problem:
             if more is not None:
                 raw = more if raw is None else raw + more
         return raw
+
+    def into_sink(self, t: _Scored, mean: Tensor, into: Sequence[Tensor | None]) -> None:
+        """Adds the gradient that reaches loads through the sink; its value is zero, so only the normalisation counts. ``mean`` is [b, Hq, q, 1]."""
+        sink = self.spec.sink
+        if sink is not None:
+            weight = torch.exp(as_tensor(t.table[sink], "float", t.env) - t.lse.unsqueeze(-1))
+            pull_back(sink, -weight * mean, t.table, t.env, into)
 
     def dropped(self, p: Tensor, seed: int, tile: int) -> Tensor:
         """``p`` with dropout applied: tile ``tile`` of a run with ``seed`` always drops the same elements."""

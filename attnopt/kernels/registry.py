@@ -157,7 +157,7 @@ register(
     Backend(
         "reference",
         available=lambda: None,
-        accepts=lambda spec, setting: "it has no attention sinks" if spec.sinks else None,
+        accepts=lambda spec, setting: None,
         why=lambda spec, setting: "interpreted tile by tile",
         run=_run_reference,
     )

@@ -44,7 +44,7 @@ def refusal(spec: AttentionSpec, device: str) -> str | None:
 def takes_whole(spec: AttentionSpec) -> bool:
     """Whether torch's kernels need no mask tensor for it, whatever the sizes."""
     form = affine(spec.score)
-    return form is not None and form.bias is None and (spec.mask is E.TRUE or _is_top_left(spec.mask)) and not spec.dropout
+    return form is not None and form.bias is None and (spec.mask is E.TRUE or _is_top_left(spec.mask)) and not spec.dropout and not spec.sinks
 
 
 def why(spec: AttentionSpec, device: str) -> str:

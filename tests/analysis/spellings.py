@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnopt.ir import expr as E
+
 B, S, H, D = 2, 12, 4, 8
 C = H * D
 SPELLINGS: dict[str, Callable[[], nn.Module]] = {}
@@ -316,3 +318,49 @@ def _sdpa_gqa(q, k, v):
 def _dense(q, k, v):
     bias = torch.fft.fft(q.sum(-1)[..., None] * k.sum(-1)[..., None, :]).real * 0.01  # no rule lifts an FFT
     return (q @ k.mT * SCALE + bias).softmax(-1) @ v
+
+
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+
+@spelling("sink_column_last", causal="top_left", sinks=True)
+def _sink_last(q, k, v):
+    s = (q @ k.mT * SCALE).masked_fill(~causal(q.shape[-2]), torch.finfo(q.dtype).min)
+    s = torch.cat([s, SINKS.view(1, H, 1, 1).expand(s.shape[0], H, s.shape[2], 1)], -1)
+    s = s - s.max(-1, keepdim=True).values
+    return s.softmax(-1)[..., :-1] @ v
+
+
+@spelling("sink_column_first", causal="top_left", sinks=True)
+def _sink_first(q, k, v):
+    s = (q @ k.mT * SCALE).masked_fill(~causal(q.shape[-2]), float("-inf"))
+    s = torch.cat([SINKS.view(1, H, 1, 1).expand(s.shape[0], H, s.shape[2], 1), s], -1)
+    return s.softmax(-1)[..., 1:] @ v
+
+
+@spelling("softmax_plus_one", sinks=True, sink=E.FZERO)
+def _softmax_plus_one(q, k, v):
+    e = (q @ k.mT * SCALE).exp()
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+@spelling("softmax_plus_one_stable", sinks=True, sink=E.FZERO)
+def _softmax_plus_one_stable(q, k, v):
+    s = q @ k.mT * SCALE
+    m = s.amax(-1, keepdim=True)
+    e = (s - m).exp()
+    return (e / (e.sum(-1, keepdim=True) + (-m).exp())) @ v
+
+
+@spelling("sink_in_the_sum", sinks=True)
+def _sink_in_the_sum(q, k, v):
+    s, z = q @ k.mT * SCALE, SINKS.view(1, H, 1, 1)
+    m = torch.maximum(s.amax(-1, keepdim=True), z)
+    e = (s - m).exp()
+    return (e / (e.sum(-1, keepdim=True) + (z - m).exp())) @ v
+
+
+@spelling("hidden_column", sinks=False, scale=SCALE)
+def _hidden_column(q, k, v):
+    s = F.pad(q @ k.mT * SCALE, (0, 1), value=float("-inf"))
+    return s.softmax(-1)[..., :-1] @ v

@@ -77,6 +77,17 @@ def _talking_heads(m: nn.Module, x: Tensor) -> object:
     return w.softmax(-1) @ v
 
 
+def _key_left_out(m: nn.Module, x: Tensor) -> object:
+    """The first key takes its share of the weight, and its value is not summed."""
+    p = (m.q(x) @ m.k(x).mT * SCALE).softmax(-1)
+    return p[..., 1:] @ m.v(x)[:, 1:]
+
+
+def _last_keys_left_out(m: nn.Module, x: Tensor) -> object:
+    p = (m.q(x) @ m.k(x).mT * SCALE).softmax(-1)
+    return p[..., :-2] @ m.v(x)[:, :-2]
+
+
 def _never_normalised(m: nn.Module, x: Tensor) -> object:
     e = (m.q(x) @ m.k(x).mT * SCALE).exp()
     return e @ m.v(x) + e.sum(-1, keepdim=True)
@@ -107,6 +118,8 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], object], set[str]]] = {
     "mean over the wrong axis": (_mean_over_wrong_axis, {"AO204"}),
     "renormalised slots": (_renormalised, {"AO204"}),
     "talking heads": (_talking_heads, {"AO212"}),
+    "first key left out": (_key_left_out, {"AO205"}),
+    "last keys left out": (_last_keys_left_out, {"AO205"}),
     "exponentials never normalised": (_never_normalised, {"AO203", "AO204"}),
 }
 

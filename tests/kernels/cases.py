@@ -50,6 +50,9 @@ class Case:
     empty_rows: EmptyRows = "nan"
     empty_score: Callable[[Dims, Expr], Expr] | None = None
     naive_empty: Callable[[Tensor, Tensor, Tensor, list[Tensor]], Tensor] | None = None
+    sink: Callable[[Dims], Expr] | None = None
+    naive_sink: Callable[[Tensor, list[Tensor]], Tensor] | None = None
+    """From the query index [Sq, 1] and the loads, something that broadcasts to [B, Hq, Sq, 1]."""
     softcap: float | None = None
     sdpa: bool = True
     """Whether torch's kernel takes it."""
@@ -71,6 +74,7 @@ class Case:
             mask=mask,
             empty_rows=self.empty_rows,
             empty_score=None if self.empty_score is None else self.empty_score(d, s),
+            sink=None if self.sink is None else self.sink(d),
             loads=tuple(Load(f"load{i}", kinds[x.dtype]) for i, x in enumerate(tensors)),
             sizes=tuple(self.sizes),
             traits=Traits(softcap=self.softcap),
@@ -97,6 +101,9 @@ class Case:
         visible = torch.ones((), dtype=torch.bool) if self.naive_mask is None else self.naive_mask(i, j, loads)
         visible = visible.expand(raw.shape)
         score = score.expand(raw.shape).masked_fill(~visible, -math.inf)
+        if self.naive_sink is not None:
+            score = torch.cat([score, self.naive_sink(i, loads).to(dtype).expand(*raw.shape[:3], 1)], -1)
+            return torch.softmax(score, -1)[..., :-1] @ v, torch.logsumexp(score, -1)
         lse = torch.logsumexp(score, -1)
         empty = ~visible.any(-1, keepdim=True)
         if self.empty_rows == "zero":
@@ -291,6 +298,37 @@ CASES = [
         "negative-constant-where-masked",
         score=lambda d, s: E.where(causal(d), E.mul(E.const(0.25), s), E.const(-10000.0)),
         naive_score=lambda s, i, j, L: torch.where(j <= i, 0.25 * s, -10000.0),
+        sdpa=False,
+    ),
+    Case(
+        "sinks-causal-GQA",
+        mask=causal,
+        naive_mask=naive_causal,
+        sink=lambda d: E.load(0, (d.h,), "float"),
+        naive_sink=lambda i, L: L[0][None, :, None, None],
+        loads=lambda sh: [torch.randn(sh[1]) * 2],
+        sdpa=False,
+    ),
+    Case(
+        "sinks-padding",
+        mask=padding,
+        naive_mask=naive_padding,
+        sink=lambda d: E.load(1, (d.h, d.q), "float"),
+        naive_sink=lambda i, L: L[1][None, :, :, None],
+        loads=lambda sh: [*some_padding(sh), torch.randn(sh[1], sh[3])],
+        empty_rows="zero",
+        sdpa=False,
+    ),
+    Case("softmax-plus-one", shape=(1, 4, 2, 37, 70, 16, 24), sink=lambda d: E.FZERO, naive_sink=lambda i, L: torch.zeros(()), empty_rows="zero", sdpa=False),
+    Case(
+        "sinks-dense-bias-window",
+        score=dense,
+        naive_score=lambda s, i, j, L: 0.25 * s + L[0],
+        mask=lambda d: E.all_of(causal(d), window(d, 9, None)),
+        naive_mask=lambda i, j, L: (j <= i) & (i - j <= 9),
+        sink=lambda d: E.load(1, (d.h,), "float"),
+        naive_sink=lambda i, L: L[1][None, :, None, None],
+        loads=lambda sh: [torch.randn(sh[0], sh[1], sh[3], sh[4]), torch.randn(sh[1])],
         sdpa=False,
     ),
     Case(

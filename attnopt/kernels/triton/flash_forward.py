@@ -54,24 +54,27 @@ class _Writer:
     score: Expr = field(init=False)
     mask: Expr = field(init=False)
     empty: Expr | None = field(init=False)
+    sink: Expr | None = field(init=False)
     parts: tuple[Part, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         spec = self.spec
         self.retries = may_be_empty(spec) and spec.empty_rows in ("uniform", "program")
-        empty = spec.empty_score if spec.empty_rows == "program" else E.FZERO
-        programs = (spec.score, spec.mask, *([empty] if self.retries and empty is not None else []))
-        rewritten, self.parts = materialise(programs, len(spec.loads))
-        self.score, self.mask = rewritten[:2]
-        self.empty = rewritten[2] if len(rewritten) == 3 else None
+        empty = None if not self.retries else spec.empty_score if spec.empty_rows == "program" else E.FZERO
+        given = (spec.score, spec.mask, empty, spec.sink)
+        rewritten, self.parts = materialise([x for x in given if x is not None], len(spec.loads))
+        it = iter(rewritten)
+        score, mask, self.empty, self.sink = (None if x is None else next(it) for x in given)
+        assert score is not None and mask is not None
+        self.score, self.mask = score, mask
         # In base 2 from the start log2(e) folds into the scale; but a bias tensor may hold finfo.min, which would overflow.
         self.folded = not self.may_be_huge(self.score, self.empty)
         if self.folded:
             self.score = E.mul(E.const(LOG2E), self.score)
-            self.empty = None if self.empty is None else E.mul(E.const(LOG2E), self.empty)
+            self.empty, self.sink = (None if x is None else E.mul(E.const(LOG2E), x) for x in (self.empty, self.sink))
         limits = cached_key_range(self.mask)
         self.left, self.right, self.rest = bool(limits.left), bool(limits.right), limits.rest
-        roots = [self.score, self.mask] + ([] if self.empty is None else [self.empty])
+        roots = [x for x in (self.score, self.mask, self.empty, self.sink) if x is not None]
         self.emitter = Emitter(roots, frozenset(range(len(spec.loads))))
 
     @staticmethod
@@ -128,6 +131,16 @@ class _Writer:
             "l_i = tl.zeros((BLOCK_M,), tl.float32)",
             "acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)",
             *self.emitter.before_loop(),
+            *self.first_weight(),
+        ]
+
+    def first_weight(self) -> list[str]:
+        """The sink is one more key that every row has seen before the first block."""
+        if self.sink is None:
+            return []
+        return [
+            f"m_i = tl.reshape({self.emitter.names[self.sink]} + tl.zeros((BLOCK_M, 1), tl.float32), (BLOCK_M,))",
+            'l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)',
         ]
 
     def loops(self) -> list[str]:
@@ -203,7 +216,7 @@ class _Writer:
         lines = [
             f'tl.store(LSE + head.to(tl.int64) * Sq + offs_m, tl.where(l_i > 0.0, {natural}, float("-inf")), mask=offs_m < Sq)',
             *(self.retry() if self.retries else []),
-            f"acc = tl.where((l_i == 0.0)[:, None], {literal(0.0 if self.spec.empty_rows == 'zero' else math.nan)}, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])",
+            f"acc = tl.where((l_i == 0.0)[:, None], {literal(0.0 if self.spec.empty_rows == 'zero' or self.sink is not None else math.nan)}, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])",
         ]
         return [
             *lines,

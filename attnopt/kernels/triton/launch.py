@@ -55,8 +55,6 @@ def refusal(spec: AttentionSpec, device: str, dtype: torch.dtype) -> str | None:
         return f"it computes float16, bfloat16 and float32, and the query is {str(dtype).removeprefix('torch.')}"
     if spec.dropout:
         return f"it has no dropout, and this attention has dropout {spec.dropout:g}"
-    if spec.sinks:
-        return "it has no attention sinks"
     for name, n in (("D", spec.dims.D), ("Dv", spec.dims.Dv)):
         if n.is_const and n.value > MAX_HEAD_DIM:
             return f"it has head sizes up to {MAX_HEAD_DIM}, and {name} is {n.value}"
