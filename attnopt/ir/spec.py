@@ -24,6 +24,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.bounds import nonnegative
 from attnopt.ir.expr import Expr
 from attnopt.ir.printing import render
+from attnopt.ir.rotary import Rotary
 from attnopt.ir.serial import decode, encode
 
 Alignment = Literal["top_left", "bottom_right"]
@@ -90,6 +91,11 @@ class Traits:
     document: bool = False
     mask_rest: Expr = E.TRUE
     """The part of the mask that none of the words above covers."""
+    rotary: Rotary | None = None
+    """The form of the rotary embedding that queries and keys went through, when it is the same for both. No part of what the
+    op computes: it receives q and k as they are after it."""
+    shared_key_features: tuple[int, int] | None = None
+    """(start, count): features of the keys that are the same for all heads, where others are not."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,10 @@ class AttentionSpec:
             words.append("bias " + _short(render(t.bias, self.load_names)))
         if self.sink is not None:
             words.append("softmax plus one" if self.sink is E.FZERO else "sinks")
+        if t.rotary is not None:
+            words.append(str(t.rotary))
+        if t.shared_key_features is not None:
+            words.append(f"MLA: {t.shared_key_features[1]} of {render(self.dims.D)} key features shared by all heads")
         if t.scale is None:
             words.append("score " + _short(render(self.score, self.load_names)))
         if self.dropout:
@@ -230,6 +240,8 @@ class AttentionSpec:
                 "loads": [[x.name, x.kind, x.origin] for x in self.loads],
                 "sizes": list(self.sizes),
                 "dropout": self.dropout,
+                "rotary": None if t.rotary is None else t.rotary.to_list(),
+                "shared_key_features": t.shared_key_features,
                 "traits": [t.scale, t.softcap, t.alibi, t.causal, list(t.window), t.key_padding, t.document],
             },
             separators=(",", ":"),
@@ -277,5 +289,7 @@ def _parse(text: str) -> AttentionSpec:
             key_padding=key_padding,
             document=document,
             mask_rest=mask_rest,
+            rotary=None if data.get("rotary") is None else Rotary.from_list(data["rotary"]),
+            shared_key_features=None if data.get("shared_key_features") is None else tuple(data["shared_key_features"]),
         ),
     )
