@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +12,8 @@ from rich.table import Table
 from attnopt.cli.measure import Comparison, Measured
 from attnopt.remarks import PAGES, Remark
 from attnopt.report import Report, Site, Verdict
+from attnopt.report.names import grouped, shown_names
+from attnopt.report.source import shown_path
 
 _STATUS_STYLE = {"replaced": "green", "missed": "yellow", "reverted": "red"}
 _LEVEL_STYLE = {"applied": "green", "missed": "yellow", "analysis": "cyan", "error": "red"}
@@ -57,40 +57,6 @@ def show_sites(out: Terminal, sites: list[Site]) -> None:
         source = shown_path(site.source) if len({s.source for s in group}) == 1 else f"{shown_path(site.source)}, ..."
         table.add_row(escape(shown_names(group)), escape(source), escape(words), f"[{_STATUS_STYLE[site.status]}]{escape(kernel)}[/]", escape(site.why))
     out.print(table)
-
-
-def grouped(sites: Iterable[Site]) -> list[list[Site]]:
-    """Sites that differ only in the numbers of their names (layers of one stack) share a row."""
-    groups: dict[tuple[str, ...], list[Site]] = {}
-    for site in sites:
-        key = (re.sub(r"\d+", "#", site.name), site.status, str(site.spec), site.kernel, site.why)
-        groups.setdefault(key, []).append(site)
-    return list(groups.values())
-
-
-def shown_names(group: list[Site]) -> str:
-    """``layers.0-3.attn (4)`` for a run of layers, ``layers.0.attn and 2 more`` for what is not one run."""
-    first = group[0].name
-    if len(group) == 1:
-        return first
-    numbers = [re.findall(r"\d+", s.name) for s in group]
-    varying = [i for i in range(len(numbers[0])) if len({n[i] for n in numbers}) > 1]
-    if len(varying) == 1:
-        values = [int(n[varying[0]]) for n in numbers]
-        if values == list(range(values[0], values[0] + len(values))):
-            spans = list(re.finditer(r"\d+", first))
-            span = spans[varying[0]]
-            return f"{first[: span.start()]}{values[0]}-{values[-1]}{first[span.end() :]} ({len(group)})"
-    return f"{first} and {len(group) - 1} more"
-
-
-def shown_path(source: str) -> str:
-    """A file:line, relative to the working folder when it lies below it, from the package on when it is an installed one."""
-    path, _, line = source.rpartition(":")
-    if "site-packages/" in path:
-        return f"{path.rpartition('site-packages/')[2]}:{line}"
-    here = str(Path.cwd()) + os.sep
-    return source.removeprefix(here)
 
 
 def show_remarks(out: Terminal, remarks: Iterable[Remark]) -> None:

@@ -8,14 +8,18 @@ import torch
 from torch import fx
 
 from attnopt.analysis import nodes as N
-from attnopt.analysis.alias import written
+from attnopt.analysis import rotary
+from attnopt.analysis.alias import is_view, written
+from attnopt.analysis.lift import Lifter
 from attnopt.analysis.site import AttentionSite, Rejection
 from attnopt.analysis.sites import Constants, find_sites
 from attnopt.ir import expr as E
+from attnopt.ir.printing import render
 from attnopt.kernels import ops as _ops  # registers attnopt::attention
 from attnopt.passes.base import PassResult, Tier
+from attnopt.passes.describe import describe
 from attnopt.passes.edit import Editor, aten
-from attnopt.remarks import PAGES, Remark
+from attnopt.remarks import Remark
 from attnopt.report import Site
 
 assert _ops is not None
@@ -39,13 +43,15 @@ class RaiseAttention:
         for found in find_sites(graph, constant_of(module), members):
             site = Site(found.name, found.source, "missed")
             result.sites.append(site)
-            if isinstance(found, AttentionSite) and any(n in unstable for n in (*found.loads, found.q.node, found.k.node, found.v.node)):
-                found = Rejection("AO207", "a tensor that the attention reads is written in place after it was read.", found.node, found.node, found.name, found.source)
+            if isinstance(found, AttentionSite):
+                found = _unstable(found, unstable) or found
             if isinstance(found, Rejection):
                 site.why = found.message
-                site.remarks.append(Remark(found.code, found.message, found.name, found.source, PAGES[found.code].hint))
+                site.remarks.append(Remark(found.code, found.message, found.name, found.source, node=describe(found.at)))
                 continue
+            rotary.annotate(found, Lifter(constant_of(module), members))
             site.spec = found.spec
+            site.loads = [describe(n, load.name) for n, load in zip(found.loads, found.spec.loads, strict=True)]
             if found.name in self.skip:
                 site.status = "reverted"
                 continue
@@ -54,13 +60,40 @@ class RaiseAttention:
             result.folded += sorted(str(n.target) for n in found.folded)
             site.remarks.append(Remark("AO101", f"{found.spec}.", found.name, found.source))
             if N.op_name(found.node) == "aten::scaled_dot_product_attention" and N.arguments(found.node).get("attn_mask") is not None:
-                site.remarks.append(Remark("AO103", f"the mask is {found.spec.mask!r}.", found.name, found.source))
+                site.remarks.append(Remark("AO103", f"the mask is {render(found.spec.mask, found.spec.load_names)}.", found.name, found.source))
             for i, load in enumerate(found.spec.loads):
                 if N.is_tensor(found.loads[i]) and _is_dense(found, i):
-                    site.remarks.append(Remark("AO303", f"{load.name} is read as a dense tensor of shape {[str(n) for n in N.shape(found.loads[i])]}.", found.name, found.source))
+                    text = f"{load.name} is read as a dense tensor of shape [{', '.join(site.loads[i].shape)}], for each query and key."
+                    site.remarks.append(Remark("AO303", text, found.name, found.source, node=site.loads[i]))
             result.modified = True
         graph.eliminate_dead_code()
         return result
+
+
+def _unstable(site: AttentionSite, unstable: frozenset[fx.Node]) -> Rejection | None:
+    """Why a site cannot read its operands where it stands: one of them is written in place after something read it."""
+    for n in (*site.loads, site.q.node, site.k.node, site.v.node):
+        if n in unstable:
+            write = _last_write(n)
+            text = f"{n.name}, which the attention reads, is written in place by {N.op_name(write)} after it was read."
+            return Rejection("AO207", text, write, site.node, site.name, site.source)
+    return None
+
+
+def _last_write(node: fx.Node) -> fx.Node:
+    """The last operator that writes the memory of ``node`` in place."""
+    mutable = {n for n in node.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable}
+    base = node
+    while (source := next((a for a in base.all_input_nodes if N.is_tensor(a)), None)) is not None and (is_view(base) or base in mutable):
+        base = source
+    same, stack = {base}, [base]
+    while stack:
+        for user in stack.pop().users:
+            if user not in same and (is_view(user) or (user in mutable and user.all_input_nodes[0] in same)):
+                same.add(user)
+                stack.append(user)
+    writes: list[fx.Node] = [n for n in node.graph.nodes if n in same & mutable]
+    return writes[-1]
 
 
 def constant_of(module: fx.GraphModule) -> Constants:

@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from attnopt.ir.printing import render
 from attnopt.ir.spec import AttentionSpec
-from attnopt.remarks import NOT_ATTENTION, Remark
+from attnopt.remarks import NOT_ATTENTION, NodeInfo, Remark
 
 Status = Literal["replaced", "missed", "reverted"]
 
@@ -71,11 +72,18 @@ class Site:
     why: str = ""
     """Why this kernel, or why not."""
     remarks: list[Remark] = field(default_factory=list)
+    loads: list[NodeInfo] = field(default_factory=list)
+    """The tensors that score and mask read, in the order of ``spec.loads``."""
 
     @property
     def is_attention(self) -> bool:
         """False for a softmax that turned out to be something else: it is listed, with the reason, and not counted."""
         return not any(r.code in NOT_ATTENTION for r in self.remarks)
+
+    @property
+    def is_weak(self) -> bool:
+        """Replaced, but slower than it could be: a part of the score is read as a dense tensor, or no fast kernel takes it."""
+        return self.status == "replaced" and (self.kernel == "reference" or any(r.code == "AO303" for r in self.remarks))
 
     def to_dict(self) -> dict[str, Any]:
         s = self.spec
@@ -95,11 +103,22 @@ class Site:
                 "scale": s.scale,
                 "groups": s.groups,
                 "empty_rows": s.empty_rows,
-                "score": str(s.score),
-                "mask": str(s.mask),
+                "score": render(s.score, s.load_names),
+                "mask": render(s.mask, s.load_names),
             }
         )
-        return {"name": self.name, "source": self.source, "status": self.status, "attention": self.is_attention, "spec": facts, "kernel": self.kernel, "why": self.why, "remarks": [r.to_dict() for r in self.remarks]}
+        return {
+            "name": self.name,
+            "source": self.source,
+            "status": self.status,
+            "attention": self.is_attention,
+            "weak": self.is_weak,
+            "spec": facts,
+            "loads": [n.to_dict() for n in self.loads],
+            "kernel": self.kernel,
+            "why": self.why,
+            "remarks": [r.to_dict() for r in self.remarks],
+        }
 
 
 @dataclass
@@ -127,6 +146,16 @@ class Report:
         """Attentions that were not replaced."""
         return [s for s in self.attentions if s.status != "replaced"]
 
+    def explain(self, site: str | None = None) -> str:
+        """What one site was proven to be, or why it was missed, with its source lines and what to change.
+
+        Without ``site``: that of every attention that was missed or is slower than it could be, and of every softmax that is
+        no attention. Raises AttnoptError, with the names that there are, for a name that none has.
+        """
+        from attnopt.report.explain import explain, no_site_left
+
+        return "\n\n".join(map(str, explain(self, site))) or no_site_left(self)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "sites": [s.to_dict() for s in self.sites],
@@ -147,7 +176,8 @@ class Report:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in (s.name, s.source, str(s.spec or "-"), s.status, s.kernel, s.why)) + "</tr>" for s in self.sites
+            "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in (s.name, s.source, str(s.spec or "-"), s.status, s.kernel, s.why)) + "</tr>"
+            for s in self.sites
         )
         head = "".join(f"<th>{x}</th>" for x in ("site", "source", "computes", "status", "kernel", "why"))
         return f"<p>{html.escape(str(self.verdict))}</p><table><tr>{head}</tr>{rows}</table>"
