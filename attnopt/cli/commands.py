@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,9 +12,8 @@ from rich.markup import escape
 from attnopt.cli import render
 from attnopt.cli.measure import Comparison, compare
 from attnopt.cli.progress import Stages
-from attnopt.config import OptimizeConfig
+from attnopt.cli.target import config_of, introduce, load_target
 from attnopt.errors import AttnoptError
-from attnopt.remarks import PAGES
 from attnopt.report import Report
 
 if TYPE_CHECKING:
@@ -29,13 +27,13 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
     from attnopt import api
 
     out, err = render.console(), render.console(stderr=True)
-    config = _config(options, verify=verify)
+    config = config_of(options, verify=verify)
     if output is not None and not Path(output).parent.is_dir():
         raise AttnoptError(f"--output {output}: the folder {Path(output).parent} does not exist.")
     with Stages(err) as stages:
-        loaded = _load(target, stages, train=train, **options)
+        loaded = load_target(target, stages, train=train, **options)
         if not as_json:
-            _introduce(out, loaded)
+            introduce(out, loaded)
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
         comparison = None
         if benchmark and not any(p.is_meta for p in loaded.model.parameters()):
@@ -64,14 +62,14 @@ def inspect_command(target: str, *, as_json: bool, train: bool, **options: Any) 
     from attnopt import api
 
     out, err = render.console(), render.console(stderr=True)
-    config = _config(options, verify=False)
+    config = config_of(options, verify=False)
     with Stages(err) as stages:
-        loaded = _load(target, stages, train=train, **options)
+        loaded = load_target(target, stages, train=train, **options)
         report = api.inspect(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config)
     if as_json:
         _print_json(loaded, report, DONE)
         return DONE
-    _introduce(out, loaded)
+    introduce(out, loaded)
     render.show_report(out, report)
     out.say(f"{_counts(report, 'can be replaced')}. Nothing was changed; `attnopt optimize {target}` does it, and compares with the original.")
     return DONE
@@ -81,9 +79,9 @@ def verify_command(target: str, *, against: str | None, as_json: bool, train: bo
     from attnopt import api
 
     out, err = render.console(), render.console(stderr=True)
-    config = _config(options, verify=True)
+    config = config_of(options, verify=True)
     with Stages(err) as stages:
-        loaded = _load(target, stages, train=train, **options)
+        loaded = load_target(target, stages, train=train, **options)
         if against is None:
             optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
             report = cast("Report", optimized.attnopt_report)
@@ -94,87 +92,12 @@ def verify_command(target: str, *, against: str | None, as_json: bool, train: bo
     if as_json:
         _print_json(loaded, report, code, against=against)
         return code
-    _introduce(out, loaded)
+    introduce(out, loaded)
     if against is None:
         render.show_report(out, report)
     render.show_checks(out, report.verdict)
     out.say(render.verdict_text(report.verdict))
     return code
-
-
-def explain_command(code: str | None, as_json: bool) -> int:
-    if code is None:
-        if as_json:
-            click.echo(json.dumps({c: vars(p) for c, p in PAGES.items()}, indent=2))
-        else:
-            render.show_pages(render.console())
-        return DONE
-    known = code.upper()
-    if known not in PAGES:
-        near = difflib.get_close_matches(known, PAGES, n=3)
-        raise AttnoptError(f"There is no remark {code!r}{f'; near it are {chr(44).join(near)}' if near else ''}.", "`attnopt explain` lists all.")
-    if as_json:
-        click.echo(json.dumps({"code": known, **vars(PAGES[known])}, indent=2))
-    else:
-        render.show_page(render.console(), known)
-    return DONE
-
-
-def _config(options: dict[str, Any], *, verify: bool) -> OptimizeConfig:
-    """The options of one optimization. ``require_all`` is judged here, after the report was shown.
-
-    A backend that cannot be used at all is refused now, before the work of loading and capturing.
-    """
-    if options["backend"] != "auto":
-        from attnopt.kernels import registry
-
-        registry.find(options["backend"])
-    names = ("backend", "disable_passes", "print_ir_after", "capture")
-    return OptimizeConfig(verify=verify, **{n: options[n] for n in names})
-
-
-def _load(target: str, stages: Stages, *, train: bool, inputs: tuple[str, ...], dtype: str | None, device: str | None, attn_implementation: str | None, **_: Any) -> Loaded:
-    """The model and its inputs on the device and in the dtype that were asked for, after it ran once as it is.
-
-    A model that fails by itself is told from one that cannot be captured that way, with the user's own line.
-    """
-    from dataclasses import replace
-
-    from attnopt.capture.loader import load, run_once
-
-    stages("load")
-    where = None if device is None else _device(device)
-    loaded = load(target, inputs, attn_implementation=attn_implementation)
-    loaded = replace(loaded, model=loaded.model.train(train), **_moved(loaded, dtype, where))
-    stages("run")
-    run_once(loaded)
-    return loaded
-
-
-def _moved(loaded: Loaded, dtype: str | None, device: Any) -> dict[str, Any]:
-    import torch
-    from torch.utils._pytree import tree_map
-
-    kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
-    if kind is not None or device is not None:
-        loaded.model.to(device=device, dtype=kind)
-
-    def move(x: Any) -> Any:
-        return x.to(device=device, dtype=kind if x.is_floating_point() else None) if isinstance(x, torch.Tensor) else x
-
-    return {"args": tree_map(move, loaded.args), "kwargs": tree_map(move, loaded.kwargs)}
-
-
-def _device(text: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise AttnoptError(f"--device {text!r} is no device: expected cpu, cuda, cuda:1 and so on.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise AttnoptError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices that PyTorch can use.", "`attnopt env` shows the devices.")
-    return device
 
 
 def _other(against: str, loaded: Loaded) -> Any:
@@ -198,13 +121,6 @@ def _exit_code(report: Report, require_all: bool) -> int:
 def _print_json(loaded: Loaded, report: Report, code: int, **extra: Any) -> None:
     facts = {"model": loaded.name, "inputs": loaded.inputs, "notes": list(loaded.notes), **report.to_dict(), **extra, "exit_code": code}
     click.echo(json.dumps(facts, indent=2))
-
-
-def _introduce(out: Terminal, loaded: Loaded) -> None:
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    out.say(f"[bold]{escape(loaded.name)}[/], {parameters / 1e6:.1f} M parameters, inputs {escape(loaded.inputs)}")
-    for note in loaded.notes:
-        out.say(escape(note), style="yellow")
 
 
 def _seconds(report: Report) -> str:

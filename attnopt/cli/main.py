@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from attnopt.errors import AttnoptError
 
@@ -74,14 +75,14 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
-_model_options = _options(
-    click.argument("target", metavar="MODEL"),
+_run_options = _options(
     click.option("--input", "inputs", multiple=True, metavar="NAME=DTYPE[SIZES]", help="An input, such as input_ids=int64[2,128]; once for each. Without any, example_inputs of the file."),
     click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast the model and its floating-point inputs."),
     click.option("--device", metavar="DEVICE", help="Where to run, such as cuda or cuda:1."),
     click.option("--train", is_flag=True, help="Training mode (otherwise eval): dropout stays, and time is that of forward and backward."),
     click.option("--attn-implementation", metavar="NAME", help="For a Hugging Face folder: the attention it is built with.  [default: eager]"),
 )
+_model_options = _options(click.argument("target", metavar="MODEL"), _run_options)
 _pass_options = _options(
     click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Kernel for every attention; `attnopt env` lists them."),
     click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
@@ -139,13 +140,34 @@ def verify(**options: Any) -> int:
 
 
 @app.command()
-@click.argument("code", required=False)
+@click.argument("what", metavar="[MODEL | CODE]", required=False)
+@click.option("--site", metavar="NAME", help="Of MODEL, only the attention of this name, replaced or not, such as layers.0.self_attn.")
+@_run_options
+@_pass_options
 @_output_options
-def explain(code: str | None, as_json: bool, traceback: bool) -> int:
-    """Print the page of a remark, such as AO203; without CODE, the list of all."""
-    from attnopt.cli.commands import explain_command
+@click.pass_context
+def explain(context: click.Context, /, what: str | None, **options: Any) -> int:
+    """Explain what was found in MODEL, or the remark with this CODE.
 
-    return explain_command(code, as_json)
+    Of a MODEL (as for `optimize`): each attention that is missed or slower than it could be, and each softmax that is no
+    attention, with its source line, the node of the graph that is in the way, the actual and the supported values, and what
+    to change. With --site, one of them; of one that is replaced, what it was proven to be and which kernel runs it. The
+    model is captured and analysed; nothing is changed or compared.
+
+    Of a CODE such as AO203: what it means, why, what to change, and an example. Without either, the list of all codes.
+    """
+    from attnopt.cli.explain import explain_codes, explain_model, is_code
+
+    if what is None or is_code(what):
+        given = [p.opts[0] for p in context.command.params if p.name not in ("what", "as_json", "traceback") and _given(context, p)]
+        if given:
+            raise click.UsageError(f"{given[0]} needs a MODEL to explain, {'and none was given' if what is None else f'and {what} is a remark'}.", context)
+        return explain_codes(what, options["as_json"])
+    return explain_model(what, **options)
+
+
+def _given(context: click.Context, parameter: click.Parameter) -> bool:
+    return context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
 
 
 @app.command()

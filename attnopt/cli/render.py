@@ -12,6 +12,7 @@ from rich.table import Table
 from attnopt.cli.measure import Comparison, Measured
 from attnopt.remarks import PAGES, Remark
 from attnopt.report import Report, Site, Verdict
+from attnopt.report.explain import LABELS, Explanation
 from attnopt.report.names import grouped, shown_names
 from attnopt.report.source import shown_path
 
@@ -130,12 +131,23 @@ def comparison_words(comparison: Comparison) -> str:
     return words if ratio is None else f"{words}, {word(ratio, 'less peak memory', 'more peak memory')}"
 
 
+def show_explanation(out: Terminal, one: Explanation) -> None:
+    """One site in full, as ``Report.explain`` says it, and an empty line."""
+    status = one.site.status if one.site.is_attention else "missed"
+    out.say(f"[{_STATUS_STYLE[status]} bold]{escape(one.title)}[/]")
+    for label, line in one.lines():
+        style = "bold" if label in PAGES or line.startswith(">") else "default"
+        out.say(f"  [cyan]{escape(f'{label:{LABELS}}')}[/][{style}]{escape(line)}[/]".rstrip() if label or line else "")
+    out.say("")
+
+
 def show_page(out: Terminal, code: str) -> None:
     page = PAGES[code]
-    out.say(f"[bold]{code}[/] {escape(page.title)}")
-    out.say(f"\n{escape(page.text)}")
-    if page.hint:
-        out.say(f"\n[bold]What to do:[/] {escape(page.hint)}")
+    out.say(f"[bold]{code} {escape(page.title)}[/]\n\n{escape(page.text)}")
+    for label, text in (("Why", page.cause), ("Supported", page.supported), ("What to do", page.hint)):
+        if text:
+            out.say(f"\n[bold]{label}:[/] {escape(text)}")
+    out.say(f"\n[bold]Example:[/]\n\n{escape(page.example.rstrip())}")
 
 
 def show_pages(out: Terminal) -> None:

@@ -16,7 +16,8 @@ from attnopt.report.names import grouped, shown_names
 from attnopt.report.report import Report, Site
 from attnopt.report.source import quote, shown_path
 
-_LABELS = 11  # columns
+LABELS = 11
+"""Columns that labels take."""
 _EMPTY_ROWS = {
     "uniform": "a row that sees no key gives the average of all values",
     "nan": "a row that sees no key gives NaN",
@@ -58,10 +59,12 @@ class Explanation:
         ]
         return {**self.site.to_dict(), "alike": list(self.names), "lines": _lines(self.site.source), "remarks": remarks}
 
+    def lines(self) -> list[tuple[str, str]]:
+        """A label (empty where a line goes on) and text, line by line."""
+        return [(label if not i else "", line) for label, lines in self.facts() for i, line in enumerate(lines)]
+
     def __str__(self) -> str:
-        return "\n".join(
-            [self.title, *(f"  {label if not i else '':{_LABELS}}{line}".rstrip() for label, lines in self.facts() for i, line in enumerate(lines))]
-        )
+        return "\n".join([self.title, *(f"  {label:{LABELS}}{line}".rstrip() for label, line in self.lines())])
 
 
 def explain(report: Report, name: str | None = None) -> list[Explanation]:
