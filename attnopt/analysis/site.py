@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from attnopt.ir.expr import Expr
 from attnopt.ir.index import View
 from attnopt.ir.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from attnopt.analysis.rotary import Rotation
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class AttentionSite:
     """The nodes that the attention replaces."""
     folded: frozenset[fx.Node] = frozenset()
     """Buffers whose values became part of the spec."""
+    rotations: tuple[Rotation | None, Rotation | None] = (None, None)
+    """The rotary embeddings of q and k, where one was recognised: the operands before them, and by what they were turned."""
     name: str = field(default="", compare=False)
     source: str = field(default="", compare=False)
 

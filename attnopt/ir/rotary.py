@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Positions = Literal["sequence", "given"]
-"""``sequence``: token i stands at position i + offset. ``given``: a tensor says where each token stands, or holds its cos and sin."""
+Positions = Literal["sequence", "computed", "given"]
+"""``sequence``: token i stands at position i + offset; ``computed``: its position is another formula of i; ``given``: a tensor says it,
+or holds the cos and sin of each token."""
 
 
 @dataclass(frozen=True)
