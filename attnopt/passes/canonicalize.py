@@ -1,8 +1,8 @@
 """The captured graph in a plainer form, node for node the same function.
 
 Guards and metadata assertions go (the module that runs the graph checks its inputs itself), regions that only switch
-gradients off are inlined, in-place operators on fresh values become functional, ``view`` becomes ``reshape`` (a rewrite
-may change strides), and sizes are read from the inputs, so that no size keeps an intermediate value alive.
+gradients off are inlined, in-place operators on fresh values become functional, what is filled slice by slice becomes a
+concatenation, ``view`` becomes ``reshape`` (a rewrite may change strides), and sizes are read from the inputs, so that no size keeps an intermediate value alive.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import fx
 from attnopt.analysis import nodes as N
 from attnopt.analysis.alias import is_view
 from attnopt.passes.base import PassResult, Tier
+from attnopt.passes.filled import filled
 
 aten = torch.ops.aten
 _ASSERTIONS = {"aten::_assert_tensor_metadata"}
@@ -30,6 +31,7 @@ class Canonicalize:
         changed = _inline_regions(module)
         changed |= _drop_guards(module)
         changed |= _functional(module.graph)
+        changed |= filled(module.graph)
         changed |= _views(module.graph)
         changed |= _sizes(module.graph)
         changed |= module.graph.eliminate_dead_code()

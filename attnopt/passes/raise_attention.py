@@ -9,9 +9,7 @@ from torch import fx
 
 from attnopt.analysis import nodes as N
 from attnopt.analysis import rotary
-from attnopt.analysis import rotary
 from attnopt.analysis.alias import is_view, written
-from attnopt.analysis.lift import Lifter
 from attnopt.analysis.lift import Lifter
 from attnopt.analysis.site import AttentionSite, Rejection
 from attnopt.analysis.sites import Constants, find_sites
@@ -51,7 +49,6 @@ class RaiseAttention:
                 site.why = found.message
                 site.remarks.append(Remark(found.code, found.message, found.name, found.source, node=describe(found.at)))
                 continue
-            rotary.annotate(found, Lifter(constant_of(module), members))
             rotary.annotate(found, Lifter(constant_of(module), members))
             site.spec = found.spec
             site.loads = [describe(n, load.name) for n, load in zip(found.loads, found.spec.loads, strict=True)]
