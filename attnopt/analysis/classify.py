@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from attnopt.analysis import masks
 from attnopt.ir import expr as E
-from attnopt.ir.bounds import nonnegative
 from attnopt.ir.expr import Expr
-from attnopt.ir.mask import key_range
-from attnopt.ir.spec import Alignment, Dims, EmptyRows, Load, Traits, Window
+from attnopt.ir.spec import Dims, EmptyRows, Load, Traits
 
 HIDDEN = -3e4
 """A logit at or below this hides its key: beside any visible logit its weight underflows to zero. Smaller fills (-1e4 and
@@ -115,26 +114,21 @@ def _same_for_all_keys(x: Expr) -> bool:
 def traits(score: Expr, mask: Expr, dims: Dims, loads: tuple[Load, ...], sink: Expr | None = None) -> Traits:
     """Name what is proven of score and mask."""
     scale, softcap, bias = _score(score, sink)
-    causal, window, rest = _diagonals(mask, dims)
-    padding, document = False, False
-    others: list[Expr] = []
-    for c in E.conjuncts(rest):
-        if _is_key_padding(c, dims):
-            padding = True
-        elif _is_document(c, dims):
-            document = True
-        else:
-            others.append(c)
+    seen = masks.read(mask, dims)
     return Traits(
         scale=scale,
         softcap=softcap,
         bias=bias,
         alibi=bias is not None and _is_alibi(bias, dims, loads),
-        causal=causal,
-        window=window,
-        key_padding=padding,
-        document=document,
-        mask_rest=E.all_of(*others),
+        causal=seen.causal,
+        window=seen.window,
+        key_padding=seen.key_padding,
+        document=seen.document,
+        chunk=seen.chunk,
+        prefix=seen.prefix,
+        global_tokens=seen.global_tokens,
+        blocks=seen.blocks,
+        mask_rest=seen.rest,
     )
 
 
@@ -232,68 +226,3 @@ def _counted(x: Expr | None, d: Dims, loads: tuple[Load, ...]) -> str | None:
     if x.op == "where" and x.variables <= {d.b, d.k}:
         return "key"
     return None
-
-
-# ------------------------------------------------------------------------------------------------ mask
-
-
-def _diagonals(mask: Expr, d: Dims) -> tuple[Alignment | None, Window, Expr]:
-    """Causality and window from the diagonal bounds; bounds that neither covers go back into the rest."""
-    bounds = key_range(mask)
-    rest = [bounds.rest]
-    corner = E.sub(d.Skv, d.Sq)
-    # the tightest bound of each side that is provably at most all others
-    right = _tightest(bounds.right)
-    left = _tightest(bounds.left)
-    rest += [E.le(d.k, E.add(d.q, o)) for o in bounds.right if o is not right]
-    rest += [E.ge(d.k, E.sub(d.q, o)) for o in bounds.left if o is not left]
-    causal: Alignment | None = None
-    keys_right: int | None = None
-    keys_left: int | None = None
-    base = E.ZERO
-    if right is not None:
-        if right is E.ZERO:
-            causal = "top_left"
-        elif right is corner:
-            causal, base = "bottom_right", corner
-        elif right.is_const and right.value > 0:
-            keys_right = int(right.value)
-        else:
-            rest.append(E.le(d.k, E.add(d.q, right)))
-    if left is not None:
-        reach = E.add(left, base)
-        if reach.is_const and reach.value >= 0:
-            keys_left = int(reach.value)
-        else:
-            rest.append(E.ge(d.k, E.sub(d.q, left)))
-    if causal and keys_left is None and keys_right is None:
-        return causal, (None, None), E.all_of(*rest)
-    return causal, (keys_left, 0 if causal and keys_left is not None else keys_right), E.all_of(*rest)
-
-
-def _tightest(offsets: tuple[Expr, ...]) -> Expr | None:
-    for o in offsets:
-        if all(nonnegative(E.sub(other, o)) for other in offsets):
-            return o
-    return offsets[0] if offsets else None
-
-
-def _is_key_padding(c: Expr, d: Dims) -> bool:
-    """A condition on (b, k) that a tensor decides."""
-    return c.variables <= {d.b, d.k} and d.k in c.variables and any(x.op == "load" for x in c.leaves)
-
-
-def _is_document(c: Expr, d: Dims) -> bool:
-    """The same tensor's entry for query and key is equal."""
-    if c.op == "eq0" and c.args[0].op == "add" and len(c.args[0].args) == 2:
-        pair = E.terms(c.args[0])
-        if {n for n, _ in pair} != {1, -1}:
-            return False
-        x, y = (a for _, a in pair)
-    elif c.op in ("eq", "same"):
-        x, y = c.args
-    else:
-        return False
-    if x is None or y is None or x.op != "load" or y.op != "load" or x.value != y.value:
-        return False
-    return E.substitute(x, {d.q: d.k}) is E.substitute(y, {d.q: d.k}) and x.variables != y.variables

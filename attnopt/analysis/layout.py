@@ -65,7 +65,8 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
     dv = value_axes[0] if value_axes else None
     lead = [v for v in outer if v is not dv]
 
-    split = _splits(lead, (*q_index, *k_index, *v_index, logits))
+    # An index that the mask alone divides (a chunk, a block) is one axis; a batch that holds heads as well is two.
+    split = _splits(lead, (*q_index, *k_index, *v_index)) | _splits([x for x in lead if x in in_k], [logits])
     back: dict[Expr, Expr] = {}  # pieces of split axes in terms of the output's axes
     wholes: dict[Expr, Expr] = {}
     for axis, (high, low) in split.items():

@@ -15,6 +15,7 @@ from torch import fx
 
 from attnopt.analysis import nodes as N
 from attnopt.analysis import views
+from attnopt.analysis.constants import fold
 from attnopt.analysis.pointwise import POINTWISE
 from attnopt.analysis.views import Index, broadcast
 from attnopt.ir import expr as E
@@ -107,41 +108,10 @@ class Lifter:
         tensor = self.constants(node)
         if tensor is None or tensor.is_meta:
             return None
-        formula = fold(tensor, index)
+        formula = fold(tensor, index, node)
         if formula is not None:
             self.folded.add(node)
         return formula
-
-
-def fold(tensor: torch.Tensor, index: Index) -> Expr | None:
-    """A constant tensor as a formula of its index, proven by comparing every entry; None when no formula is known.
-
-    Known: all entries equal, ``arange`` along the last axis, and a lower triangle (any diagonal) of two values.
-    """
-    if tensor.numel() == 0 or tensor.numel() > 1 << 26:
-        return None
-    tensor = tensor.detach()
-    first = tensor.flatten()[0]
-    if bool((tensor == first).all()):
-        return E.const(first.item())
-    if any(n != 1 for n in tensor.shape[:-2]):
-        return None
-    plane = tensor.reshape(tensor.shape[-2:]) if tensor.dim() >= 2 else tensor
-    if plane.dim() == 1 or plane.shape[0] == 1:
-        steps = torch.arange(plane.shape[-1], device=plane.device)
-        line = plane.reshape(-1)
-        if not tensor.dtype.is_floating_point and tensor.dtype is not torch.bool and bool((line - line[0] == steps).all()):
-            return E.add(index[-1], E.const(int(line[0])))
-        return None
-    corner = plane[-1, 0]  # below every proper diagonal
-    other = plane[0, -1]
-    inside = plane == corner
-    if bool((inside | (plane == other)).all()) and not bool(corner == other):
-        diagonal = int(inside[0].sum()) - 1 if bool(inside[0].any()) else -int((~inside[:, 0]).sum())
-        full = torch.ones_like(inside).tril(diagonal)
-        if bool((inside == full).all()):
-            return E.where(E.le(index[-1], E.add(index[-2], E.const(diagonal))), E.const(corner.item()), E.const(other.item()))
-    return None
 
 
 def to_dtype(x: Expr, dtype: torch.dtype) -> Expr:

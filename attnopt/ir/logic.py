@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import attnopt.ir.arithmetic as A
 import attnopt.ir.bounds as bounds
@@ -75,7 +75,7 @@ def le(a: Expr, b: Expr) -> Expr:
         return const(bool(a.value <= b.value))
     if a.op == "float" and b.op == "float":
         return le(a.args[0], b.args[0])
-    return make("le", (a, b), "bool")
+    return _through_choice(le, a, b) or make("le", (a, b), "bool")
 
 
 def lt(a: Expr, b: Expr) -> Expr:
@@ -86,7 +86,16 @@ def lt(a: Expr, b: Expr) -> Expr:
         return const(bool(a.value < b.value))
     if a.op == "float" and b.op == "float":
         return lt(a.args[0], b.args[0])
-    return make("lt", (a, b), "bool")
+    return _through_choice(lt, a, b) or make("lt", (a, b), "bool")
+
+
+def _through_choice(compare: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr | None:
+    """A choice compared with a constant is the choice of the comparisons, where one of them is known."""
+    if a.op == "where" and b.is_const and any(x.is_const for x in a.args[1:]):
+        return where(a.args[0], *(compare(x, b) for x in a.args[1:]))
+    if b.op == "where" and a.is_const and any(x.is_const for x in b.args[1:]):
+        return where(b.args[0], *(compare(a, x) for x in b.args[1:]))
+    return None
 
 
 def ge(a: Expr, b: Expr) -> Expr:
@@ -108,8 +117,9 @@ def eq(a: Expr, b: Expr) -> Expr:
             c, x = (a, b) if a.is_const else (b, a)
             return x if c.value else negate(x)
         return make("same", tuple(sorted((a, b), key=lambda e: e.key)), "bool")
-    if A.is_choice(a) and b.is_const:
-        return where(a.args[0], *(const(bool(x.value == b.value)) for x in a.args[1:]))
+    chosen = _through_choice(eq, a, b)
+    if chosen is not None:
+        return chosen
     if kind == "int":
         x = A.sub(a, b)
         if bounds.nonnegative(A.sub(x, ONE)) or bounds.nonnegative(A.sub(A.neg(x), ONE)):

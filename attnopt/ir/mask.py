@@ -30,7 +30,7 @@ def key_range(mask: Expr) -> KeyRange:
     left: list[Expr] = []
     rest: list[Expr] = []
     for c in E.conjuncts(mask):
-        bound = _diagonal(c)
+        bound = diagonal(c)
         if bound is None:
             rest.append(c)
         else:
@@ -38,7 +38,7 @@ def key_range(mask: Expr) -> KeyRange:
     return KeyRange(tuple(right), tuple(left), E.all_of(*rest))
 
 
-def _diagonal(c: Expr) -> tuple[int, Expr] | None:
+def diagonal(c: Expr) -> tuple[int, Expr] | None:
     """(+1, o) for k <= q + o, (-1, o) for k >= q - o."""
     if c.op != "ge0":
         return None

@@ -89,6 +89,14 @@ class Traits:
     """Keys seen to the left and to the right of the query itself, inclusive; None is unbounded."""
     key_padding: bool = False
     document: bool = False
+    chunk: int | None = None
+    """Query and key lie in the same chunk of this many positions."""
+    prefix: bool = False
+    """Beside the keys up to its own place a query sees keys that all queries see (prefix-LM)."""
+    global_tokens: bool = False
+    """A band around the diagonal, and tokens that see all keys or are seen by all queries."""
+    blocks: tuple[int, int] | None = None
+    """A table of blocks of this many queries and keys says which see each other (block sparse)."""
     mask_rest: Expr = E.TRUE
     """The part of the mask that none of the words above covers."""
     rotary: Rotary | None = None
@@ -198,6 +206,14 @@ class AttentionSpec:
             words.append("key padding")
         if t.document:
             words.append("documents")
+        if t.chunk is not None:
+            words.append(f"chunks of {t.chunk}")
+        if t.prefix:
+            words.append("prefix")
+        if t.global_tokens:
+            words.append("local and global tokens")
+        if t.blocks is not None:
+            words.append(f"block sparse {t.blocks[0]}x{t.blocks[1]}")
         if t.mask_rest is not E.TRUE:
             words.append("mask " + _short(render(t.mask_rest, self.load_names)))
         if t.softcap is not None:
@@ -216,9 +232,13 @@ class AttentionSpec:
             words.append("score " + _short(render(self.score, self.load_names)))
         if self.dropout:
             words.append(f"dropout {self.dropout:g}")
-        if not words or (not t.causal and left is None and right is None and t.mask_rest is E.TRUE and "full" not in words):
+        if not words or (not t.causal and left is None and right is None and self._sees_all_or_padding()):
             words.insert(0, "full")
         return ", ".join(words)
+
+    def _sees_all_or_padding(self) -> bool:
+        t = self.traits
+        return t.mask_rest is E.TRUE and not (t.chunk or t.prefix or t.global_tokens or t.blocks)
 
     def replace(self, **changes: Any) -> AttentionSpec:
         return replace(self, **changes)
@@ -242,7 +262,7 @@ class AttentionSpec:
                 "dropout": self.dropout,
                 "rotary": None if t.rotary is None else t.rotary.to_list(),
                 "shared_key_features": t.shared_key_features,
-                "traits": [t.scale, t.softcap, t.alibi, t.causal, list(t.window), t.key_padding, t.document],
+                "traits": [t.scale, t.softcap, t.alibi, t.causal, list(t.window), t.key_padding, t.document, t.chunk, t.prefix, t.global_tokens, t.blocks],
             },
             separators=(",", ":"),
         )
@@ -267,7 +287,7 @@ def _parse(text: str) -> AttentionSpec:
     table = decode(data["nodes"])
     found = [None if i is None else table[i] for i in data["roots"]]
     score, mask, empty_score, sink, bias, mask_rest = found[7:]
-    scale, softcap, alibi, causal, window, key_padding, document = data["traits"]
+    scale, softcap, alibi, causal, window, key_padding, document, chunk, prefix, global_tokens, blocks = data["traits"]
     assert score is not None and mask is not None and mask_rest is not None
     return AttentionSpec(
         dims=Dims(*(x for x in found[:7] if x is not None)),
@@ -288,6 +308,10 @@ def _parse(text: str) -> AttentionSpec:
             window=(window[0], window[1]),
             key_padding=key_padding,
             document=document,
+            chunk=chunk,
+            prefix=prefix,
+            global_tokens=global_tokens,
+            blocks=None if blocks is None else (blocks[0], blocks[1]),
             mask_rest=mask_rest,
             rotary=None if data.get("rotary") is None else Rotary.from_list(data["rotary"]),
             shared_key_features=None if data.get("shared_key_features") is None else tuple(data["shared_key_features"]),

@@ -16,7 +16,7 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.index import View
 
 aten = torch.ops.aten
-_ARITHMETIC = {"add": operator.add, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod}
+_ARITHMETIC = {"add": operator.add, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod, "min": torch.sym_min, "max": torch.sym_max}
 
 
 class Editor:

@@ -364,3 +364,94 @@ def _sink_in_the_sum(q, k, v):
 def _hidden_column(q, k, v):
     s = F.pad(q @ k.mT * SCALE, (0, 1), value=float("-inf"))
     return s.softmax(-1)[..., :-1] @ v
+
+
+# ------------------------------------------------------------------------------------------------ masks with a name
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def _positions(q: Tensor) -> tuple[Tensor, Tensor]:
+    i = torch.arange(q.shape[-2])
+    return i[:, None], i[None, :]
+
+
+@spelling("chunks", causal="top_left", rest="chunk 4")
+def _chunks(q, k, v):
+    i, j = _positions(q)
+    return _masked(q, k, v, (j <= i) & (torch.div(i, 4, rounding_mode="floor") == j // 4))
+
+
+@spelling("prefix", causal=None, rest="prefix")
+def _prefix(q, k, v):
+    i, j = _positions(q)
+    return _masked(q, k, v, (j <= i) | (j < 3))
+
+
+@spelling("local_and_global", causal=None, window=(None, None), rest="global")
+def _local_and_global(q, k, v):
+    i, j = _positions(q)
+    return _masked(q, k, v, ((i - j).abs() <= 2) | (j == 0) | (i == 0))
+
+
+LAYOUT = torch.rand(64, 64, generator=torch.Generator().manual_seed(5)) < 0.5
+LAYOUT.fill_diagonal_(True)
+
+
+@spelling("block_sparse", causal=None, rest="blocks 4x4")
+def _block_sparse(q, k, v):
+    i, j = _positions(q)
+    return _masked(q, k, v, LAYOUT[i // 4, j // 4])
+
+
+@spelling("block_sparse_repeated", causal="top_left", rest="blocks 4x4")
+def _block_sparse_repeated(q, k, v):
+    i, j = _positions(q)
+    table = LAYOUT.repeat_interleave(4, 0).repeat_interleave(4, 1)[: q.shape[-2], : k.shape[-2]]
+    return _masked(q, k, v, table & (j <= i))
+
+
+@spelling("compared_bias", causal="top_left", window=(None, None), rest="")
+def _compared_bias(q, k, v):
+    """The mask is read back from a bias that was made of it."""
+    bias = torch.zeros(q.shape[-2], k.shape[-2]).masked_fill(~causal(q.shape[-2]), -1e9)
+    return _masked(q, k, v, ~(bias < -1))
+
+
+# ------------------------------------------------------------------------------------------------ buffers with a formula
+
+_D = torch.arange(64)[None, :] - torch.arange(64)[:, None]
+_SLOPES = 2.0 ** -torch.arange(1.0, H + 1)[:, None, None] * 1.37
+BUFFERS: dict[str, tuple[Tensor, dict[str, object]]] = {
+    "triangle": (_D <= 0, {"causal": "top_left", "window": (None, None)}),
+    "band": ((_D <= 0) & (_D > -5), {"causal": "top_left", "window": (4, 0)}),
+    "band_on_both_sides": (_D.abs() <= 2, {"causal": None, "window": (2, 2)}),
+    "additive_band": (torch.zeros(64, 64).masked_fill(_D.abs() > 2, float("-inf")), {"window": (2, 2)}),
+    "alibi_positions": (_SLOPES * torch.arange(64.0), {"alibi": True}),
+    "alibi_distances": (_SLOPES * _D, {"alibi": True}),
+    "alibi_absolute": (-_SLOPES * _D.abs(), {"alibi": True}),
+    "alibi_causal": ((_SLOPES * _D).masked_fill(_D > 0, float("-inf")), {"alibi": True, "causal": "top_left"}),
+    "distances": (-_D.abs().float(), {"alibi": False, "causal": None}),
+    "no_formula": (torch.randn(64, 64, generator=torch.Generator().manual_seed(3)), {"alibi": False, "causal": None}),
+}
+
+
+class Buffered(Attention):
+    """A buffer of the module is the mask or the bias."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__(self.attend)
+        self.register_buffer("table", table)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT * SCALE
+        part = self.table[..., : min(s.shape[-2], self.table.shape[-2]), : s.shape[-1]]
+        s = s.masked_fill(~part, float("-inf")) if part.dtype is torch.bool else s + part
+        return s.softmax(-1) @ v
+
+
+for _name, (_table, _expect) in BUFFERS.items():
+    SPELLINGS[f"buffer_{_name}"] = lambda t=_table: Buffered(t)
+    EXPECT[f"buffer_{_name}"] = _expect
