@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from zoo import decoders, encoders, seq2seq, vision
+from zoo import cached, decoders, diffusers_models, encoders, handwritten, seq2seq, vision, vit_pytorch_models, x_transformers_models
 from zoo.case import Case
 
-CASES: dict[str, Case] = {c.name: c for part in (decoders, encoders, vision, seq2seq) for c in part.CASES}
+PARTS = (decoders, encoders, vision, seq2seq, cached, handwritten, x_transformers_models, vit_pytorch_models, diffusers_models)
+CASES: dict[str, Case] = {c.name: c for part in PARTS for c in part.CASES}
