@@ -1,7 +1,8 @@
 # make demo   optimize an example model and show the result
 # make test   all checks and all tests
+# make zoo    every architecture in every form, as a table, with docs/zoo.md (MODELS="llama bert": some of them)
 #
-# Both work on a fresh machine with Python 3.11 or newer, git and make: they build .venv with the pinned versions of
+# All work on a fresh machine with Python 3.11 or newer, git and make: they build .venv with the pinned versions of
 # constraints.txt, and build it again only when constraints.txt or pyproject.toml changes.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint types layers pytest bench clean
+.PHONY: help demo test check lint types layers pytest zoo zoo-page bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -37,6 +38,13 @@ layers: $(VENV)/.stamp-dev
 pytest: $(VENV)/.stamp-dev
 	$(BIN)/pytest -q -n $(JOBS)
 
+# A run of all models writes benchmarks/results/zoo.json and docs/zoo.md.
+zoo: $(VENV)/.stamp-dev
+	cd tests && ../$(BIN)/python -m zoo --jobs $(JOBS) $(MODELS)
+
+zoo-page: $(VENV)/.stamp-dev
+	cd tests && ../$(BIN)/python -m zoo.page
+
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/optimize_time.py
 	$(BIN)/python benchmarks/cpu_speed.py
@@ -55,6 +63,8 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@echo "Installing attnopt with everything that its tests need into $(VENV) (the first time this takes a few minutes)"
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@# It asks for torchvision, which its models do not need, and which breaks transformers where its build is not that of torch.
+	@$(BIN)/python -m pip install -qq --no-deps --constraint constraints.txt vit-pytorch
 	@touch $@ $(VENV)/.stamp-demo
 
 clean:

@@ -1,9 +1,8 @@
-"""``python -m zoo [MODEL...]``: run the zoo, print the scoreboard, and write benchmarks/results/zoo.json when all of it ran."""
+"""``python -m zoo [MODEL...]``: run the zoo, print the scoreboard, and write benchmarks/results/zoo.json and docs/zoo.md when all of it ran."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
+from zoo import page
 from zoo.case import Case
 from zoo.models import CASES
 from zoo.processes import run_all, tasks
-from zoo.scoreboard import rows_of, scoreboard, table
+from zoo.scoreboard import rows_of, scoreboard, table, write
 
-RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "zoo.json"
+RESULTS = page.RESULTS
 
 
 def main() -> int:
@@ -43,7 +43,11 @@ def main() -> int:
     def tell(case: Case, task: str, result: dict[str, Any]) -> None:
         wrong = [result["failed"]] if "failed" in result else [result["error"]] if "inductor" in result and "error" in result else result.get("deviations", [])
         seconds = result.get("seconds", {}).get("optimize", 0.0)
-        console.print(f"{time.perf_counter() - start:6.0f} s  {case.name} {task}  {seconds:.1f} s  {'ok' if not wrong else 'DEVIATES'}", style="red" if wrong else "dim", highlight=False)
+        console.print(
+            f"{time.perf_counter() - start:6.0f} s  {case.name} {task}  {seconds:.1f} s  {'ok' if not wrong else 'DEVIATES'}",
+            style="red" if wrong else "dim",
+            highlight=False,
+        )
         for text in wrong:
             console.print(f"          {text}", style="red", highlight=False, markup=False)
 
@@ -52,8 +56,11 @@ def main() -> int:
     Console(width=200).print(table(board))
     target = options.write or (RESULTS if whole else None)
     if target is not None:
-        target.write_text(json.dumps(board, indent=1) + "\n")
+        write(board, target)
         console.print(f"wrote {target}")
+        if target == RESULTS:
+            page.main()
+            console.print(f"wrote {page.PAGE}")
     return int(any(row["deviations"] for row in board["rows"]))
 
 

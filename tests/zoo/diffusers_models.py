@@ -34,7 +34,12 @@ def _spelled(model: Any, form: str) -> nn.Module:
 def _unet(form: str) -> nn.Module:
     d = _quiet()
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    return _spelled(d.UNet2DConditionModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8, **blocks), form)
+    return _spelled(
+        d.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8, **blocks
+        ),
+        form,
+    )
 
 
 def _dit(form: str) -> nn.Module:
@@ -44,19 +49,47 @@ def _dit(form: str) -> nn.Module:
 
 def _pixart(form: str) -> nn.Module:
     d = _quiet()
-    return _spelled(d.PixArtTransformer2DModel(num_attention_heads=4, attention_head_dim=16, num_layers=2, sample_size=8, cross_attention_dim=64, caption_channels=32, use_additional_conditions=False), form)
+    return _spelled(
+        d.PixArtTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=16,
+            num_layers=2,
+            sample_size=8,
+            cross_attention_dim=64,
+            caption_channels=32,
+            use_additional_conditions=False,
+        ),
+        form,
+    )
 
 
 def _sd3(form: str) -> nn.Module:
     d = _quiet()
-    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 32, "caption_projection_dim": 64, "pooled_projection_dim": 32, "pos_embed_max_size": 16}
+    sizes = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 64,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16,
+    }
     model: nn.Module = d.SD3Transformer2DModel(num_layers=2, attention_head_dim=16, num_attention_heads=4, qk_norm="rms_norm", **sizes)
     return model.eval()
 
 
 def _flux(form: str) -> nn.Module:
     d = _quiet()
-    model: nn.Module = d.FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8))
+    model: nn.Module = d.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
     return model.eval()
 
 
@@ -83,11 +116,24 @@ def _dit_inputs(padded: bool, b: int, s: int) -> dict[str, Any]:
 
 def _pixart_inputs(padded: bool, b: int, s: int) -> dict[str, Any]:
     more = {"encoder_attention_mask": padding(b, 12).bool()} if padded else {}
-    return {"hidden_states": _latents(b), "encoder_hidden_states": _captions(b), "timestep": _steps(b), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "return_dict": False, **more}
+    return {
+        "hidden_states": _latents(b),
+        "encoder_hidden_states": _captions(b),
+        "timestep": _steps(b),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "return_dict": False,
+        **more,
+    }
 
 
 def _sd3_inputs(padded: bool, b: int, s: int) -> dict[str, Any]:
-    return {"hidden_states": _latents(b), "encoder_hidden_states": _captions(b), "pooled_projections": _captions(b)[:, 0], "timestep": _steps(b), "return_dict": False}
+    return {
+        "hidden_states": _latents(b),
+        "encoder_hidden_states": _captions(b),
+        "pooled_projections": _captions(b)[:, 0],
+        "timestep": _steps(b),
+        "return_dict": False,
+    }
 
 
 def _flux_inputs(padded: bool, b: int, s: int) -> dict[str, Any]:

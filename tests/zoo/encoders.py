@@ -42,12 +42,23 @@ CASES = [
     _encoder("mpnet", _LONGER, {"": {"bias": some}}, forms=SPELLED_OUT),
     _encoder(
         "deberta_v2",
-        {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": -1, "position_buckets": 16, "position_biased_input": False, "norm_rel_ebd": "layer_norm", "share_att_key": True},
+        {
+            **TEXT,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "max_relative_positions": -1,
+            "position_buckets": 16,
+            "position_biased_input": False,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+        },
         {"": {"bias": some}},
         model_type="deberta-v2",
         forms=SPELLED_OUT,
     ),
-    _encoder("modernbert", {**TEXT, "local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}, {"layers.1.": {"window": (8, 8)}}),
+    _encoder(
+        "modernbert", {**TEXT, "local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}, {"layers.1.": {"window": (8, 8)}}
+    ),
     _encoder("longformer", {**_LONGER, "attention_window": [16, 16]}, {"": {"window": (8, 8)}}, forms=SPELLED_OUT, exported=False),
     _encoder("big_bird", {**TEXT, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}, sites=10, forms=SPELLED_OUT, open="b"),
     _encoder("xlnet", {"vocab_size": VOCAB, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}, {"": {"bias": some}}, forms=SPELLED_OUT),

@@ -121,8 +121,12 @@ class Alibi(Heads):
         if mask is not None:
             hidden = hidden + (1.0 - mask[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min
         if self.form == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=(bias + hidden.clamp_min(torch.finfo(q.dtype).min)).to(q.dtype).expand(q.shape[0], HEADS, n, n))
-        scores = torch.baddbmm(bias.to(q.dtype).expand(q.shape[0], HEADS, n, n).flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=1.0, alpha=SIZE**-0.5)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=(bias + hidden.clamp_min(torch.finfo(q.dtype).min)).to(q.dtype).expand(q.shape[0], HEADS, n, n)
+            )
+        scores = torch.baddbmm(
+            bias.to(q.dtype).expand(q.shape[0], HEADS, n, n).flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=1.0, alpha=SIZE**-0.5
+        )
         weights = F.softmax(scores.unflatten(0, (-1, HEADS)) + hidden, dim=-1)
         return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (-1, HEADS))
 
@@ -254,10 +258,21 @@ def _documents(padded: bool, b: int, s: int) -> dict[str, Any]:
 
 def _context(padded: bool, b: int, s: int) -> dict[str, Any]:
     n = s // 2 + 5
-    return {"tokens": tokens(b, s), "context": torch.randn(b, n, DIM, generator=torch.Generator().manual_seed(s)), **({"mask": padding(b, n)} if padded else {})}
+    return {
+        "tokens": tokens(b, s),
+        "context": torch.randn(b, n, DIM, generator=torch.Generator().manual_seed(s)),
+        **({"mask": padding(b, n)} if padded else {}),
+    }
 
 
-def _case(name: str, attention: Callable[[str], Heads], facts: Facts, forms: tuple[str, ...] = ("eager", "sdpa"), inputs: Callable[[bool, int, int], dict[str, Any]] = _inputs, **more: Any) -> Case:
+def _case(
+    name: str,
+    attention: Callable[[str], Heads],
+    facts: Facts,
+    forms: tuple[str, ...] = ("eager", "sdpa"),
+    inputs: Callable[[bool, int, int], dict[str, Any]] = _inputs,
+    **more: Any,
+) -> Case:
     def build(form: str) -> nn.Module:
         torch.manual_seed(0)
         return Model(lambda: attention(form)).eval()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from zoo.case import Case
 
 TESTS = Path(__file__).parent.parent
-Lines = Callable[[], dict[str, Any]]
+WORKER = (sys.executable, "-m", "zoo.worker")
 
 
 def tasks(case: Case) -> list[str]:
@@ -26,13 +26,17 @@ def tasks(case: Case) -> list[str]:
     return names + [f"inductor-{form}-{mask}" for form in case.forms for mask in (("unpadded", "padded") if case.padded else ("unpadded",))]
 
 
-def run_case(case: Case, names: list[str], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(task, result) for each of ``names``. A result that holds nothing but ``failed`` says why there is none."""
+def run_tasks(model: str, names: Sequence[str], seconds: float, worker: Sequence[str] = WORKER) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(task, result) for each of ``names``. A result that holds nothing but ``failed`` says why there is none.
+
+    ``worker MODEL TASK...`` writes a line of JSON for each task, in order. When one takes longer than ``seconds``, or the process
+    dies, another process goes on with the tasks after it.
+    """
     waiting = list(names)
     while waiting:
         with tempfile.TemporaryFile() as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "zoo.worker", case.name, *waiting], cwd=TESTS, env=_environment(), stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                [*worker, model, *waiting], cwd=TESTS, env=_environment(), stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
             )
             try:
                 for line in _lines(process, seconds):
@@ -77,12 +81,14 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
-def run_all(cases: list[Case], names: Callable[[Case], list[str]], jobs: int, seconds: float, tell: Callable[[Case, str, dict[str, Any]], None]) -> dict[str, dict[str, dict[str, Any]]]:
+def run_all(
+    cases: list[Case], names: Callable[[Case], list[str]], jobs: int, seconds: float, tell: Callable[[Case, str, dict[str, Any]], None]
+) -> dict[str, dict[str, dict[str, Any]]]:
     """All models, ``jobs`` side by side: {model: {task: result}}."""
     found: dict[str, dict[str, dict[str, Any]]] = {c.name: {} for c in cases}
 
     def one(case: Case) -> None:
-        for task, result in run_case(case, names(case), seconds):
+        for task, result in run_tasks(case.name, names(case), seconds):
             found[case.name][task] = result
             tell(case, task, result)
 

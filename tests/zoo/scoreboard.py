@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
+import json
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -13,7 +15,7 @@ from rich.table import Table
 from zoo.case import Case
 from zoo.check import empty_row
 
-LIBRARIES = ("attnopt", "torch", "transformers")
+LIBRARIES = ("attnopt", "torch", "transformers", "x-transformers", "vit-pytorch", "diffusers")
 
 
 def rows_of(case: Case, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -34,12 +36,20 @@ def rows_of(case: Case, results: dict[str, dict[str, Any]]) -> list[dict[str, An
 def scoreboard(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Everything that docs/zoo.md is made of."""
     return {
-        "date": datetime.date.today().isoformat(),
+        "about": "Made by `make zoo`; docs/zoo.md is made from this.",
+        "date": dt.date.today().isoformat(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "seconds": round(seconds),
         "totals": totals(rows),
         "rows": [_rounded(r) for r in rows],
     }
+
+
+def write(board: dict[str, Any], path: Path) -> None:
+    """One line for each row, so that two scoreboards can be compared line by line."""
+    head = json.dumps({k: v for k, v in board.items() if k != "rows"}, indent=1)
+    rows = ",\n".join("  " + json.dumps(r, ensure_ascii=False) for r in board["rows"])
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def _rounded(x: Any) -> Any:

@@ -27,18 +27,52 @@ _PAIR: dict[str, Any] = {
 _SPEECH = {**_PAIR, "num_mel_bins": 16, "max_source_positions": 64, "max_target_positions": 128, "suppress_tokens": None, "begin_suppress_tokens": None}
 # a table of buckets in k - q, logarithmic far away
 _BUCKETS: Facts = {"bias": says("[", "log(", "h]"), "scale": 1.0}
-_T5: dict[str, Any] = {"vocab_size": VOCAB, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 32, "decoder_start_token_id": 0}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 32,
+    "decoder_start_token_id": 0,
+}
 
 
 def _pair(name: str, config: dict[str, Any]) -> Case:
-    return Case(name, "encoder-decoder", auto(name, "AutoModelForSeq2SeqLM", **config), pair_text, 6, {"decoder": CAUSAL, "encoder_attn": {"causal": None}}, padded_sites="encoder")
+    return Case(
+        name,
+        "encoder-decoder",
+        auto(name, "AutoModelForSeq2SeqLM", **config),
+        pair_text,
+        6,
+        {"decoder": CAUSAL, "encoder_attn": {"causal": None}},
+        padded_sites="encoder",
+    )
 
 
 CASES = [
-    Case("t5", "encoder-decoder", auto("t5", "AutoModelForSeq2SeqLM", **_T5), pair_text, 6, {"": _BUCKETS, "decoder": CAUSAL, "EncDecAttention": {"bias": None, "causal": None}}, padded_sites="enc"),
+    Case(
+        "t5",
+        "encoder-decoder",
+        auto("t5", "AutoModelForSeq2SeqLM", **_T5),
+        pair_text,
+        6,
+        {"": _BUCKETS, "decoder": CAUSAL, "EncDecAttention": {"bias": None, "causal": None}},
+        padded_sites="enc",
+    ),
     _pair("bart", _PAIR),
     _pair("pegasus", _PAIR),
     _pair("marian", {**_PAIR, "decoder_vocab_size": VOCAB}),
     _pair("m2m_100", _PAIR),
-    Case("whisper", "encoder-decoder", auto("whisper", "AutoModelForSpeechSeq2Seq", **_SPEECH), spectrum, 6, {"decoder": CAUSAL, "encoder_attn": {"causal": None}}, padded=False),
+    Case(
+        "whisper",
+        "encoder-decoder",
+        auto("whisper", "AutoModelForSpeechSeq2Seq", **_SPEECH),
+        spectrum,
+        6,
+        {"decoder": CAUSAL, "encoder_attn": {"causal": None}},
+        padded=False,
+    ),
 ]

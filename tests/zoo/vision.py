@@ -12,7 +12,14 @@ from zoo.data import VOCAB, image, image_and_text
 from zoo.hugging import auto
 
 _IMAGE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 4}
-_TEXT: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 _ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CAUSAL: Facts = {"causal": "top_left"}
 
@@ -44,11 +51,29 @@ CASES = [
     _vision("dinov2", _IMAGE),
     _vision(
         "segformer",
-        {"num_encoder_blocks": 2, "depths": [2, 2], "sr_ratios": [4, 2], "hidden_sizes": [16, 32], "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
+        {
+            "num_encoder_blocks": 2,
+            "depths": [2, 2],
+            "sr_ratios": [4, 2],
+            "hidden_sizes": [16, 32],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "num_attention_heads": [1, 2],
+            "mlp_ratios": [2, 2],
+        },
         4,
     ),
     _two_towers("clip", 4, {"text_model": CAUSAL}, **_ENDS),
     # One attention more than layers: the head that pools the patches.
     _two_towers("siglip", 5, {}, projection_size=64),
-    Case("blip", "vision and text", _blip, image_and_text, 6, {"text_decoder": CAUSAL, "crossattention": {"causal": None, "key_padding": False}}, ("eager",), padded_sites="text_decoder"),
+    Case(
+        "blip",
+        "vision and text",
+        _blip,
+        image_and_text,
+        6,
+        {"text_decoder": CAUSAL, "crossattention": {"causal": None, "key_padding": False}},
+        ("eager",),
+        padded_sites="text_decoder",
+    ),
 ]

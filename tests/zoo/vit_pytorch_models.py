@@ -29,7 +29,18 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"vit_pytorch.{name}")
 
 
-def _case(name: str, cls: str, sites: int, facts: Facts | None = None, *, argument: str = "img", size: int = 32, refusals: dict[str, Refusal] | None = None, forms: tuple[str, ...] = ("eager",), **options: Any) -> Case:
+def _case(
+    name: str,
+    cls: str,
+    sites: int,
+    facts: Facts | None = None,
+    *,
+    argument: str = "img",
+    size: int = 32,
+    refusals: dict[str, Refusal] | None = None,
+    forms: tuple[str, ...] = ("eager",),
+    **options: Any,
+) -> Case:
     def build(form: str) -> nn.Module:
         torch.manual_seed(0)
         made: nn.Module = getattr(_module(name), cls)(**options)
@@ -74,13 +85,61 @@ CASES = [
         cross_attn_heads=2,
         cross_attn_dim_head=16,
     ),
-    _case("crossformer", "CrossFormer", 8, {"bias": some}, argument="x", size=64, **{**_PYRAMID, "dim": (32, 64, 64, 64)}, global_window_size=(4, 2, 2, 1), local_window_size=2, cross_embed_strides=(4, 2, 2, 2)),
-    _case("levit", "LeViT", 5, {"bias": some}, size=64, image_size=64, num_classes=10, dim=(32, 48, 64), depth=1, heads=(2, 3, 4), mlp_mult=2, dim_key=8, dim_value=16),
+    _case(
+        "crossformer",
+        "CrossFormer",
+        8,
+        {"bias": some},
+        argument="x",
+        size=64,
+        **{**_PYRAMID, "dim": (32, 64, 64, 64)},
+        global_window_size=(4, 2, 2, 1),
+        local_window_size=2,
+        cross_embed_strides=(4, 2, 2, 2),
+    ),
+    _case(
+        "levit",
+        "LeViT",
+        5,
+        {"bias": some},
+        size=64,
+        image_size=64,
+        num_classes=10,
+        dim=(32, 48, 64),
+        depth=1,
+        heads=(2, 3, 4),
+        mlp_mult=2,
+        dim_key=8,
+        dim_value=16,
+    ),
     _case("max_vit", "MaxViT", 4, {"bias": some}, argument="x", size=32, num_classes=10, dim=32, depth=(1, 1), dim_head=16, window_size=4, dim_conv_stem=16),
     # the head of its classification pools with weights that come from a projection alone: no attention
-    _case("cct", "CCT", 2, argument="x", img_size=32, embedding_dim=64, n_conv_layers=1, kernel_size=3, stride=2, padding=1, num_layers=2, num_heads=4, mlp_ratio=2.0, num_classes=10),
+    _case(
+        "cct",
+        "CCT",
+        2,
+        argument="x",
+        img_size=32,
+        embedding_dim=64,
+        n_conv_layers=1,
+        kernel_size=3,
+        stride=2,
+        padding=1,
+        num_layers=2,
+        num_heads=4,
+        mlp_ratio=2.0,
+        num_classes=10,
+    ),
     # two of its four softmaxes mix channels, which is no attention over positions
     _case("xcit", "XCiT", 1, image_size=32, patch_size=8, num_classes=10, dim=64, depth=2, cls_depth=1, heads=4, mlp_dim=128, dim_head=16),
-    _case("cait", "CaiT", 2, refusals={"": _TALKING}, image_size=32, patch_size=8, num_classes=10, dim=64, depth=1, cls_depth=1, heads=4, mlp_dim=128, dim_head=16),
-    _case("deepvit", "DeepViT", 1, refusals={"": Refusal("AO204", "the probabilities of one head are mixed with those of others before they meet the values")}, **{**_VIT, "depth": 1}),
+    _case(
+        "cait", "CaiT", 2, refusals={"": _TALKING}, image_size=32, patch_size=8, num_classes=10, dim=64, depth=1, cls_depth=1, heads=4, mlp_dim=128, dim_head=16
+    ),
+    _case(
+        "deepvit",
+        "DeepViT",
+        1,
+        refusals={"": Refusal("AO204", "the probabilities of one head are mixed with those of others before they meet the values")},
+        **{**_VIT, "depth": 1},
+    ),
 ]

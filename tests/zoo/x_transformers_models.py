@@ -35,7 +35,9 @@ def _with_context(padded: bool, b: int, s: int) -> dict[str, Any]:
     return {"x": tokens(b, s), "context": context, **({"context_mask": padding(b, n).bool()} if padded else {})}
 
 
-def _case(name: str, facts: Facts, forms: tuple[str, ...] = BOTH, kind: str = "Decoder", sites: int = 2, refusals: dict[str, Refusal] | None = None, **options: Any) -> Case:
+def _case(
+    name: str, facts: Facts, forms: tuple[str, ...] = BOTH, kind: str = "Decoder", sites: int = 2, refusals: dict[str, Refusal] | None = None, **options: Any
+) -> Case:
     return Case(f"xt_{name}", "x-transformers", lambda form: _wrapped(form, kind, **options), _text, sites, {"": facts}, forms, refusals=refusals or {})
 
 
