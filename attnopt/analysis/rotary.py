@@ -328,7 +328,7 @@ def _angle(turn: _Turn, s: Expr, h: Expr, lifter: Lifter) -> _Angle | None:
     if h in c.leaves | z.leaves or any(i.op == "var" and i in f.leaves for f in common):
         return None
     if c.op == "cos" and z.op == "sin" and c.args == z.args:
-        positions = _of_angle(c.args[0], s, i)
+        positions = _of_angle(c.args[0], s)
     elif c.op == z.op == "load" and _is_table(c, lifter) and _is_table(z, lifter) and _same_row(c, z):
         positions = _of_row(c, s)
     else:
@@ -346,35 +346,39 @@ def _same_row(a: Expr, b: Expr) -> bool:
     if a.value is not b.value:
         return a.args == b.args
     differ = [(p, q) for p, q in zip(a.args, b.args, strict=True) if p is not q]
-    return len(differ) == 1 and E.sub(*differ[0]).is_const and not any(v.value == "s" for p in differ[0] for v in p.variables) and _loads(differ[0]) == 0
+    return len(differ) == 1 and E.sub(*differ[0]).is_const and not any(v.value == "s" for p in differ[0] for v in p.variables) and not _reads_any(differ[0])
 
 
-def _loads(xs: Sequence[Expr]) -> int:
-    return sum(e.op == "load" for x in xs for e in x.leaves)
+def _reads_any(xs: Sequence[Expr]) -> bool:
+    return any(e.op == "load" for x in xs for e in x.leaves)
 
 
-def _of_angle(angle: Expr, s: Expr, i: Expr) -> tuple[Positions, str] | None:
-    """What the position in an angle ``position * frequency`` is."""
-    _, parts = factors(angle)
-    position = E.mul(E.FONE, *(f for f in parts if not (i.op == "var" and i in f.leaves)))
-    return _position(position, s, angle)
+def _of_angle(angle: Expr, s: Expr) -> tuple[Positions, str] | None:
+    """What the position in an angle ``position * frequency`` is; None where the angle is the same for all tokens."""
+    position = E.mul(E.ONE, *(f for f in factors(angle)[1] if _of_token(f)))
+    if position is E.ONE:
+        return ("computed", "0") if s is E.ZERO else None  # of a single token the position is a number like any other
+    return _position(position, s)
 
 
 def _of_row(row: Expr, s: Expr) -> tuple[Positions, str] | None:
-    at = next((a for a in row.args if s in a.leaves or a.op == "load"), None)
+    """What the position is by which a table is read."""
+    at = next((a for a in row.args if s in a.leaves or _reads_any([a])), None)
     if at is None:
-        return None if s is not E.ZERO else ("given", "0")
+        return ("given", "0") if s is E.ZERO else None
     if row.value.op == "placeholder" and at is s:
         return "given", "0"  # a table of the call: what its rows stand for is the caller's
-    return _position(at, s, row)
+    return _position(at, s)
 
 
-def _position(x: Expr, s: Expr, whole: Expr) -> tuple[Positions, str] | None:
+def _of_token(x: Expr) -> bool:
+    return any(v.value in ("b", "s") for v in x.variables)
+
+
+def _position(x: Expr, s: Expr) -> tuple[Positions, str]:
     x = x.args[0] if x.op == "float" else x
-    if any(e.op == "load" for e in x.leaves):
+    if _reads_any([x]):
         return "given", "0"
-    if s is not E.ZERO and s not in whole.leaves:
-        return None if not _loads([whole]) else ("given", "0")
     offset = E.sub(x, s) if x.kind == "int" else None
     if offset is not None and not offset.variables:
         return "sequence", render(offset)
