@@ -1,5 +1,6 @@
 # make demo   optimize an example model and show the result
 # make test   all checks and all tests
+# make docs   write docs/remarks from the table of remarks
 # make zoo    every architecture in every form, as a table, with docs/zoo.md (MODELS="llama bert": some of them)
 #
 # All work on a fresh machine with Python 3.11 or newer, git and make: they build .venv with the pinned versions of
@@ -13,7 +14,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint types layers pytest zoo zoo-page bench clean
+.PHONY: help demo test check lint types layers pytest zoo zoo-page bench docs clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -27,7 +28,7 @@ test: check pytest
 check: lint types layers
 
 lint: $(VENV)/.stamp-dev
-	$(BIN)/ruff check attnopt tests examples benchmarks
+	$(BIN)/ruff check attnopt tests examples benchmarks tools
 
 types: $(VENV)/.stamp-dev
 	$(BIN)/mypy
@@ -48,6 +49,9 @@ zoo-page: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/optimize_time.py
 	$(BIN)/python benchmarks/cpu_speed.py
+
+docs: $(VENV)/.stamp-dev
+	$(BIN)/python tools/remark_pages.py
 
 $(VENV)/.stamp-venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"attnopt needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]} (choose another with PYTHON=...)")'

@@ -17,7 +17,7 @@ from attnopt.cli.progress import Stages
 from attnopt.cli.target import config_of, introduce, load_target
 from attnopt.errors import AttnoptError
 from attnopt.remarks import PAGES
-from attnopt.report.explain import explain, no_site_left
+from attnopt.report.explain import explain, no_site_left, whole_model
 
 DONE = 0
 
@@ -68,9 +68,11 @@ def explain_model(target: str, *, site: str | None, as_json: bool, train: bool, 
     for one in found:
         render.show_explanation(out, one)
     if site is None:
-        render.show_remarks(out, report.remarks)
         if not found:
-            out.say(escape(no_site_left(report)))
+            out.say(f"{escape(no_site_left(report))}\n")
+        model = whole_model(report)
+        if model is not None:
+            render.show_explanation(out, model)
         out.say(escape(_summary(len(report.replaced), len(report.attentions), sum(s.is_weak for s in report.sites))))
     return DONE
 

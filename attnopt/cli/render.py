@@ -133,8 +133,8 @@ def comparison_words(comparison: Comparison) -> str:
 
 def show_explanation(out: Terminal, one: Explanation) -> None:
     """One site in full, as ``Report.explain`` says it, and an empty line."""
-    status = one.site.status if one.site.is_attention else "missed"
-    out.say(f"[{_STATUS_STYLE[status]} bold]{escape(one.title)}[/]")
+    style = "default" if one.site is None else _STATUS_STYLE[one.site.status]
+    out.say(f"[{style} bold]{escape(one.title)}[/]")
     for label, line in one.lines():
         style = "bold" if label in PAGES or line.startswith(">") else "default"
         out.say(f"  [cyan]{escape(f'{label:{LABELS}}')}[/][{style}]{escape(line)}[/]".rstrip() if label or line else "")

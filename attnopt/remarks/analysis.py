@@ -1,50 +1,112 @@
-"""AO3xx: what was found out."""
+"""AO3xx: what analysis and capture found out."""
 
 from __future__ import annotations
 
-from attnopt.remarks.page import Page
+from attnopt.remarks.page import Page, script
+
+_CHECKPOINT = "import torch\nfrom torch import nn\nfrom torch.utils.checkpoint import checkpoint\n\nimport attnopt\n\n\n"
 
 ANALYSIS: dict[str, Page] = {
     "AO301": Page(
         title="a dimension was specialised",
-        text="The captured graph holds for one size of this dimension only; another size captures the model again.",
-        cause="",
-        hint="See the source line for where the size was turned into a constant.",
-        example="",
+        text="The captured graph holds for one size (or some sizes) of this dimension only; another size captures the model again, which takes time and a variant.",
+        cause="The model's own code turned the size into a Python number, compared it with one, or added a tensor of that fixed size.",
+        hint="Write the code at the source line for any size; x.shape[1] in torch.arange, view and expand stays open. Without a source line: look for constant sizes.",
+        example=script("""
+            class Fixed(nn.Module):
+                def forward(self, x):
+                    length = int(x.shape[1])  # <- here
+                    x = x + torch.ones(length, 16)
+                    return (x @ x.mT * 0.25).softmax(-1) @ x
+
+
+            report = attnopt.optimize(Fixed(), torch.randn(2, 9, 16)).attnopt_report
+        """),
     ),
     "AO302": Page(
         title="captured by torch.compile",
-        text="torch.export does not take this model, or no inputs were given, so it is optimized when it runs.",
-        cause="",
-        hint="",
-        example="",
+        text="The model is optimized when it runs, by torch.compile, function by function; each compiled function is analysed on its own.",
+        cause="torch.export does not take this model (it branches on values, for instance), no inputs were given, or capture='dynamo' was asked for.",
+        hint="Nothing, if every attention was replaced. To export the model, write branches on values with torch.where or torch.cond.",
+        example=script("""
+            class Gated(nn.Module):
+                def forward(self, x):
+                    y = (x @ x.mT * 0.25).softmax(-1) @ x
+                    return y if y.sum() > 0 else -y
+
+
+            report = attnopt.optimize(Gated(), torch.randn(2, 9, 16)).attnopt_report
+        """),
     ),
     "AO303": Page(
         title="a part of the score is a dense tensor",
-        text="This part could not be expressed by indices; it is read from memory, which is right but slower.",
-        cause="",
-        hint="",
-        example="",
+        text="A part of the score or the mask could not be expressed by indices; it is read from memory for each query and key. That is right, only slower.",
+        cause="The tensor is an input of the model, a parameter, or was made by an operator without a formula in batch, head, query and key. "
+        "Nothing is known of its values, so no block can be skipped.",
+        hint="Make the tensor in the model from torch.arange, comparisons and lengths, or index a small table with them; then it is computed in the kernel.",
+        example=script("""
+            class Attention(nn.Module):
+                def forward(self, q, k, v, bias):
+                    return (q @ k.mT * 0.25 + bias).softmax(-1) @ v  # <- here
+
+
+            q, k, v = torch.randn(3, 2, 9, 16)
+            report = attnopt.optimize(Attention(), (q, k, v, torch.randn(9, 9))).attnopt_report
+        """),
     ),
     "AO304": Page(
         title="unverified",
         text="The optimized model was not compared with the original.",
-        cause="",
-        hint="",
-        example="",
+        cause="It was switched off (verify=False), the weights are on the meta device, or the model was compiled just in time by torch.compile(backend='attnopt').",
+        hint="attnopt.verify(original, optimized, inputs) compares the two at any time.",
+        example=script("""
+            class Attention(nn.Module):
+                def forward(self, q, k, v):
+                    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+            q, k, v = torch.randn(3, 2, 9, 16)
+            config = attnopt.OptimizeConfig(verify=False)
+            report = attnopt.optimize(Attention(), (q, k, v), config=config).attnopt_report
+        """),
     ),
     "AO305": Page(
         title="captured again",
-        text="The model ran with another dtype, device, mode or set of arguments than it was captured with, and was captured again.",
-        cause="",
-        hint="",
-        example="",
+        text="The model ran in another way than it was captured for, and was captured again; the report is that of the latest capture.",
+        cause="A captured graph holds for one dtype, device, mode (training or not) and form of arguments.",
+        hint="Nothing, for a few variants. For many, pass inputs of the form that is used later, or open sizes with dynamic_shapes.",
+        example=script("""
+            class Attention(nn.Module):
+                def forward(self, q, k, v):
+                    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+            q, k, v = torch.randn(3, 2, 9, 16)
+            optimized = attnopt.optimize(Attention(), (q, k, v))
+            optimized(q.double(), k.double(), v.double())
+            report = optimized.attnopt_report
+        """),
     ),
     "AO306": Page(
         title="a compiled function was left as it is",
-        text="torch.compile handed over a function that cannot be traced to the form that the analysis reads; it runs as torch.compile made it.",
-        cause="",
-        hint="",
-        example="",
+        text="torch.compile handed over a function that cannot be traced to the form that the analysis reads; it runs as torch.compile made it, and no attention in it is seen.",
+        cause="The function holds a construct that runs only inside of torch.compile, such as activation checkpointing.",
+        hint="Let the model be exported (capture='auto', with example inputs), or leave the construct out.",
+        example=script(
+            """
+            class Attention(nn.Module):
+                def attend(self, q, k, v):
+                    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+                def forward(self, q, k, v):
+                    return checkpoint(self.attend, q, k, v, use_reentrant=False)
+
+
+            q, k, v = torch.randn(3, 2, 9, 16)
+            config = attnopt.OptimizeConfig(capture="dynamo")
+            report = attnopt.optimize(Attention(), (q, k, v), config=config).attnopt_report
+            """,
+            _CHECKPOINT,
+        ),
     ),
 }

@@ -74,6 +74,8 @@ class Site:
     remarks: list[Remark] = field(default_factory=list)
     loads: list[NodeInfo] = field(default_factory=list)
     """The tensors that score and mask read, in the order of ``spec.loads``."""
+    relations: tuple[str, ...] = ()
+    """Equalities between sizes of the inputs on which the proofs rest; tested at each call, and another call is captured anew."""
 
     @property
     def is_attention(self) -> bool:
@@ -115,6 +117,7 @@ class Site:
             "weak": self.is_weak,
             "spec": facts,
             "loads": [n.to_dict() for n in self.loads],
+            "relations": list(self.relations),
             "kernel": self.kernel,
             "why": self.why,
             "remarks": [r.to_dict() for r in self.remarks],
@@ -149,12 +152,12 @@ class Report:
     def explain(self, site: str | None = None) -> str:
         """What one site was proven to be, or why it was missed, with its source lines and what to change.
 
-        Without ``site``: that of every attention that was missed or is slower than it could be, and of every softmax that is
-        no attention. Raises AttnoptError, with the names that there are, for a name that none has.
+        Without ``site``: that of every attention that was missed or is slower than it could be, of every softmax that is no
+        attention, and the remarks on the model as a whole. Raises AttnoptError, with the names that there are, for a name that none has.
         """
-        from attnopt.report.explain import explain, no_site_left
+        from attnopt.report.explain import as_text
 
-        return "\n\n".join(map(str, explain(self, site))) or no_site_left(self)
+        return as_text(self, site)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = 1
-"""Lines shown before and after the one that is meant."""
+"""Lines shown before and after the one that is meant, unless they are empty."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ def quote(source: str) -> Quote | None:
     number = int(line)
     if not 1 <= number <= len(everything):
         return None
-    first = max(1, number - CONTEXT)
-    lines = textwrap.dedent("".join(everything[first - 1 : number + CONTEXT])).splitlines()
-    return Quote(file, number, first, tuple(lines))
+    first, last = max(1, number - CONTEXT), min(len(everything), number + CONTEXT)
+    while first < number and not everything[first - 1].strip():
+        first += 1
+    while last > number and not everything[last - 1].strip():
+        last -= 1
+    return Quote(file, number, first, tuple(textwrap.dedent("".join(everything[first - 1 : last])).splitlines()))
 
 
 def shown_path(source: str) -> str:
