@@ -18,6 +18,7 @@ from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.dynamo import Frames, compile_frame
 from attnopt.capture.export import DynamicShapes, capture
 from attnopt.capture.guards import no_new_guards
+from attnopt.capture.relations import relations_of
 from attnopt.capture.run import device_of, undisturbed
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import graph_function, is_state
@@ -105,6 +106,7 @@ def inspect(
             start = time.perf_counter()
             result = _rewrite(captured.graph_module, config)
             seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
+            _relate(result, captured)
             return Report(result.sites, [*captured.remarks, *result.remarks], seconds=seconds)
     else:
         reason = "capture='dynamo' was asked for."
@@ -175,6 +177,19 @@ def _backend(config: OptimizeConfig, frames: Frames, mode: str | None = None) ->
     return backend
 
 
+def _differs(verdict: Verdict) -> Remark:
+    worst = verdict.worst
+    assert worst is not None
+    return Remark("AO902", f"{worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}. {worst.detail}".strip())
+
+
+def _relate(result: PipelineResult, captured: Captured) -> None:
+    """Record with each site the relations between input sizes on which its proofs may rest."""
+    for site in result.sites:
+        if site.spec is not None:
+            site.relations = relations_of(site.spec, captured.relations)
+
+
 def _rewrite(graph: fx.GraphModule, config: OptimizeConfig, skip: frozenset[str] = frozenset()) -> PipelineResult:
     with no_new_guards(graph):
         return run_pipeline(graph, config, skip_sites=skip)
@@ -223,7 +238,7 @@ class _Builder:
         verdict = Verdict()
 
         def make_report() -> Report:
-            report = frames.merged(*remarks)
+            report = frames.merged(*remarks, *([_differs(verdict)] if verdict.passed is False else []))
             report.verdict = verdict
             return report
 
@@ -267,9 +282,7 @@ class _Builder:
             if verdict.passed is None:
                 remarks.append(_unverified("the weights are on the meta device" if any(t.is_meta for t in tensors_of(module)) else "nothing could be compared"))
             elif not verdict.passed:
-                worst = verdict.worst
-                assert worst is not None
-                remarks.append(Remark("AO902", f"{worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}. {worst.detail}".strip()))
+                remarks.append(_differs(verdict))
         else:
             rebuild(frozenset())
             remarks.append(_unverified("verify=False"))
@@ -281,6 +294,7 @@ class _Builder:
                 site.why = f"error {check.error:.2e}, budget {check.budget:.2e} ({check.name})"
                 site.remarks.append(Remark("AO901", f"{check.name}: error {check.error:.2e}, budget {check.budget:.2e}. {check.detail}".strip(), site.name, site.source))
         seconds = {"capture": captured.seconds, "passes": spent, "verify": total - spent}
+        _relate(result, captured)
         return result, Report(result.sites, [*captured.remarks, *result.remarks, *remarks], verdict, seconds)
 
     def _tell(self, stage: str, done: int, total: int) -> None:

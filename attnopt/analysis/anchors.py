@@ -34,6 +34,8 @@ class Anchor:
     denominator: fx.Node | None = None
     sink: fx.Node | float | None = None
     """A logit that only the sum of exponentials has: a number, or a node of size one along the axis."""
+    underflows: bool = False
+    """Exponentials are taken without a shift: a row of fills, finite ones too, sums to zero and gives what one of -inf does."""
 
 
 _SOFTMAX = {"aten::softmax", "aten::_softmax", "aten::special_softmax"}
@@ -108,8 +110,8 @@ def _exp(node: fx.Node) -> Anchor | None:
         for below, sink in _denominators(total, shift):
             for quotient in below.users:
                 if N.op_name(quotient) == "aten::div" and quotient.args[0] is node and quotient.args[1] is below and N.arguments(quotient).get("rounding_mode") is None:
-                    return Anchor(quotient, logits, total.axis, "nan", frozenset(interior | {below}), sink=sink)
-        return Anchor(node, logits, total.axis, "nan", frozenset(interior), denominator=total.nodes[0])
+                    return Anchor(quotient, logits, total.axis, "nan", frozenset(interior | {below}), sink=sink, underflows=shift is None)
+        return Anchor(node, logits, total.axis, "nan", frozenset(interior), denominator=total.nodes[0], underflows=shift is None)
     return None
 
 

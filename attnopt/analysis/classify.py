@@ -30,12 +30,13 @@ class Parts:
     empty_score: Expr | None
 
 
-def split(logits: Expr, empty: EmptyRows, sink: Expr | None = None) -> Parts:
-    """Separate the mask from the score. ``empty`` is what a row of nothing but -inf gives (``nan`` or ``zero``)."""
+def split(logits: Expr, empty: EmptyRows, sink: Expr | None = None, underflows: bool = False) -> Parts:
+    """Separate the mask from the score. ``empty`` is what a row of nothing but -inf gives (``nan`` or ``zero``); a row of finite
+    fills gives the same where its exponentials underflow."""
     score, mask, fills = _split(logits)
     if sink is not None:  # it takes all the weight of a row on which everything else is hidden
         return Parts(score, mask, "zero", None)
-    if mask is E.TRUE:
+    if mask is E.TRUE or underflows:
         return Parts(score, mask, empty, None)
     rows, program = _empty_row(logits, mask, fills, empty)
     return Parts(score, mask, rows, program)
@@ -98,8 +99,9 @@ def _where_hidden(x: Expr, mask: Expr) -> Expr:
         if swallowing and all(p.is_const or not _may_hide(p) for p in parts):
             return E.add(*swallowing)
         return E.add(*parts)
-    if x.op == "mul" and x.args[0].is_const:
-        return E.mul(*(_where_hidden(a, mask) for a in x.args))
+    if x.op in ("mul", "max") and any(a.is_const for a in x.args):
+        parts = [_where_hidden(a, mask) for a in x.args]
+        return E.mul(*parts) if x.op == "mul" else E.maximum(*parts)
     return x
 
 

@@ -48,6 +48,10 @@ class RawSite:
     region: frozenset[fx.Node]
     sink: Expr | None = None
     """The logit of a key that has no value."""
+    underflows: bool = False
+    """A row of finite fills gives what a row of -inf does."""
+    scores: fx.Node | None = None
+    """The product of queries and keys."""
 
 
 def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
@@ -82,7 +86,7 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
     only_q = [v for v in lead if v not in shared]
     query = _query_axis(only_q, _variables(q_index), raw.key)
     if query is None and _variables(k_index) - {raw.feature} != _variables(v_index) - {dv}:
-        raise Refusal("AO212", "the scores pass through another product before the softmax, which mixes them along an axis.", raw.k[0])
+        raise Refusal("AO212", "the scores pass through another product before the softmax, which mixes them along an axis; supported are views and pointwise operators.", raw.scores)
     group = [v for v in only_q if v is not query]
     kv = [v for v in lead if v in shared]
     if group:
@@ -123,7 +127,7 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
         stray = set() if part is None else part.variables - set(allowed)
         if stray:
             raise Refusal("AO206", f"the {what} depends on {', '.join(sorted(str(x.value) for x in stray))}, which is no axis that it may depend on.", node)
-    parts = classify.split(logits, raw.empty, sink)
+    parts = classify.split(logits, raw.empty, sink, raw.underflows)
     (score, mask, empty_score, sink), loads = _slots((parts.score, parts.mask, parts.empty_score, sink))
     assert score is not None and mask is not None
     infos = tuple(Load(_load_name(n), N.kind(n) if N.is_tensor(n) else "float", "cumsum" if N.op_name(n) == "aten::cumsum" else "") for n in loads)

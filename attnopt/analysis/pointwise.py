@@ -190,3 +190,12 @@ def _sign(args: dict[str, Any], lift: Lift, dtype: torch.dtype) -> Expr | None:
     if x is None or x.kind != "int":
         return None
     return E.sub(E.as_int(E.gt(x, E.ZERO)), E.as_int(E.lt(x, E.ZERO)))
+
+
+@op("nan_to_num")
+def _nan_to_num(args: dict[str, Any], lift: Lift, dtype: torch.dtype) -> Expr | None:
+    """-inf as the least number. That a NaN becomes a zero, and an overflow the greatest number, is no part of what a score means."""
+    x = lift(args["self"])
+    if x is None or args.get("nan") or args.get("posinf") is not None or args.get("neginf") is not None or not dtype.is_floating_point:
+        return None
+    return E.maximum(x, E.const(torch.finfo(dtype).min))

@@ -70,9 +70,20 @@ class _Finder:
                 yield Rejection(r.code, r.message, r.node or anchor.probs, anchor.probs)
 
     def _products(self, node: fx.Node) -> Iterable[_Product]:
-        """Contractions one side of which is the probabilities of an anchor, through views, casts and dropout."""
+        """Contractions one side of which is the probabilities of an anchor, through views, casts and dropout.
+
+        Exponentials are divided by their sum after the product: then the site's output is the quotient.
+        """
         index = output_index(node)
-        found = contraction(node, index, "k") if index is not None else None
+        if index is None:
+            return
+        product, at = node, index
+        below: fx.Node | None = None
+        if _is_quotient(node):
+            product, below = (x for x in node.args[:2] if isinstance(x, fx.Node))
+            while (moved := views.step(product, at)) is not None:
+                product, at = moved
+        found = contraction(product, at, "k")
         if found is None:
             return
         for probs, p_index, values, v_index in (
@@ -80,8 +91,8 @@ class _Finder:
             (found.right, found.right_index, found.left, found.left_index),
         ):
             trail = self._to_probs(probs, p_index)
-            if trail is not None:
-                yield _Product(found, *trail, values, v_index, index or ())
+            if trail is not None and (below is None or trail[0].denominator is not None):
+                yield _Product(found, *trail, values, v_index, index, node, below)
 
     def _to_probs(self, node: fx.Node, index: views.Index) -> tuple[A.Anchor, views.Index, float, bool, list[fx.Node]] | None:
         dropout, zeroed = 0.0, False
@@ -112,6 +123,8 @@ class _Finder:
     def _site(self, anchor: A.Anchor, products: list[_Product]) -> AttentionSite:
         if not products:
             raise self._no_product(anchor)
+        if anchor.denominator is not None:
+            products = self._normalised(anchor, products)
         if len(products) > 1:
             raise Refusal("AO203", f"the probabilities are multiplied with {len(products)} tensors; supported is one.", products[1].form.node)
         p = products[0]
@@ -127,9 +140,8 @@ class _Finder:
         qk = _scores(lifter, anchor, p.index, key)
         logits = lifter.lift(anchor.logits, p.index, qk.hook(lifter))
         sink = self._sink(lifter, anchor, p, start, qk.form.node)
-        output = p.form.node if anchor.denominator is None else self._quotient(anchor, p)
-        region = self._region(qk.form.node, output, anchor)
-        self._closed(region, output)
+        region = self._region(qk.form.node, p.output, anchor)
+        self._closed(region, p.output)
         left_has_key = key in _variables(qk.form.left_index)
         q, k = ((qk.form.right, qk.form.right_index), (qk.form.left, qk.form.left_index)) if left_has_key else ((qk.form.left, qk.form.left_index), (qk.form.right, qk.form.right_index))
         q, q_scale = _without_scale(*q)
@@ -137,11 +149,11 @@ class _Finder:
         if q_scale * k_scale != 1.0:
             logits = E.substitute(logits, {E.score(): E.mul(E.const(q_scale * k_scale), E.score())})
         empty: EmptyRows = "zero" if p.zeroed or anchor.empty == "zero" else "nan"
-        raw = RawSite(output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region), sink)
-        inside = [x.value for e in (logits, sink) if e is not None for x in e.leaves if x.op == "load" and x.value in region]
+        raw = RawSite(p.output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region), sink, anchor.underflows, qk.form.node)
+        inside = [_of_tuple(x.value) for e in (logits, sink) if e is not None for x in e.leaves if x.op == "load" and x.value in region]
         if inside:
             node = inside[0]
-            raise Refusal("AO212", f"the scores pass through {node.target}, which is neither pointwise nor a view.", node)
+            raise Refusal("AO212", f"the scores pass through {node.target} before the softmax; supported are views and pointwise operators.", node)
         return arrange(raw, anchor.probs, lifter.folded)
 
     def _sink(self, lifter: Lifter, anchor: A.Anchor, p: _Product, start: Expr, scores: fx.Node) -> Expr | None:
@@ -182,16 +194,19 @@ class _Finder:
         what = ", ".join(sorted({str(u.target) for u in users})) or "nothing"
         return Refusal("AO204", f"between softmax and the values stands {what}; supported are views, casts, dropout and nan_to_num.", users[0] if users else anchor.probs)
 
-    def _quotient(self, anchor: A.Anchor, p: _Product) -> fx.Node:
-        """The division of the product by the sum of the exponentials, for ``exp(x) @ v / exp(x).sum()``."""
-        product, denominator = p.form.node, anchor.denominator
-        for user in product.users:
-            if N.op_name(user) == "aten::div" and user.args[0] is product and N.is_tensor(user.args[1]) and N.shape(user) == N.shape(product):
-                below = self.lifter().lift(user.args[1], views.broadcast(p.out, N.shape(user.args[1])))  # type: ignore[arg-type]
-                expected = self.lifter().lift(denominator, tuple(E.ZERO if i == anchor.axis else x for i, x in enumerate(p.index)))  # type: ignore[arg-type]
-                if below is expected:
-                    return user
-        raise Refusal("AO204", "exponentials are multiplied with values and never divided by their sum.", product)
+    def _normalised(self, anchor: A.Anchor, products: list[_Product]) -> list[_Product]:
+        """The products that are divided by the sum of the exponentials, for ``exp(x) @ v / exp(x).sum()``."""
+        out: list[_Product] = []
+        for p in products:
+            if p.below is None:
+                continue
+            below = self.lifter().lift(p.below, views.broadcast(p.out, N.shape(p.below)))
+            expected = self.lifter().lift(anchor.denominator, tuple(E.ZERO if i == anchor.axis else x for i, x in enumerate(p.index)))  # type: ignore[arg-type]
+            if below is expected:
+                out.append(p)
+        if not out:
+            raise Refusal("AO204", "exponentials are multiplied with values and never divided by their sum.", products[0].form.node)
+        return out
 
     # -------------------------------------------------------------------------------------------- existing calls
 
@@ -280,6 +295,9 @@ class _Product:
     values: fx.Node
     value_index: views.Index
     out: views.Index
+    output: fx.Node
+    """The product itself, or its quotient by ``below``; ``out`` is its index."""
+    below: fx.Node | None
 
 
 @dataclass(frozen=True)
@@ -299,6 +317,19 @@ class _Scores:
         return answer
 
 
+def _of_tuple(node: fx.Node) -> fx.Node:
+    """The operator whose results ``node`` takes one of, or ``node`` itself."""
+    return node.args[0] if N.op_name(node) == "getitem" else node  # type: ignore[return-value]
+
+
+def _is_quotient(node: fx.Node) -> bool:
+    """A tensor divided by a tensor, elementwise and without rounding."""
+    if N.op_name(node) != "aten::div" or N.arguments(node).get("rounding_mode") is not None:
+        return False
+    above, below = node.args[:2]
+    return N.is_tensor(above) and N.is_tensor(below) and N.shape(above) == N.shape(node)  # type: ignore[arg-type]
+
+
 def _scores(lifter: Lifter, anchor: A.Anchor, index: views.Index, key: Expr) -> _Scores:
     """The product of queries and keys below an anchor's logits: one side runs along the key axis, the other does not."""
     logits = lifter.lift(anchor.logits, index)
@@ -312,10 +343,35 @@ def _scores(lifter: Lifter, anchor: A.Anchor, index: views.Index, key: Expr) -> 
         if sides in ((True, False), (False, True)):
             found.append(_Scores(form, x.args))
     if not found:
+        opaque = _product_above(logits, key)
+        if opaque is not None:
+            opaque = _of_tuple(opaque)
+            raise Refusal("AO212", f"the scores pass through {opaque.target} before the softmax; supported are views and pointwise operators.", opaque)
         raise Refusal("AO202", "no product of two tensors, one along the softmax axis and one not, is below the softmax.", anchor.logits)
     # Of several, the one in the plainest place: its index names the key axis by itself.
     found.sort(key=lambda s: (not any(i is key for i in s.index), sum(len(i.leaves) for i in s.index)))
     return found[0]
+
+
+_PROJECTIONS = {"aten::linear", "aten::addmm", "aten::mm", "aten::convolution", "aten::conv1d", "aten::conv2d", "aten::embedding"}
+
+
+def _product_above(logits: Expr, key: Expr) -> fx.Node | None:
+    """A node that no rule lifts and that runs along the key axis, below which stands the product of two computed tensors."""
+    for x in sorted((x for x in logits.leaves if x.op == "load" and key in x.variables), key=lambda e: e.key):
+        stack, seen = [x.value, *_of_tuple(x.value).all_input_nodes], set[fx.Node]()
+        while stack:
+            node = stack.pop()
+            if node in seen or not N.is_tensor(node) or N.op_name(node) in _PROJECTIONS:
+                continue
+            seen.add(node)
+            form = contraction(node, output_index(node) or (), "d")
+            if form is not None and min(len(N.shape(form.left)), len(N.shape(form.right))) > 2:
+                return x.value  # type: ignore[no-any-return]
+            # the product is looked for where the scores are made, not in the layers before
+            if N.shape(node)[-1:] == N.shape(x.value)[-1:]:
+                stack.extend(node.all_input_nodes)
+    return None
 
 
 def _without_scale(node: fx.Node, index: views.Index) -> tuple[tuple[fx.Node, views.Index], float]:

@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from attnopt.capture.call import Args, Kwargs, Leaf
+from attnopt.capture.relations import Relation
 from attnopt.errors import CaptureError
 from attnopt.remarks import Remark
 
@@ -63,4 +64,6 @@ class Captured:
     program: ExportedProgram
     example: Example
     remarks: list[Remark] = field(default_factory=list)
+    relations: list[Relation] = field(default_factory=list)
+    """Sizes of the inputs that belong together; ``example.holds`` tests them."""
     seconds: float = 0.0

@@ -87,7 +87,7 @@ class Check:
 
     def _at(self, at: dict[sympy.Symbol, int], beyond_bounds: bool = False) -> str | None:
         """What differs at these sizes; '' when nothing does; None when they cannot be tried."""
-        leaves = resize(self.leaves, {place: n for s, n in at.items() for place in self.sizes.where(s)})
+        leaves = resize(self.leaves, self.sizes.places(at))
         if not beyond_bounds and not self.holds(leaves):
             return None
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)

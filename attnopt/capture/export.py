@@ -25,6 +25,7 @@ from attnopt.capture.clone import clone_tree
 from attnopt.capture.dynamism import Check, resize
 from attnopt.capture.guards import SymbolicSizes, compile_guard, expr_of, hint_of, symbolic_sizes, tie_batches
 from attnopt.capture.inline import inline_regions
+from attnopt.capture.relations import relations, tie_lengths
 from attnopt.capture.run import tensors_from
 from attnopt.capture.shapes import Plan, batch_of_one, name_every_argument, plans, shapes_by_argument
 from attnopt.capture.specialised import conditions_remarks, fixed_remark, specialised_remarks
@@ -62,6 +63,7 @@ def capture(model: nn.Module, args: Args = (), kwargs: Kwargs | None = None, dyn
     leaves = [x.contiguous() if isinstance(x, torch.Tensor) and not x.requires_grad else x for x in leaves]
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in leaves]
+        leaves = _apart(leaves)
         job = _Job(model, structure, [name for name, _ in leaves_of(args, kwargs)])
         if isinstance(dynamic_shapes, str) and dynamic_shapes == "auto":
             captured = job.auto(leaves, check)
@@ -163,6 +165,7 @@ class _Job:
         values = [n.meta.get("val") for n in graph.graph.find_nodes(op="placeholder")]
         if any(plan):
             tie_batches(values)
+            tie_lengths(values)
         sizes = symbolic_sizes(values, program.range_constraints)
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         if check and sizes.home:
@@ -185,6 +188,7 @@ class _Job:
                 holds=compile_guard(sizes),
             ),
             remarks=remarks,
+            relations=relations(self.names, sizes),
         )
 
     def _explained(self, failure: Exception, leaves: list[Any]) -> CaptureError:
@@ -278,6 +282,20 @@ def _lower_bounds(sizes: SymbolicSizes, symbols: set[sympy.Symbol]) -> None:
         known = sizes.env.var_to_range.get(symbol)
         if known is not None:
             sizes.env.var_to_range[symbol] = ValueRanges(sympy.Integer(1), known.upper)
+
+
+def _apart(leaves: list[Any]) -> list[Any]:
+    """The leaves with no memory in common: a tensor that is passed twice would be captured as one input."""
+    seen: set[int] = set()
+    out: list[Any] = []
+    for x in leaves:
+        if isinstance(x, torch.Tensor) and x.layout is torch.strided:
+            memory = x.untyped_storage()._cdata
+            if memory in seen:
+                x = x.detach().clone().requires_grad_(x.requires_grad)
+            seen.add(memory)
+        out.append(x)
+    return out
 
 
 def _first_line(error: Exception) -> str:

@@ -37,6 +37,18 @@ class SymbolicSizes:
         return [(i, d) for i, v in enumerate(self.values) if isinstance(v, torch.Tensor) for d in range(v.dim()) if expr_of(v.shape[d]) == symbol]
 
 
+    def places(self, at: dict[sympy.Symbol, int]) -> dict[tuple[int, int], int]:
+        """The size of every (leaf, dim) that changes when these symbols do, sums of symbols included; the others as in the example."""
+        values = {s: at.get(s, hint_of(self.values[leaf].shape[dim])) for s, (leaf, dim) in self.home.items()}
+        out: dict[tuple[int, int], int] = {}
+        for i, v in enumerate(self.values):
+            for d, size in enumerate(v.shape if isinstance(v, torch.Tensor) else ()):
+                expr = expr_of(size)
+                if expr.free_symbols & set(at) and expr.free_symbols <= set(values):
+                    out[i, d] = int(expr.xreplace(values))
+        return out
+
+
 def is_symbolic(size: object) -> bool:
     return isinstance(size, torch.SymInt)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,10 +20,18 @@ Plan = list[frozenset[int]]
 def plans(leaves: list[Any]) -> list[Plan]:
     """Dimensions to leave open, most first: all, those of indices and masks with every batch, the batch, none.
 
-    The channels of images stay closed from the start; other feature sizes are fixed by export itself.
+    The channels of images stay closed from the start, and the last dimension that several float inputs of one rank share:
+    queries, keys and values have one head size. Other feature sizes are fixed by export itself.
     """
     tensors = [x if isinstance(x, torch.Tensor) else None for x in leaves]
-    everything = [frozenset(range(x.dim())) - ({1} if x.dim() == 4 and x.is_floating_point() else set()) if x is not None else frozenset() for x in tensors]
+    features = Counter((x.dim(), x.shape[-1]) for x in tensors if x is not None and x.is_floating_point() and x.dim() >= 3)
+
+    def closed(x: torch.Tensor) -> set[int]:
+        if not x.is_floating_point():
+            return set()
+        return ({1} if x.dim() == 4 else set()) | ({x.dim() - 1} if x.dim() >= 3 and features[x.dim(), x.shape[-1]] > 1 else set())
+
+    everything = [frozenset(range(x.dim())) - closed(x) if x is not None else frozenset() for x in tensors]
     indices = [dims if x is not None and not x.is_floating_point() else dims & {0} for x, dims in zip(tensors, everything, strict=True)]
     batch = [dims & {0} for dims in everything]
     nothing = [frozenset[int]() for _ in tensors]

@@ -320,6 +320,25 @@ def _dense(q, k, v):
     return (q @ k.mT * SCALE + bias).softmax(-1) @ v
 
 
+@spelling("divided_behind_a_view", scale=SCALE)
+def _divided_behind_a_view(q, k, v):
+    w = q @ k.mT * SCALE
+    e = (w - w.amax(-1, keepdim=True)).exp()
+    return (v.mT @ e.mT).mT / e.sum(-1, keepdim=True)
+
+
+@spelling("exponentials_that_underflow", causal="top_left", empty_rows="nan")
+def _exponentials_that_underflow(q, k, v):
+    e = (q @ k.mT * SCALE).masked_fill(~causal(q.shape[-2]), -1e9).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@spelling("nan_to_num_of_scores", causal="top_left", scale=SCALE, empty_rows="uniform")
+def _nan_to_num_of_scores(q, k, v):
+    w = (q @ k.mT * SCALE).masked_fill(~causal(q.shape[-2]), float("-inf"))
+    return torch.nan_to_num(w).softmax(-1) @ v
+
+
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 
 

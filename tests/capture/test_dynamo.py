@@ -47,7 +47,7 @@ def test_masks_are_recognised() -> None:
     model, inputs = hf_model("llama"), hf_inputs("llama")
     with torch.no_grad():
         close(compiled(model)(**inputs)[0], model(**inputs)[0])
-    assert [str(s.spec) for s in attnopt.compile_report().sites] == ["causal, GQA 4/2, key padding"] * 2
+    assert [str(s.spec) for s in attnopt.compile_report().sites] == ["causal, GQA 4/2, key padding, rotary"] * 2
 
 
 class Interrupted(nn.Module):
