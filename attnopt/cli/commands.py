@@ -131,7 +131,7 @@ def _next_steps(out: Terminal, target: str, report: Report, output: str | None, 
     steps = []
     codes = list(dict.fromkeys(r.code for s in report.sites if s.status != "replaced" for r in s.remarks))
     if codes:
-        steps.append(f"attnopt explain {codes[0]}: why an attention was not replaced" + (f" (also {', '.join(codes[1:])})" if codes[1:] else ""))
+        steps.append(f"attnopt explain {target}: on which line and why something was not replaced, and what to change ({', '.join(codes)})")
     if report.verdict.passed is False:
         steps.append(f"attnopt verify {target}: every comparison with the original")
     if code == DONE and output is None and report.replaced:

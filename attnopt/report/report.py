@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,11 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.remarks import NOT_ATTENTION, NodeInfo, Remark
 
 Status = Literal["replaced", "missed", "reverted"]
+
+
+def _finite(x: float) -> float | None:
+    """JSON has neither NaN nor infinity: None stands for both."""
+    return x if math.isfinite(x) else None
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Check:
     detail: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "error": _finite(self.error), "budget": _finite(self.budget)}
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Verdict:
         return self.worst.budget if self.worst else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"passed": self.passed, "error": self.error, "budget": self.budget, "checks": [c.to_dict() for c in self.checks]}
+        return {"passed": self.passed, "error": _finite(self.error), "budget": _finite(self.budget), "checks": [c.to_dict() for c in self.checks]}
 
     def __str__(self) -> str:
         if self.passed is None:

@@ -73,6 +73,39 @@ def test_inspect_of_the_demo() -> None:
         assert "llama.py:" in site["source"]
 
 
+TALKING = """
+import torch
+from torch import nn
+
+class Attention(nn.Module):
+    def __init__(self, mixed):
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(2)) if mixed else None
+    def forward(self, x):
+        h = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        scores = h @ h.mT * 0.25
+        if self.mix is not None:
+            scores = torch.einsum("bhqk,hg->bgqk", scores, self.mix)
+        return (scores.softmax(-1) @ h).transpose(1, 2).flatten(2)
+
+model = nn.Sequential(Attention(False), Attention(True))
+example_inputs = torch.ones(2, 9, 16)
+"""
+
+
+def test_explain_finds_the_line_that_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "talking.py").write_text(TALKING)
+    done = attnopt("explain", "talking.py", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(done.stdout)
+    (site,) = facts["sites"]
+    (remark,) = site["remarks"]
+    assert (facts["known_sites"], site["name"], remark["code"]) == (["0", "1"], "1", "AO212")
+    assert remark["lines"]["text"].startswith("scores = torch.einsum") and site["lines"]["text"].startswith("return (scores.softmax(-1)")
+    one = attnopt("explain", "talking.py", "--site", "0", cwd=tmp_path)
+    assert one.returncode == 0 and "0: replaced: full" in one.stdout and "0.25 * s" in one.stdout
+
+
 def test_verify_against_another_model(tmp_path: Path) -> None:
     text = "import torch\nfrom torch import nn\ndef model():\n    torch.manual_seed(0)\n    return nn.Linear(4, 4)\nexample_inputs = torch.ones(2, 4)\n"
     (tmp_path / "one.py").write_text(text)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from attnopt.cli.main import app, run
 from attnopt.errors import CaptureError
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec, Dims, Traits
-from attnopt.remarks import PAGES, Remark
+from attnopt.remarks import PAGES, NodeInfo, Remark
 from attnopt.report import Check, Report, Site, Verdict
 
 MODEL = """
@@ -136,7 +137,7 @@ def test_require_all_names_what_was_missed(api: FakeApi, model: str, capsys: pyt
     api.report.sites.append(Site("layers.3.attn", "model.py:9", "missed", None, "", "its probabilities are returned", [remark]))
     assert run(["optimize", model, "--no-benchmark"]) == 0
     out = capsys.readouterr().out
-    assert "AO203" in out and PAGES["AO203"].hint in out and "attnopt explain AO203" in out and "(missed)" in out
+    assert "AO203" in out and PAGES["AO203"].hint in out and "attnopt explain model.py: on which line and why" in out and "(missed)" in out
     assert run(["optimize", model, "--no-benchmark", "--require-all"]) == 1
     assert "1 of 4 were not replaced: layers.3.attn" in capsys.readouterr().out
 
@@ -264,8 +265,99 @@ def test_explain_lists_every_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(code in out for code in PAGES)
 
 
-def test_explain_of_an_unknown_code_names_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no remark 'AO999'" in refusal(capsys, "explain", "AO999")
+@pytest.mark.parametrize("code", ["AO999", "ao20", "AO2031"])
+def test_explain_of_an_unknown_code_names_near_ones(capsys: pytest.CaptureFixture[str], code: str) -> None:
+    assert re.search(f"no remark '{code}'; near it are AO", refusal(capsys, "explain", code))
+
+
+def test_explain_of_a_code_in_json_has_the_whole_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "AO203", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == {"code": "AO203", **vars(PAGES["AO203"])} and "class Attention" in facts["example"]
+
+
+@pytest.mark.parametrize(("argv", "part"), [(["AO203", "--site", "a"], "--site needs a MODEL to explain, and AO203 is a remark"), (["--dtype", "float32"], "--dtype needs a MODEL to explain, and none was given")])
+def test_explain_of_a_code_takes_no_options_of_a_model(capsys: pytest.CaptureFixture[str], argv: list[str], part: str) -> None:
+    assert run(["explain", *argv]) == 2
+    assert part in capsys.readouterr().err
+
+
+def missed(n: int) -> list[Site]:
+    node = NodeInfo("aten::mean", "mean", ("s0", "4"), "float32", "model.py:11", (2, 4))
+    why = "the probabilities are also read by aten::mean."
+    return [Site(f"layers.{i}.attn", "model.py:10", "missed", None, "", why, [Remark("AO203", why, f"layers.{i}.attn", "model.py:10", node=node)]) for i in range(n)]
+
+
+def test_explain_of_a_model_tells_where_what_why_and_what_to_do_once_for_all_that_are_alike(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    api.report.sites += [Site(s.name.replace("layers", "other"), *list(vars(s).values())[1:]) for s in missed(2)]
+    assert run(["explain", model]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("other.0-1.attn (2): missed") == 1 and "layers.0" not in out and err == ""
+    lines = [" ".join(x.split()) for x in out.splitlines()]
+    page = PAGES["AO203"]
+    assert lines[1:] == [
+        "other.0-1.attn (2): missed",
+        "at model.py:10",
+        "9 | def forward(self, x):",
+        "> 10 | return self.out(self.drop(x))",
+        "",
+        f"AO203 {page.title}",
+        "actual the probabilities are also read by aten::mean.",
+        "node aten::mean 'mean', float32[s0, 4], in the example [2, 4], at model.py:11",
+        "10 | return self.out(self.drop(x))",
+        "> 11 |",
+        "12 | model = Net()",
+        f"supported {page.supported}",
+        f"because {page.cause}",
+        f"change {page.hint}",
+        "",
+        "3 of 5 attentions can be replaced. Nothing was changed or compared.",
+    ]
+
+
+def test_explain_compares_nothing(api: FakeApi, model: str) -> None:
+    assert run(["explain", model, "--backend", "reference"]) == 0
+    assert api.calls[0][2]["config"].verify is False and api.calls[0][2]["config"].backend == "reference"
+
+
+def test_explain_of_one_replaced_site(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", model, "--site", "layers.1.attn"]) == 0
+    out = capsys.readouterr().out
+    assert "layers.1.attn: replaced: causal, GQA 8/2" in out and "layers.0" not in out
+    lines = [" ".join(x.split()) for x in out.splitlines()]
+    assert "score 0.25 * s" in lines and "mask query q sees key k where k <= q" in lines and "kernel sdpa: CPU flash" in lines
+    assert "sizes batch B, 8 query heads, 2 KV heads, S queries, S keys, head size 16" in lines
+
+
+def test_explain_says_so_when_nothing_is_missed(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    api.report.remarks.append(Remark("AO301", "Dimension 1 of x was fixed to 4 while capturing.", source="model.py:10"))
+    assert run(["explain", model]) == 0
+    out = capsys.readouterr().out
+    assert "Every attention was replaced, and none is weak. To see what one was proven to be, name it: layers.0-2.attn (3)." in out
+    assert "the whole model" in out and "AO301" in out and "> 10 |" in out and out.splitlines()[-1].startswith("3 of 3 attentions can be replaced.")
+
+
+def test_explain_of_a_site_that_is_not_there_names_those_that_are(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", model, "--site", "layers.1"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: There is no site 'layers.1'; the sites of this model are layers.0-2.attn (3).", "hint: Close to it: layers.1.attn, layers.2.attn, layers.0.attn."]
+    assert "no site 'zzz'; the sites of this model are layers.0-2.attn (3)." in refusal(capsys, "explain", model, "--site", "zzz")
+    api.report.sites.clear()
+    assert "no site 'zzz': no attention was found in this model." in refusal(capsys, "explain", model, "--site", "zzz")
+
+
+def test_explain_of_a_model_in_json(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    api.report.sites[:] = missed(2)
+    assert run(["explain", model, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (site,) = facts["sites"]
+    assert (site["name"], site["alike"], site["status"]) == ("layers.0.attn", ["layers.0.attn", "layers.1.attn"], "missed")
+    assert site["lines"]["text"] == "return self.out(self.drop(x))" and facts["known_sites"] == site["alike"]
+    (remark,) = site["remarks"]
+    assert (remark["code"], remark["node"]["operator"], remark["change"], remark["supported"]) == ("AO203", "aten::mean", PAGES["AO203"].hint, PAGES["AO203"].supported)
+
+
+def test_explain_of_a_file_that_is_not_there(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing.py does not exist" in refusal(capsys, "explain", "nothing.py")
 
 
 def test_env_gives_each_backend_or_its_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
