@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,9 +76,11 @@ class Case:
     padded: bool = True
     """Whether it takes a padding mask."""
     padded_sites: str = ""
-    """Which attentions see the padding: those whose lower-case names hold this."""
+    """Which attentions see the padding: those in whose lower-case names this expression is found."""
     open: str = "bs"
     """Which sizes a dynamic capture leaves open: ``b`` batch, ``s`` length."""
+    open_padded: str | None = None
+    """The same with a padding mask, where that differs."""
     other: tuple[tuple[int, int], ...] = ((3, 37), (1, 11))
     """The (batch, length) of further calls; what is not open stays at the captured size."""
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
@@ -93,14 +96,17 @@ class Case:
     def variant(self, name: str) -> Variant:
         return next(v for v in self.variants() if v.name == name)
 
-    def other_sizes(self) -> list[tuple[int, int]]:
-        """Sizes at which a dynamic capture has to serve without another."""
-        found = [(b if "b" in self.open else BATCH, s if "s" in self.open else LENGTH) for b, s in self.other]
+    def other_sizes(self, variant: Variant) -> list[tuple[int, int]]:
+        """Sizes that the capture has to serve without another."""
+        if not variant.dynamic:
+            return []
+        may_vary = self.open_padded if variant.padded and self.open_padded is not None else self.open
+        found = [(b if "b" in may_vary else BATCH, s if "s" in may_vary else LENGTH) for b, s in self.other]
         return list(dict.fromkeys(x for x in found if x != (BATCH, LENGTH)))
 
     def facts(self, site: str, variant: Variant) -> dict[str, Any]:
         """All that must be true of the spec of the attention called ``site``."""
-        found = {**PLAIN, "key_padding": variant.padded and self.padded_sites in site.lower()}
+        found = {**PLAIN, "key_padding": variant.padded and re.search(self.padded_sites, site.lower()) is not None}
         for part, facts in self.expect.items():
             if part in site:
                 found.update(facts)

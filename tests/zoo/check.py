@@ -74,7 +74,7 @@ def check(case: Case, variant: Variant) -> Row:
     row.seconds.update(report.seconds)
     _judge_report(case, variant, report, row)
     clock = time.perf_counter()
-    sizes = [(BATCH, LENGTH), *(case.other_sizes() if variant.dynamic else [])]
+    sizes = [(BATCH, LENGTH), *case.other_sizes(variant)]
     for b, s in sizes:
         _compare(model, optimized, case.inputs(variant.padded, b, s), f"batch {b}, length {s}", row)
     row.seconds["compare"] = time.perf_counter() - clock
@@ -150,8 +150,7 @@ def _compare(model: nn.Module, optimized: nn.Module, inputs: dict[str, Any], whe
     """Both models against the original in float64: this does not rest on the package's own verification."""
     with torch.no_grad():
         want, got = floats(model(**inputs)), floats(optimized(**inputs))
-        with Float64():
-            exact = floats(_in_float64(model)(**pytree.tree_map(_double, inputs)))
+        exact = floats(_in_float64(model, inputs))
     if not len(want) == len(got) == len(exact) or any(x.shape != y.shape for x, y in zip(want, got, strict=True)):
         row.deviations.append(f"{where}: other outputs than the original's")
         return
@@ -164,20 +163,26 @@ def _compare(model: nn.Module, optimized: nn.Module, inputs: dict[str, Any], whe
 
 
 class Float64(TorchDispatchMode):
-    """No value that is float64 becomes float32 again: models that compute their softmax in float32 would overflow to -inf there."""
+    """Nothing is float32: models that compute parts of themselves in float32 are no truth there, and their masks overflow."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32 and args[0].dtype is torch.float64:
+        if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
 
-def _in_float64(model: nn.Module) -> nn.Module:
+def _in_float64(model: nn.Module, inputs: dict[str, Any]) -> Any:
     model = copy.deepcopy(model).double()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped product of experts has no float64
-    return model
+    standard = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Float64():
+            return model(**pytree.tree_map(_double, inputs))
+    finally:
+        torch.set_default_dtype(standard)
 
 
 def _double(x: Any) -> Any:

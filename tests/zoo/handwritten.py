@@ -117,9 +117,9 @@ class Alibi(Heads):
         position = torch.arange(n)
         distance = position[None, :] - position[:, None] if self.relative else position[None, :]
         bias = self.slopes * distance
-        hidden = torch.full((n, n), torch.finfo(q.dtype).min).triu(1)
+        hidden = torch.full((n, n), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
         if mask is not None:
-            hidden = hidden + (1.0 - mask[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min
+            hidden = hidden + (1.0 - (mask[:, None, None, :] > 0).to(q.dtype)) * torch.finfo(q.dtype).min
         if self.form == "sdpa":
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=(bias + hidden.clamp_min(torch.finfo(q.dtype).min)).to(q.dtype).expand(q.shape[0], HEADS, n, n)
@@ -148,7 +148,7 @@ class T5(Heads):
         n = q.shape[2]
         bias = self.table(self.buckets(torch.arange(n)[None, :] - torch.arange(n)[:, None])).permute(2, 0, 1).unsqueeze(0)
         if mask is not None:
-            bias = bias + (1.0 - mask[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min
+            bias = bias + (1.0 - (mask[:, None, None, :] > 0).to(q.dtype)) * torch.finfo(q.dtype).min
         if self.form == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1), scale=1.0)
         return torch.einsum("bhqk,bhkd->bhqd", (torch.einsum("bhqd,bhkd->bhqk", q, k) + bias).softmax(-1), v)

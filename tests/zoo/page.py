@@ -28,7 +28,9 @@ def render(board: dict[str, Any]) -> str:
         f"**{t['replaced']} of {t['expected']} attentions are replaced, {t['verified']} of them verified; {t['refused']} are rightly left alone.**",
         f"Of the {t['spelled_out']} that are spelled out, attnopt replaces {t['spelled_out_replaced']}, and PyTorch Inductor's own matcher fuses {t['spelled_out_fused_by_inductor']}.",
         "",
-        f"Measured on {board['date']} in {board['seconds']} s with " + ", ".join(f"{name} {number}" for name, number in v.items()) + ", on a CPU in float32.",
+        f"Measured on {board['date']} ({t['seconds']} s of work on one core) with "
+        + ", ".join(f"{name} {number}" for name, number in v.items())
+        + ", on a CPU in float32.",
         '`make zoo` runs it all again, `make zoo MODELS="llama bert"` some of it; it fails when a model deviates from what is expected of it.',
         "",
         "## How to read it",

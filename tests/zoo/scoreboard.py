@@ -29,20 +29,28 @@ def rows_of(case: Case, results: dict[str, dict[str, Any]]) -> list[dict[str, An
         counted = results.get(f"inductor-{variant.form}-{'padded' if variant.padded else 'unpadded'}", {})
         row["fused_by_inductor"] = counted.get("fused")
         row["inductor_note"] = counted.get("failed") or counted.get("error") or ""
+        row["date"] = dt.date.today().isoformat()
         rows.append(row)
     return rows
 
 
-def scoreboard(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def scoreboard(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything that docs/zoo.md is made of."""
+    rows = [_rounded(r) for r in rows]
     return {
         "about": "Made by `make zoo`; docs/zoo.md is made from this.",
-        "date": dt.date.today().isoformat(),
+        "date": max((r["date"] for r in rows), default=""),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "seconds": round(seconds),
         "totals": totals(rows),
-        "rows": [_rounded(r) for r in rows],
+        "rows": rows,
     }
+
+
+def merged(old: dict[str, Any], rows: list[dict[str, Any]], order: list[str]) -> dict[str, Any]:
+    """A scoreboard in which the models of ``rows`` are those of ``rows``, and the others as they were; models that are not in ``order`` go."""
+    fresh = {r["model"] for r in rows}
+    kept = [r for r in old["rows"] if r["model"] not in fresh and r["model"] in order]
+    return scoreboard(sorted([*kept, *rows], key=lambda r: order.index(r["model"])))
 
 
 def write(board: dict[str, Any], path: Path) -> None:
@@ -68,6 +76,7 @@ def totals(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
         "models": len({r["model"] for r in rows}),
         "variants": len(rows),
         "deviating": sum(bool(r["deviations"]) for r in rows),
+        "seconds": round(sum(sum(r["seconds"].get(key, 0) for key in ("build", "optimize", "compare")) for r in rows)),
         **{key: sum(r[key] for r in rows) for key in ("expected", "replaced", "verified", "refused")},
         "spelled_out": sum(r["expected"] for r in spelled),
         "spelled_out_replaced": sum(r["replaced"] for r in spelled),
@@ -85,7 +94,7 @@ def short_words(words: Iterable[Iterable[str]]) -> str:
 
 def table(board: dict[str, Any]) -> Table:
     """One line for each model, form and mask; static and dynamic shapes side by side."""
-    found = Table(title=f"{board['totals']['models']} models, {board['totals']['variants']} variants, {board['seconds']} s")
+    found = Table(title=f"{board['totals']['models']} models, {board['totals']['variants']} variants, {board['totals']['seconds']} s of work")
     for name in ("model", "form", "mask", "shapes", "sites", "replaced", "verified", "Inductor", "proven to be", "s"):
         found.add_column(name, justify="right" if name in ("sites", "replaced", "verified", "Inductor", "s") else "left", overflow="fold")
     for r in board["rows"]:

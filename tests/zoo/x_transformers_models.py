@@ -36,9 +36,27 @@ def _with_context(padded: bool, b: int, s: int) -> dict[str, Any]:
 
 
 def _case(
-    name: str, facts: Facts, forms: tuple[str, ...] = BOTH, kind: str = "Decoder", sites: int = 2, refusals: dict[str, Refusal] | None = None, **options: Any
+    name: str,
+    facts: Facts,
+    forms: tuple[str, ...] = BOTH,
+    kind: str = "Decoder",
+    sites: int = 2,
+    refusals: dict[str, Refusal] | None = None,
+    open_sizes: str = "bs",
+    **options: Any,
 ) -> Case:
-    return Case(f"xt_{name}", "x-transformers", lambda form: _wrapped(form, kind, **options), _text, sites, {"": facts}, forms, refusals=refusals or {})
+    return Case(
+        f"xt_{name}",
+        "x-transformers",
+        lambda form: _wrapped(form, kind, **options),
+        _text,
+        sites,
+        {"": facts},
+        forms,
+        refusals=refusals or {},
+        open=open_sizes,
+        open_padded="",
+    )
 
 
 CAUSAL: Facts = {"causal": "top_left"}
@@ -47,9 +65,9 @@ MEMORY: Facts = {"causal": "bottom_right"}
 CASES = [
     _case("decoder", CAUSAL, rotary_pos_emb=True),
     _case("encoder", {}, kind="Encoder"),
-    _case("alibi", {**CAUSAL, "alibi": True, "bias": some}, alibi_pos_bias=True),
-    _case("relative_bias", {**CAUSAL, "bias": some}, SPELLED_OUT, rel_pos_bias=True),
-    _case("dynamic_bias", {**CAUSAL, "bias": some}, SPELLED_OUT, dynamic_pos_bias=True),
+    _case("alibi", {**CAUSAL, "alibi": True, "bias": some}, open_sizes="b", alibi_pos_bias=True),
+    _case("relative_bias", {**CAUSAL, "bias": some}, SPELLED_OUT, open_sizes="b", rel_pos_bias=True),
+    _case("dynamic_bias", {**CAUSAL, "bias": some}, SPELLED_OUT, open_sizes="b", dynamic_pos_bias=True),
     _case("grouped", {**CAUSAL, "groups": 2}, attn_kv_heads=2),
     _case("one_kv_head", {**CAUSAL, "groups": 4}, attn_one_kv_head=True),
     _case("softclamp", {**CAUSAL, "softcap": 50.0}, SPELLED_OUT, attn_softclamp_logits=True),
@@ -57,8 +75,8 @@ CASES = [
     _case("zero_kv", MEMORY, attn_add_zero_kv=True),
     _case("sink", {**CAUSAL, "sinks": True}, SPELLED_OUT, attn_head_learned_sink=True),
     _case("qk_norm", CAUSAL, attn_qk_norm=True),
-    _case("window", {**CAUSAL, "window": (16, 0)}, attn_max_attend_past=16),
-    _case("forgetting", {**CAUSAL, "bias": some}, SPELLED_OUT, attn_data_dependent_alibi=True),
+    _case("window", {**CAUSAL, "window": (16, 0)}, open_sizes="b", attn_max_attend_past=16),
+    _case("forgetting", {**CAUSAL, "bias": some}, SPELLED_OUT, open_sizes="", attn_data_dependent_alibi=True),
     Case(
         "xt_cross",
         "x-transformers",
@@ -66,7 +84,8 @@ CASES = [
         _with_context,
         4,
         {".0.1": CAUSAL, ".3.1": CAUSAL},
-        padded_sites="cross",
+        padded_sites=r"layers\.[14]\.",
+        open_padded="",
     ),
     _case(
         "talking_heads",
@@ -76,6 +95,5 @@ CASES = [
         depth=1,
         refusals={"": Refusal("AO212", "the scores of one head are mixed with those of others before the softmax")},
         attn_pre_talking_heads=True,
-        attn_post_talking_heads=True,
     ),
 ]
