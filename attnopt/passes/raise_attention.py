@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from attnopt.analysis import latent, rotary
 from attnopt.analysis import nodes as N
-from attnopt.analysis import rotary
 from attnopt.analysis.alias import is_view, written
 from attnopt.analysis.lift import Lifter
 from attnopt.analysis.site import AttentionSite, Rejection
@@ -18,7 +18,7 @@ from attnopt.ir.printing import render
 from attnopt.kernels import ops as _ops  # registers attnopt::attention
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.describe import describe
-from attnopt.passes.edit import Editor, aten
+from attnopt.passes.edit import ORIGINAL, Editor, aten
 from attnopt.remarks import Remark
 from attnopt.report import Site
 
@@ -49,7 +49,8 @@ class RaiseAttention:
                 site.why = found.message
                 site.remarks.append(Remark(found.code, found.message, found.name, found.source, node=describe(found.at)))
                 continue
-            rotary.annotate(found, Lifter(constant_of(module), members))
+            for annotate in (rotary.annotate, latent.annotate):
+                annotate(found, Lifter(constant_of(module), members))
             site.spec = found.spec
             site.loads = [describe(n, load.name) for n, load in zip(found.loads, found.spec.loads, strict=True)]
             if found.name in self.skip:
@@ -75,7 +76,8 @@ def _unstable(site: AttentionSite, unstable: frozenset[fx.Node]) -> Rejection | 
     for n in (*site.loads, site.q.node, site.k.node, site.v.node):
         if n in unstable:
             write = _last_write(n)
-            text = f"{n.name}, which the attention reads, is written in place by {N.op_name(write)} after it was read."
+            read = describe(n)
+            text = f"{read.dtype}[{', '.join(read.shape)}] of {read.operator}, which the attention reads, is written in place by {N.op_name(write)} after something read it; supported are tensors that nothing writes after they were read."
             return Rejection("AO207", text, write, site.node, site.name, site.source)
     return None
 
@@ -127,5 +129,5 @@ def _replace(graph: fx.Graph, site: AttentionSite) -> None:
     if N.value(out).dtype is not dtype:
         out = edit.call(aten.to.dtype, out, dtype)
     out.meta[SITE] = site.name
-    out.meta["attnopt_original"] = site.output.name
+    out.meta[ORIGINAL] = site.output.meta.get(ORIGINAL, site.output.name)
     site.output.replace_all_uses_with(out)
