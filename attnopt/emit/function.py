@@ -12,6 +12,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.passes.merge_projections import merged
+
 _numbers = itertools.count()
 
 
@@ -27,6 +29,8 @@ class GraphFunction:
     constants: tuple[Any, ...]
     out_spec: pytree.TreeSpec
     source: str
+    together: tuple[tuple[str, ...], ...] = ()
+    """Names of parameters that are read at once where they lie back to back in memory."""
 
 
 def graph_function(gm: fx.GraphModule, module: nn.Module) -> GraphFunction:
@@ -54,7 +58,7 @@ def graph_function(gm: fx.GraphModule, module: nn.Module) -> GraphFunction:
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     space = dict(code.globals)
     exec(compile(code.src, filename, "exec"), space)
-    return GraphFunction(space["forward"], tuple(value for _, value in constants.values()), out_spec, code.src)
+    return GraphFunction(space["forward"], tuple(value for _, value in constants.values()), out_spec, code.src, merged(gm.graph))
 
 
 def is_state(module: nn.Module, target: str) -> bool:

@@ -25,6 +25,7 @@ from attnopt.capture.captured import ModelError
 from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.emit.variant import Builder, GraphVariant, Variant
 from attnopt.errors import AttnoptError, CaptureError
+from attnopt.kernels.linear import adjacent, pack
 from attnopt.remarks import Remark
 from attnopt.report import Report
 
@@ -52,6 +53,8 @@ class State:
         self.compiled: dict[Variant, Callable[..., Any]] = {}
         self.folded: dict[tuple[Variant, str], tuple[torch.Tensor, int]] = {}
         """Folded buffers that were seen to hold their values, at which version."""
+        self.own: dict[str, int] = {}
+        """Parameters whose memory this module allocated itself, by name, and where that memory is: nobody else reads it."""
         self.positional = 0
         """How many arguments the example was given by position: a saved program is called in the same way."""
 
@@ -100,12 +103,17 @@ class OptimizedModule(nn.Module):
         state = self._attnopt
         if state.shared and any(_changes(fn, t) for t in {(t.dtype, t.device, t.dim()): t for t in tensors_of(self)}.values()):
             _unshare(self)
+        before = _places(self)
         super()._apply(fn, recurse)
+        state.own = {name: at for name, at in _places(self).items() if before.get(name) != at or state.own.get(name) == at}
         state.placement = _placement(self)
+        _lay_together(self)
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)
+        if kwargs.get("assign") or len(args) > 2:
+            self._attnopt.own.clear()  # the memory is that of the given dict
         self._attnopt.placement = _placement(self)
         return result
 
@@ -144,6 +152,8 @@ def optimized_module(model: nn.Module, builder: Builder, max_variants: int = 8, 
     optimized.__dict__.update(tree.__dict__)
     own_forward = optimized.__dict__.pop("forward", None)
     optimized.__dict__["_attnopt"] = State(over_same_state(optimized, type(tree), own_forward), builder, max_variants, shared=not (copy_parameters or own))
+    if copy_parameters:
+        optimized._attnopt.own = _places(optimized)
     return optimized
 
 
@@ -249,6 +259,7 @@ def _build_now(module: OptimizedModule, key: Key, args: Args, kwargs: Kwargs) ->
         raise error.original from None  # the user's call is wrong, and the model's own words say how
     known[key] = (*known.get(key, ()), variant)
     state.latest = variant
+    _lay_together(module)
     return variant
 
 
@@ -303,6 +314,20 @@ def _unshare(module: OptimizedModule) -> None:
                     new.__dict__.update(p.__dict__)
                 m._parameters[name] = fresh[id(p)]
     module._attnopt.shared = False
+
+
+def _places(module: nn.Module) -> dict[str, int]:
+    """Where each plain parameter's memory is."""
+    return {name: p.untyped_storage().data_ptr() for name, p in module.named_parameters(remove_duplicate=False) if type(p) is nn.Parameter and not p.is_meta}
+
+
+def _lay_together(module: OptimizedModule) -> None:
+    """Move parameters that a graph reads at once back to back in memory: those whose memory is the module's own, and of no one else."""
+    state = module._attnopt
+    for names in dict.fromkeys(group for v in graph_variants(module) for group in v.function.together):
+        held = [module.get_parameter(name) for name in names]
+        if all(type(p) is nn.Parameter and state.own.get(name) == p.untyped_storage().data_ptr() for name, p in zip(names, held, strict=True)) and not adjacent(held) and pack(held):
+            state.own |= {name: p.untyped_storage().data_ptr() for name, p in zip(names, held, strict=True)}
 
 
 def graph_variants(module: OptimizedModule) -> list[GraphVariant]:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels import linear as _linear  # registers attnopt::merged_linear
 from attnopt.kernels import reference
 from attnopt.kernels.registry import Backend, resolve
 from attnopt.kernels.tiling import empty_output
+
+assert _linear is not None
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel"
 _LIBRARY = torch.library.Library("attnopt", "DEF")

@@ -17,12 +17,13 @@ from attnopt.passes.canonicalize import Canonicalize
 from attnopt.passes.cleanup import Cleanup
 from attnopt.passes.group_heads import GroupHeads, site_name
 from attnopt.passes.lower import Lower
+from attnopt.passes.merge_projections import MergeProjections
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
 from attnopt.remarks import Remark
 from attnopt.report import Site
 
-NAMES = ("canonicalize", "raise-attention", "group-heads", "select-kernel", "lower", "cleanup")
+NAMES = ("canonicalize", "raise-attention", "group-heads", "merge-projections", "select-kernel", "lower", "cleanup")
 """Every pass, in order."""
 _REQUIRED = ("canonicalize",)
 
@@ -49,7 +50,7 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset()) -> 
     for n in config.disable_passes:
         if n in _REQUIRED:
             raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in NAMES if x not in _REQUIRED)}.")
-    everything: list[Pass] = [Canonicalize(), RaiseAttention(skip_sites), GroupHeads(), SelectKernel(config.backend), Lower(), Cleanup()]
+    everything: list[Pass] = [Canonicalize(), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend), Lower(), Cleanup()]
     return [p for p in everything if p.name not in config.disable_passes]
 
 
