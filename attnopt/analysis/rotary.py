@@ -61,8 +61,7 @@ def rotation(lifter: Lifter, operand: Operand) -> Rotation | None:
     shape = _shapes(operand)[-1]
     if not shape[-1].is_const or shape[-1] is E.ONE:
         return None
-    out = tuple(E.ZERO if n is E.ONE else E.var(name, n) for name, n in zip("bhsd", shape, strict=True))
-    index = operand_index(operand, out)
+    out, index = operand_variables(operand)
     for source in _candidates(operand.node, lifter.written):
         value = lifter.lift(operand.node, index, reader(lifter, source))
         if not reads(value, source):
@@ -97,8 +96,9 @@ def _shapes(operand: Operand) -> list[tuple[Expr, ...]]:
     return out
 
 
-def operand_index(operand: Operand, out: Index) -> Index:
-    """The index into an operand's node for an index [b, h, s, d] behind its views."""
+def operand_variables(operand: Operand) -> tuple[Index, Index]:
+    """The variables b, h, s, d of an operand [B, H, S, D] (zero for axes of size one), and the index into its node behind its views."""
+    out = tuple(E.ZERO if n is E.ONE else E.var(name, n) for name, n in zip("bhsd", _shapes(operand)[-1], strict=True))
     index = list(out)
     for (name, args), before, after in reversed(list(zip(operand.views, _shapes(operand), _shapes(operand)[1:], strict=False))):
         at: Any = args[0]
@@ -112,7 +112,7 @@ def operand_index(operand: Operand, out: Index) -> Index:
             index = list(views.reindex(after, before, tuple(index)))
         else:
             index = list(views.broadcast(tuple(index), before))
-    return tuple(index)
+    return out, tuple(index)
 
 
 _CASTS = {f"aten::{n}" for n in ("to", "_to_copy", "type_as")}
