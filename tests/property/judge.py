@@ -123,6 +123,8 @@ def _compare_outputs(program: Program, truth: Meaning, exact: np.ndarray, plain:
     for b, h, q in np.argwhere(truth.empty):
         mine = ours[b, h, q]
         wanted = [plain[b, h, q], exact[b, h, q]]
+        if program.softmax in ("exp over sum", "logsumexp"):  # these underflow or absorb where a softmax does not: either is right
+            wanted.append(truth.output[b, h, q])
         if not any(np.allclose(mine, x, rtol=64 * eps(program), atol=64 * eps(program), equal_nan=True) for x in wanted):
             raise Wrong("output", f"empty row {(b, h, q)}: {mine} instead of {wanted[0]} at {sizes}; empty_rows is wrong")
 

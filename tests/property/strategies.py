@@ -66,6 +66,8 @@ def masks(draw: st.DrawFn, square: bool, slanted: bool, heads: int) -> m.Mask:
         how = draw(st.sampled_from(("and", "and", "and", "or", "xor")))
         spelling = draw(st.sampled_from(("operator", "logical", "bitwise", *(("number",) if how != "xor" else ()))))
         other = draw(atoms(square, slanted, near, heads))
+        if how == "xor" and {type(x) for x in other.parts()} & {type(x) for x in out.parts()}:
+            how = "or"  # of one thing with itself nothing would be left
         out = m.Joined(how, out, other, spelling)
     if near and draw(st.booleans()):
         out = m.Joined("xor", out, m.Entry(draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))))

@@ -1,0 +1,126 @@
+"""What scores may be called: near misses of fill, scale, softcap and ALiBi, as expressions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from attnopt.analysis import classify
+from attnopt.ir.expr import Expr
+from attnopt.ir.spec import Load, Traits
+from mutation.words import D, E
+
+b, h, q, k, s = D.b, D.h, D.q, D.k, E.score()
+FLOAT, COUNT = Load("slope", "float"), Load("count", "int", "cumsum")
+
+
+def named(score: Expr, *loads: Load) -> Traits:
+    return classify.traits(score, E.TRUE, D, loads)
+
+
+def slope() -> Expr:
+    return E.load(0, (h,), "float")
+
+
+@pytest.mark.parametrize("fill", [-math.inf, -3.4e38, -1e9, -5e4])
+def test_a_large_fill_hides(fill: float) -> None:
+    parts = classify.split(E.where(E.le(k, q), s, E.const(fill)), "nan")
+    assert parts.mask is E.le(k, q) and parts.score is s
+
+
+@pytest.mark.parametrize("fill", [-1e4, -100.0, 0.0, 1e9])
+def test_a_small_fill_is_a_number(fill: float) -> None:
+    logits = E.where(E.le(k, q), s, E.const(fill))
+    assert classify.split(logits, "nan").mask is E.TRUE
+
+
+def test_a_choice_between_tensors_is_no_mask() -> None:
+    logits = E.where(E.le(k, q), s, E.load(0, (k,), "float"))
+    assert classify.split(logits, "nan").mask is E.TRUE
+
+
+def test_a_choice_of_whole_numbers_is_no_mask() -> None:
+    """An integer far below zero is no logit: the score is what it is cast to."""
+    inner = E.where(E.eq(E.load(0, (k,), "int"), E.ONE), E.load(1, (k,), "int"), E.const(-100000))
+    parts = classify.split(E.add(s, E.as_float(inner)), "nan")
+    assert parts.mask is E.TRUE
+
+
+def test_two_scores_have_no_scale() -> None:
+    assert named(E.add(s, E.function("tanh", s))).scale is None
+    assert named(E.add(E.mul(E.const(0.5), s), E.mul(slope(), s)), FLOAT).scale is None
+
+
+def test_a_scale() -> None:
+    assert named(E.mul(E.const(0.5), s)).scale == 0.5
+
+
+def alibi(bias: Expr, *loads: Load) -> bool:
+    return named(E.add(s, bias), *loads).alibi
+
+
+def test_alibi() -> None:
+    assert alibi(E.mul(slope(), E.as_float(E.sub(k, q))), FLOAT)
+    assert alibi(E.mul(slope(), E.as_float(k)), FLOAT)
+
+
+def test_a_slope_that_depends_on_the_query_is_no_alibi() -> None:
+    assert not alibi(E.mul(E.load(0, (h, q), "float"), E.as_float(k)), FLOAT)
+
+
+def test_a_slope_that_is_the_same_for_all_heads_is_no_alibi() -> None:
+    assert not alibi(E.mul(E.const(0.5), E.as_float(k)))
+
+
+def test_a_slope_times_a_tensor_over_keys_is_no_alibi() -> None:
+    assert not alibi(E.mul(slope(), E.load(1, (b, k), "float")), FLOAT, FLOAT)
+
+
+def test_a_slope_times_a_square_is_no_alibi() -> None:
+    assert not alibi(E.mul(slope(), E.as_float(E.mul(k, k))), FLOAT)
+
+
+def test_a_slope_times_a_float_of_positions_is_no_alibi() -> None:
+    assert not alibi(E.mul(slope(), E.function("sqrt", E.as_float(k))), FLOAT)
+
+
+def test_a_slope_times_a_function_of_the_head_and_key_is_no_alibi() -> None:
+    assert not alibi(E.mul(slope(), E.as_float(E.add(k, E.mul(h, k)))), FLOAT)
+
+
+def test_a_bias_of_a_row_beside_is_alibi() -> None:
+    assert alibi(E.add(E.mul(slope(), E.as_float(k)), E.load(1, (b, h, q), "float")), FLOAT, FLOAT)
+
+
+def test_only_a_bias_of_a_row_is_no_alibi() -> None:
+    assert not alibi(E.load(0, (b, h, q), "float"), FLOAT)
+
+
+def counted(x: Expr) -> bool:
+    return alibi(E.mul(slope(), x), FLOAT, COUNT, FLOAT)
+
+
+COUNTED, MASK = E.load(1, (b, k), "int"), E.load(2, (b, k), "float")
+
+
+def test_a_running_count_is_a_position() -> None:
+    assert counted(E.as_float(COUNTED))
+    assert counted(E.mul(E.as_float(E.sub(COUNTED, E.ONE)), MASK))
+
+
+def test_a_sum_without_a_count_is_no_position() -> None:
+    other = E.load(2, (b, k), "int")
+    assert not counted(E.as_float(E.add(other, E.ONE)))
+
+
+def test_a_count_and_a_function_of_the_query_is_no_position() -> None:
+    assert not counted(E.as_float(E.add(COUNTED, E.mul(q, k))))
+
+
+def test_a_count_times_a_tensor_of_the_query_is_no_position() -> None:
+    assert not counted(E.mul(E.as_float(COUNTED), E.load(2, (q, k), "float")))
+
+
+def test_a_mask_times_a_mask_is_no_position() -> None:
+    assert not counted(E.mul(MASK, MASK))
