@@ -2,6 +2,8 @@
 # make test   all checks and all tests
 # make docs   write docs/remarks from the table of remarks
 # make zoo    every architecture in every form, as a table, with docs/zoo.md (MODELS="llama bert": some of them)
+# make property  two thousand random attention programs, each judged by an exhaustive evaluation (PROGRAMS=500: as many)
+# make mutation  every guard of the analysis removed in turn, and the test that must notice
 #
 # All work on a fresh machine with Python 3.11 or newer, git and make: they build .venv with the pinned versions of
 # constraints.txt, and build it again only when constraints.txt or pyproject.toml changes.
@@ -14,7 +16,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint types layers pytest zoo zoo-page bench docs clean
+.PHONY: help demo test check lint types layers pytest zoo zoo-page property mutation bench docs clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,6 +47,12 @@ zoo: $(VENV)/.stamp-dev
 
 zoo-page: $(VENV)/.stamp-dev
 	cd tests && ../$(BIN)/python -m zoo.page
+
+property: $(VENV)/.stamp-dev
+	ATTNOPT_PROGRAMS=$(or $(PROGRAMS),2000) $(BIN)/pytest -q -p no:xdist -m slow tests/property
+
+mutation: $(VENV)/.stamp-dev
+	$(BIN)/pytest -q -p no:xdist -m slow tests/mutation
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/optimize_time.py
