@@ -21,7 +21,7 @@ from mutation.guards import ROOT, Guard, all_guards
 from mutation.registry import NO_GUARDS, TESTS
 from mutation.runner import run
 
-WHERE = ("tests/mutation/test_masks.py", "tests/mutation/test_scores.py", "tests/mutation/test_reading.py", "tests/mutation/test_sites.py", "tests/analysis", "tests/ir")
+WHERE = ("tests/mutation/test_masks.py", "tests/mutation/test_scores.py", "tests/mutation/test_reading.py", "tests/mutation/test_sites.py", "tests/analysis/test_refusals.py")
 CANDIDATES = 8
 
 

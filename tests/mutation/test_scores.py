@@ -124,3 +124,19 @@ def test_a_count_times_a_tensor_of_the_query_is_no_position() -> None:
 
 def test_a_mask_times_a_mask_is_no_position() -> None:
     assert not counted(E.mul(MASK, MASK))
+
+
+def causal_alibi(x: Expr, mask: Expr) -> bool:
+    return classify.traits(E.add(s, E.mul(slope(), E.as_float(x))), mask, D, (FLOAT,)).alibi
+
+
+def test_a_distance_is_a_position_below_the_diagonal_only() -> None:
+    distance = E.absolute(E.sub(q, k))
+    assert causal_alibi(distance, E.le(k, q))
+    assert not causal_alibi(distance, E.TRUE)
+    assert not causal_alibi(distance, E.le(k, E.add(q, E.sub(D.Skv, D.Sq))))
+
+
+def test_another_distance_is_no_position() -> None:
+    assert not causal_alibi(E.absolute(E.sub(q, E.mul(E.const(2), k))), E.le(k, q))
+    assert not causal_alibi(E.absolute(E.sub(E.add(q, E.ONE), k)), E.le(k, q))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,3 +239,59 @@ def test_the_channels_of_a_projection_are_no_keys() -> None:
 
 def test_rows_and_columns_of_a_product_are_told_apart() -> None:
     assert rewritten(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, Q, K, V).sites[0].status == "replaced"
+
+
+# ------------------------------------------------------------------------------------------------ sinks in the denominator
+
+
+def with_sink(make: Callable[[Tensor, Tensor], Tensor], sink: Tensor) -> list[str]:
+    """The status of ``e / (sum of e + make(sink, peak))`` for exponentials whose peak was taken off."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+        w = q @ k.mT
+        peak = w.amax(-1, keepdim=True)
+        e = torch.exp(w - peak)
+        return (e / (e.sum(-1, keepdim=True) + make(sink, peak))) @ v
+
+    return [s.status for s in sites(f, Q, K, V, sink)]
+
+
+def test_a_sink_from_which_the_peak_was_taken() -> None:
+    assert with_sink(lambda z, peak: torch.exp(z - peak), tensor(1, 2, 1, 1)) == ["replaced"]
+    assert with_sink(lambda z, peak: torch.exp(-peak), tensor(1)) == ["replaced"]
+
+
+def test_a_sink_with_another_peak_is_none() -> None:
+    assert "replaced" not in with_sink(lambda z, peak: torch.exp(z), tensor(1, 2, 1, 1))
+    assert "replaced" not in with_sink(lambda z, peak: torch.exp(-z), tensor(1, 2, 1, 1))
+    assert "replaced" not in with_sink(lambda z, peak: torch.exp(z - 2 * peak), tensor(1, 2, 1, 1))
+
+
+def test_a_number_that_is_no_exponential_is_no_sink() -> None:
+    assert "replaced" not in with_sink(lambda z, peak: z.square(), tensor(1, 2, 1, 1))
+
+
+def test_a_sink_that_varies_along_the_keys_is_none() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        return (e / (e.sum(-1, keepdim=True) + z.exp())) @ v
+
+    assert "replaced" not in [s.status for s in sites(f, Q, K, V, tensor(1, 1, 1, 5))]
+
+
+def test_the_largest_exponential_is_no_sum() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        return (e / e.amax(-1, keepdim=True)) @ v
+
+    assert "replaced" not in [s.status for s in sites(f, Q, K, V)]
+
+
+def test_parts_of_a_packed_projection() -> None:
+    """The parts are results of one operator, taken by Python's own getitem."""
+
+    def f(x: Tensor) -> Tensor:
+        q, k, v = x.chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v
+
+    assert [s.status for s in sites(f, tensor(2, 5, 12))] == ["replaced"]
