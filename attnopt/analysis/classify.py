@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from attnopt.analysis import masks
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.spec import Dims, EmptyRows, Load, Traits
+from attnopt.ir.spec import Alignment, Dims, EmptyRows, Load, Traits
 
 HIDDEN = -3e4
 """A logit at or below this hides its key: beside any visible logit its weight underflows to zero. Smaller fills (-1e4 and
@@ -64,12 +64,19 @@ def _split(x: Expr) -> tuple[Expr, Expr, list[float]]:
         score, mask, fills = _split(x.args[1])
         return E.mul(x.args[0], score), mask, [f * x.args[0].value for f in fills]
     if x.op == "max" and any(_is_fill(a) for a in x.args):
-        # clamping from below at a hidden value: a hidden key stays hidden
+        # clamping from below at a hidden value: a hidden key stays hidden, and a visible one is above
         (other,) = [a for a in x.args if not _is_fill(a)]
+        if not _is_finite(_split(other)[0]):
+            return x, E.TRUE, []
         score, mask, fills = _split(other)
         clamp = max(float(a.value) for a in x.args if a.is_const)
         return score, mask, [max(f, clamp) for f in fills]
     return x, E.TRUE, []
+
+
+def _is_finite(score: Expr) -> bool:
+    """Whether no constant and no tensor in it can make a score infinite."""
+    return not any((e.is_const and e.kind == "float" and math.isinf(e.value)) or (e.op == "load" and e.kind == "float") for e in E.postorder(score))
 
 
 def _empty_row(logits: Expr, mask: Expr, fills: list[float], empty: EmptyRows) -> tuple[EmptyRows, Expr | None]:
@@ -121,7 +128,7 @@ def traits(score: Expr, mask: Expr, dims: Dims, loads: tuple[Load, ...], sink: E
         scale=scale,
         softcap=softcap,
         bias=bias,
-        alibi=bias is not None and _is_alibi(bias, dims, loads),
+        alibi=bias is not None and _is_alibi(bias, dims, loads, seen.causal),
         causal=seen.causal,
         window=seen.window,
         key_padding=seen.key_padding,
@@ -130,6 +137,7 @@ def traits(score: Expr, mask: Expr, dims: Dims, loads: tuple[Load, ...], sink: E
         prefix=seen.prefix,
         global_tokens=seen.global_tokens,
         blocks=seen.blocks,
+        by_position=seen.by_position,
         mask_rest=seen.rest,
     )
 
@@ -168,10 +176,10 @@ def _linear(x: Expr) -> float | None:
     return None
 
 
-def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...]) -> bool:
+def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...], causal: Alignment | None) -> bool:
     """A sum of slope(h) * position(k), positions up to what is the same for all keys of a row.
 
-    A position is k itself, k - q, or a running count of the visible keys (zero on hidden ones allowed).
+    A position is k itself, k - q, |k - q| where no key after the query is seen, or a running count of the visible keys (zero on hidden ones allowed).
     """
     found = False
     for a in bias.args if bias.op == "add" else (bias,):
@@ -184,17 +192,18 @@ def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...]) -> bool:
             return False
         if not any(d.h in f.variables for f in slope) and d.Hq is not E.ONE:
             return False
-        if not ((len(moving) == 1 and _is_position(moving[0], d)) or _is_counted_position(moving, d, loads)):
+        if not ((len(moving) == 1 and _is_position(moving[0], d, causal)) or _is_counted_position(moving, d, loads)):
             return False
         found = True
     return found
 
 
-def _is_position(x: Expr, d: Dims) -> bool:
+def _is_position(x: Expr, d: Dims, causal: Alignment | None) -> bool:
     if x.op == "float":
         x = x.args[0]
     if x.op == "abs":
-        x = x.args[0]
+        behind = E.sub(d.q, d.k) if causal == "top_left" else E.add(E.sub(d.q, d.k), E.sub(d.Skv, d.Sq))
+        return causal is not None and x.args[0] in (behind, E.neg(behind))
     return x.kind == "int" and all(a is None or a in (d.k, d.q) or not a.variables for _, a in E.terms(x)) and any(a is d.k for _, a in E.terms(x))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import is_fake
 
 from attnopt.analysis import nodes as N
 from attnopt.analysis import views
@@ -19,6 +20,7 @@ from attnopt.analysis.constants import fold
 from attnopt.analysis.pointwise import POINTWISE
 from attnopt.analysis.views import Index, broadcast
 from attnopt.ir import expr as E
+from attnopt.ir.bounds import nonnegative
 from attnopt.ir.expr import Expr
 
 Rule = Callable[["Lifter", fx.Node, dict[str, Any], Index], "Expr | None"]
@@ -70,10 +72,10 @@ class Lifter:
             found = self._memo[key] = self._lift(node, index)
         return found
 
-    def operand(self, x: Any, index: Index) -> Expr | None:
-        """An operand of a pointwise operator at the broadcast index: a tensor's element or a number."""
+    def operand(self, x: Any, index: Index, result: tuple[Expr, ...] = ()) -> Expr | None:
+        """An operand of a pointwise operator at an index of its ``result``: a tensor's element or a number."""
         if N.is_tensor(x):
-            return self.at(x, broadcast(index, N.shape(x)))
+            return self.at(x, broadcast(index, N.shape(x), result))
         if isinstance(x, fx.Node) and isinstance(N.value(x), torch.SymFloat):
             return E.load(x, (), "float")  # a number that is only known when the graph runs
         return N.scalar(x)
@@ -95,7 +97,8 @@ class Lifter:
                     return known
             elif name in POINTWISE:
                 args = N.arguments(node)
-                result = POINTWISE[name](args, lambda x: self.operand(x, index), N.value(node).dtype)
+                extents = N.shape(node)
+                result = POINTWISE[name](args, lambda x: self.operand(x, index, extents), N.value(node).dtype)
                 if result is not None:
                     return to_dtype(result, N.value(node).dtype)
             elif name in RULES:
@@ -104,9 +107,17 @@ class Lifter:
                     return to_dtype(result, N.value(node).dtype)
         return E.load(node, tuple(E.ZERO if n is E.ONE else i for i, n in zip(index, N.shape(node), strict=True)), N.kind(node))
 
+    def is_nonnegative_constant(self, x: Expr) -> bool:
+        """Whether ``x`` is read from a constant table without a negative entry; the table is then noted as folded."""
+        tensor = self.constants(x.value) if x.op == "load" and isinstance(x.value, fx.Node) and x.value.op == "get_attr" else None
+        if tensor is None or tensor.is_meta or is_fake(tensor) or tensor.numel() == 0 or bool((tensor < 0).any()):
+            return False
+        self.folded.add(x.value)
+        return True
+
     def _constant(self, node: fx.Node, index: Index) -> Expr | None:
         tensor = self.constants(node)
-        if tensor is None or tensor.is_meta:
+        if tensor is None or tensor.is_meta or is_fake(tensor):
             return None
         formula = fold(tensor, index, node)
         if formula is not None:
@@ -212,7 +223,7 @@ def _cat(lift: Lifter, node: fx.Node, args: dict[str, Any], index: Index) -> Exp
             return None
         extent = N.shape(t)[d]
         end = E.add(start, extent)
-        here = E.ZERO if extent is E.ONE else E.sub(index[d], start)
+        here = E.sub(index[d], start)
         if not (E.lt(index[d], start) is E.TRUE or E.ge(index[d], end) is E.TRUE):
             pieces.append((end, lift.at(t, (*index[:d], here, *index[d + 1 :]))))
         start = end
@@ -237,11 +248,9 @@ def _stack(lift: Lifter, node: fx.Node, args: dict[str, Any], index: Index) -> E
 # ------------------------------------------------------------------------------------------------ gathers
 
 
-def _wrapped(i: Expr, extent: Expr) -> Expr:
+def _wrapped(lift: Lifter, i: Expr, extent: Expr) -> Expr:
     """A gather's index, counted from the end when negative."""
-    from attnopt.ir.bounds import nonnegative
-
-    return i if nonnegative(i) else E.where(E.lt(i, E.ZERO), E.add(i, extent), i)
+    return i if nonnegative(i) or lift.is_nonnegative_constant(i) else E.where(E.lt(i, E.ZERO), E.add(i, extent), i)
 
 
 @rule("index", "_unsafe_index")
@@ -261,7 +270,7 @@ def _index(lift: Lifter, node: fx.Node, args: dict[str, Any], index: Index) -> E
         if w is None:
             at.append(next(plain))
         else:
-            at.append(_wrapped(lift.at(w, broadcast(gathered, N.shape(w))), extents[i]))
+            at.append(_wrapped(lift, lift.at(w, broadcast(gathered, N.shape(w))), extents[i]))
     return lift.at(x, tuple(at))
 
 

@@ -23,6 +23,7 @@ class Seen:
     prefix: bool = False
     global_tokens: bool = False
     blocks: tuple[int, int] | None = None
+    by_position: bool = False
     rest: Expr = E.TRUE
 
 
@@ -39,6 +40,8 @@ def read(mask: Expr, dims: Dims) -> Seen:
             seen.document = True
         elif chunk is not None and seen.chunk is None:
             seen.chunk = chunk
+        elif _is_by_position(c, dims):
+            seen.by_position = True
         elif _is_prefix(c, dims):
             seen.prefix = True
         elif _is_global(c, dims):
@@ -129,6 +132,18 @@ def _chunk(c: Expr, d: Dims) -> int | None:
     if x.args[1] is not y.args[1] or d.q not in x.variables or d.k in x.variables or d.q in y.variables:
         return None
     return int(x.args[1].value) if y in _aligned(x, d) else None
+
+
+def _is_by_position(c: Expr, d: Dims) -> bool:
+    """Query and key are compared by positions that a tensor gives them, p[k] <= p[q] + n or p[q] <= p[k] + n."""
+    if c.op != "ge0":
+        return False
+    moving = [(n, a) for n, a in E.terms(c.args[0]) if a is not None and a.op == "load"]
+    others = [a for _, a in E.terms(c.args[0]) if a is not None and a.op != "load"]
+    if len(moving) != 2 or {n for n, _ in moving} != {1, -1} or any(a.variables for a in others):
+        return False
+    x, y = sorted((a for _, a in moving), key=lambda a: d.q not in a.variables)
+    return d.q in x.variables and d.k in y.variables and y in _aligned(x, d)
 
 
 def _is_prefix(c: Expr, d: Dims) -> bool:

@@ -19,6 +19,7 @@ from attnopt.analysis import nodes as N
 from attnopt.analysis.contraction import Contraction, contraction
 from attnopt.analysis.layout import RawSite, Refusal, arrange
 from attnopt.analysis.lift import Lifter
+from attnopt.analysis.scores import find_scores, of_tuple, output_index, variables, without_scale
 from attnopt.analysis.site import AttentionSite, Rejection
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
@@ -137,20 +138,20 @@ class _Finder:
         if p.form.alpha is not E.FONE or p.form.addend is not None:
             raise Refusal("AO204", "the product of probabilities and values adds another tensor or a factor.", p.form.node)
         lifter = self.lifter()
-        qk = _scores(lifter, anchor, p.index, key)
+        qk = find_scores(lifter, anchor, p.index, key)
         logits = lifter.lift(anchor.logits, p.index, qk.hook(lifter))
         sink = self._sink(lifter, anchor, p, start, qk.form.node)
         region = self._region(qk.form.node, p.output, anchor)
         self._closed(region, p.output)
-        left_has_key = key in _variables(qk.form.left_index)
+        left_has_key = key in variables(qk.form.left_index)
         q, k = ((qk.form.right, qk.form.right_index), (qk.form.left, qk.form.left_index)) if left_has_key else ((qk.form.left, qk.form.left_index), (qk.form.right, qk.form.right_index))
-        q, q_scale = _without_scale(*q)
-        k, k_scale = _without_scale(*k)
+        q, q_scale = without_scale(*q)
+        k, k_scale = without_scale(*k)
         if q_scale * k_scale != 1.0:
             logits = E.substitute(logits, {E.score(): E.mul(E.const(q_scale * k_scale), E.score())})
         empty: EmptyRows = "zero" if p.zeroed or anchor.empty == "zero" else "nan"
         raw = RawSite(p.output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region), sink, anchor.underflows, qk.form.node)
-        inside = [_of_tuple(x.value) for e in (logits, sink) if e is not None for x in e.leaves if x.op == "load" and x.value in region]
+        inside = [of_tuple(x.value) for e in (logits, sink) if e is not None for x in e.leaves if x.op == "load" and x.value in region]
         if inside:
             node = inside[0]
             raise Refusal("AO212", f"the scores pass through {node.target} before the softmax; supported are views and pointwise operators.", node)
@@ -186,7 +187,7 @@ class _Finder:
         lifter = self.lifter()
         index = tuple(E.ZERO if n is E.ONE else E.var("k" if i == anchor.axis else f"i{i}", n) for i, n in enumerate(N.shape(anchor.logits)))
         try:
-            _scores(lifter, anchor, index, index[anchor.axis])
+            find_scores(lifter, anchor, index, index[anchor.axis])
         except Refusal:
             return Refusal("AO201", "softmax whose result is not multiplied with values along its axis.", anchor.probs)
         if any(u.op == "output" for u in users):
@@ -300,107 +301,9 @@ class _Product:
     below: fx.Node | None
 
 
-@dataclass(frozen=True)
-class _Scores:
-    form: Contraction
-    index: views.Index
-
-    def hook(self, lifter: Lifter) -> Callable[[fx.Node, views.Index], Expr | None]:
-        form = self.form
-
-        def answer(node: fx.Node, index: views.Index) -> Expr | None:
-            if node is not form.node or index != self.index:
-                return None
-            out = E.mul(form.alpha, E.score())
-            return out if form.addend is None else E.add(out, E.mul(form.beta, lifter.at(form.addend, form.addend_index)))
-
-        return answer
-
-
-def _of_tuple(node: fx.Node) -> fx.Node:
-    """The operator whose results ``node`` takes one of, or ``node`` itself."""
-    return node.args[0] if N.op_name(node) == "getitem" else node  # type: ignore[return-value]
-
-
 def _is_quotient(node: fx.Node) -> bool:
     """A tensor divided by a tensor, elementwise and without rounding."""
     if N.op_name(node) != "aten::div" or N.arguments(node).get("rounding_mode") is not None:
         return False
     above, below = node.args[:2]
     return N.is_tensor(above) and N.is_tensor(below) and N.shape(above) == N.shape(node)  # type: ignore[arg-type]
-
-
-def _scores(lifter: Lifter, anchor: A.Anchor, index: views.Index, key: Expr) -> _Scores:
-    """The product of queries and keys below an anchor's logits: one side runs along the key axis, the other does not."""
-    logits = lifter.lift(anchor.logits, index)
-    found: list[_Scores] = []
-    for x in sorted((x for x in logits.leaves if x.op == "load"), key=lambda e: e.key):
-        node = x.value
-        form = contraction(node, x.args, "d")
-        if form is None:
-            continue
-        sides = (key in _variables(form.left_index), key in _variables(form.right_index))
-        if sides in ((True, False), (False, True)):
-            found.append(_Scores(form, x.args))
-    if not found:
-        opaque = _product_above(logits, key)
-        if opaque is not None:
-            opaque = _of_tuple(opaque)
-            raise Refusal("AO212", f"the scores pass through {opaque.target} before the softmax; supported are views and pointwise operators.", opaque)
-        raise Refusal("AO202", "no product of two tensors, one along the softmax axis and one not, is below the softmax.", anchor.logits)
-    # Of several, the one in the plainest place: its index names the key axis by itself.
-    found.sort(key=lambda s: (not any(i is key for i in s.index), sum(len(i.leaves) for i in s.index)))
-    return found[0]
-
-
-_PROJECTIONS = {"aten::linear", "aten::addmm", "aten::mm", "aten::convolution", "aten::conv1d", "aten::conv2d", "aten::embedding"}
-
-
-def _product_above(logits: Expr, key: Expr) -> fx.Node | None:
-    """A node that no rule lifts and that runs along the key axis, below which stands the product of two computed tensors."""
-    for x in sorted((x for x in logits.leaves if x.op == "load" and key in x.variables), key=lambda e: e.key):
-        stack, seen = [x.value, *_of_tuple(x.value).all_input_nodes], set[fx.Node]()
-        while stack:
-            node = stack.pop()
-            if node in seen or not N.is_tensor(node) or N.op_name(node) in _PROJECTIONS:
-                continue
-            seen.add(node)
-            form = contraction(node, output_index(node) or (), "d")
-            if form is not None and min(len(N.shape(form.left)), len(N.shape(form.right))) > 2:
-                return x.value  # type: ignore[no-any-return]
-            # the product is looked for where the scores are made, not in the layers before
-            if N.shape(node)[-1:] == N.shape(x.value)[-1:]:
-                stack.extend(node.all_input_nodes)
-    return None
-
-
-def _without_scale(node: fx.Node, index: views.Index) -> tuple[tuple[fx.Node, views.Index], float]:
-    """An operand before it was multiplied with constants, and their product: a scale belongs to the score.
-
-    The kernel then multiplies in float32, where the original rounds the scaled operand to its own dtype.
-    """
-    best, factor, total = (node, index), 1.0, 1.0
-    while True:
-        moved = views.step(node, index)
-        if moved is not None:
-            node, index = moved
-            continue
-        name = N.op_name(node)
-        args = N.arguments(node)
-        by = N.scalar(args.get("other")) if name in ("aten::mul", "aten::div") and args.get("rounding_mode") is None else None
-        if by is None or not by.is_const or by.kind == "bool" or by.value == 0 or not N.is_tensor(args["self"]) or N.shape(args["self"]) != N.shape(node) or N.kind(args["self"]) != "float":
-            return best, factor
-        total *= by.value if name == "aten::mul" else 1.0 / by.value
-        node = args["self"]
-        best, factor = (node, index), total
-
-
-def _variables(index: views.Index) -> set[Expr]:
-    return {v for i in index for v in i.variables}
-
-
-def output_index(node: fx.Node) -> views.Index | None:
-    """One variable for each axis of a node's output; constant zero for axes of size one."""
-    if not N.is_tensor(node):
-        return None
-    return tuple(E.ZERO if n is E.ONE else E.var(f"o{i}", n) for i, n in enumerate(N.shape(node)))

@@ -38,7 +38,7 @@ def step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     if found is None:
         return None
     args = N.arguments(node)
-    source = args.get("self")
+    source = args["tensors"][0] if name == "aten::einsum" else args.get("self")
     if not isinstance(source, fx.Node) or not N.is_tensor(source) or not N.is_tensor(node):
         return None
     return found(source, args, index) if name not in _NEEDS_OUTPUT else found(source, {**args, "out": node}, index)
@@ -76,6 +76,15 @@ def _reverse(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, I
     return x, index[::-1]
 
 
+@rule("einsum")
+def _einsum(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
+    """Of one operand, no axis of which is summed or taken twice: another order of axes."""
+    letters, _, out = args["equation"].replace(" ", "").partition("->")
+    if len(args["tensors"]) != 1 or sorted(letters) != sorted(out) or len(set(letters)) != len(letters) or "." in letters:
+        return None
+    return x, tuple(index[out.index(ch)] for ch in letters)
+
+
 @rule("movedim", "moveaxis")
 def _movedim(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index]:
     source, to = ([a] if isinstance(a, int) else list(a) for a in (args["source"], args["destination"]))
@@ -107,10 +116,14 @@ def _expand(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, In
     return x, broadcast(index, N.shape(x))
 
 
-def broadcast(index: Index, shape: Sequence[Expr]) -> Index:
-    """The index into an operand of ``shape`` for an index into the broadcast result."""
+def broadcast(index: Index, shape: Sequence[Expr], result: Sequence[Expr] = ()) -> Index:
+    """The index into an operand of ``shape`` for an index into the broadcast result.
+
+    Where ``result`` is given, an axis of size one that is not broadcast keeps its index: it may say more than zero does.
+    """
     tail = index[len(index) - len(shape) :]
-    return tuple(E.ZERO if extent is E.ONE else i for i, extent in zip(tail, shape, strict=True))
+    stays = [n is E.ONE for n in result[len(result) - len(shape) :]] if result else [False] * len(shape)
+    return tuple(E.ZERO if extent is E.ONE and not same else i for i, extent, same in zip(tail, shape, stays, strict=True))
 
 
 @rule("slice")

@@ -80,6 +80,7 @@ class _Job:
         self.model = model
         self.structure = structure
         self.names = names
+        self.images = any(isinstance(m, nn.Conv2d) for m in model.modules())
 
     # ---- the two ways
 
@@ -134,7 +135,7 @@ class _Job:
         return captured, None
 
     def _widest(self, leaves: list[Any]) -> tuple[ExportedProgram | None, Plan, Exception | None]:
-        first, *between, last = plans(leaves)
+        first, *between, last = plans(leaves, self.images)
         program, failure = self._try(leaves, first)
         if program is not None:
             return program, first, None
@@ -162,6 +163,7 @@ class _Job:
     def _finish(self, program: ExportedProgram, leaves: list[Any], plan: Plan, check: bool, fixed: dict[tuple[int, int], str], must_hold: list[Any]) -> Captured:
         """Build the result; ``fixed`` receives the open dimensions that turned out not to be, with the reason."""
         graph = graph_of(program)
+        graph.training = self.model.training
         values = [n.meta.get("val") for n in graph.graph.find_nodes(op="placeholder")]
         if any(plan):
             tie_batches(values)
@@ -174,7 +176,7 @@ class _Job:
                 fixed.update(dict.fromkeys(sizes.where(symbol), why))
             _lower_bounds(sizes, found.down_to_one)
         inline_regions(graph)
-        asked = [(i, d) for i, dims in enumerate(plans(leaves)[0]) for d in sorted(dims)] if any(plan) else []
+        asked = [(i, d) for i, dims in enumerate(plans(leaves, self.images)[0]) for d in sorted(dims)] if any(plan) else []
         remarks = specialised_remarks(self.names, leaves, sizes, asked)
         remarks += conditions_remarks(self.names, sizes)
         return Captured(

@@ -17,10 +17,11 @@ Plan = list[frozenset[int]]
 """Per leaf, the dimensions that are left open."""
 
 
-def plans(leaves: list[Any]) -> list[Plan]:
+def plans(leaves: list[Any], images: bool = False) -> list[Plan]:
     """Dimensions to leave open, most first: all, those of indices and masks with every batch, the batch, none.
 
-    The channels of images stay closed from the start, and the last dimension that several float inputs of one rank share:
+    ``images``: the model has two-dimensional convolutions, and floats of rank 4 that share no size with other inputs are
+    images, of which the batch alone is left open. Channels stay closed from the start, and the last dimension that several float inputs of one rank share:
     queries, keys and values have one head size. Other feature sizes are fixed by export itself.
     """
     tensors = [x if isinstance(x, torch.Tensor) else None for x in leaves]
@@ -29,6 +30,8 @@ def plans(leaves: list[Any]) -> list[Plan]:
     def closed(x: torch.Tensor) -> set[int]:
         if not x.is_floating_point():
             return set()
+        if images and x.dim() == 4 and not any(set(x.shape[2:]) & set(y.shape) for y in tensors if y is not None and y is not x):
+            return {1, 2, 3}
         return ({1} if x.dim() == 4 else set()) | ({x.dim() - 1} if x.dim() >= 3 and features[x.dim(), x.shape[-1]] > 1 else set())
 
     everything = [frozenset(range(x.dim())) - closed(x) if x is not None else frozenset() for x in tensors]

@@ -153,8 +153,18 @@ def mul(*xs: Expr) -> Expr:
         rest = list(factors)
         rest.remove(first)
         return add(*(mul(const(c), t, *rest) for t in first.args))
+    factors = _gated(factors)
     factors.sort(key=lambda e: e.key)
     return scaled(c, factors[0] if len(factors) == 1 else make("mul", tuple(factors), kind))
+
+
+def _gated(factors: list[Expr]) -> list[Expr]:
+    """Choices between a constant and zero are one such choice: m * n = where(m and n, 1, 0)."""
+    gates = [f for f in factors if is_choice(f) and f.args[2].value == 0 and math.isfinite(f.args[1].value)]
+    if len(gates) < 2:
+        return factors
+    value = math.prod(f.args[1].value for f in gates)
+    return [*(f for f in factors if f not in gates), logic.where(logic.all_of(*(f.args[0] for f in gates)), const(value), gates[0].args[2])]
 
 
 def neg(x: Expr) -> Expr:
@@ -205,6 +215,19 @@ def _divide_exactly(x: Expr, d: Expr) -> tuple[Expr, Expr]:
     return add(ZERO, *quotient), add(ZERO, *rest)
 
 
+def _divide_nearest(x: Expr, d: Expr) -> tuple[Expr, Expr]:
+    """x = d * quotient + rest for a constant d, each coefficient divided to the nearest: 127 q + k = 128 q + (k - q)."""
+    if not (d.is_const and d.value > 0):
+        return ZERO, x
+    parts = [((2 * int(c) + d.value) // (2 * d.value), c, a) for c, a in terms(x) if a is not None]
+    quotient = add(ZERO, *(scaled(n, a) for n, _, a in parts if n))
+    return quotient, sub(x, mul(d, quotient))
+
+
+def _is_remainder(rest: Expr, d: Expr) -> bool:
+    return rest is ZERO or (bounds.nonnegative(rest) and bounds.nonnegative(sub(sub(d, rest), ONE)))
+
+
 def floordiv(a: Expr, b: Expr) -> Expr:
     """Integer division that rounds towards minus infinity."""
     a, b = as_int(a), as_int(b)
@@ -213,8 +236,11 @@ def floordiv(a: Expr, b: Expr) -> Expr:
     if a.is_const and b.is_const and b.value != 0:
         return const(a.value // b.value)
     quotient, rest = _divide_exactly(a, b)
-    if rest is ZERO or (bounds.nonnegative(rest) and bounds.nonnegative(sub(sub(b, rest), ONE))):
+    if _is_remainder(rest, b):
         return quotient
+    near, left = _divide_nearest(a, b)
+    if near is not ZERO and _is_remainder(left, b):
+        return near
     if rest.op == "floordiv" and quotient is ZERO:  # (x // c) // d = x // (c * d)
         return floordiv(rest.args[0], mul(rest.args[1], b))
     return add(quotient, make("floordiv", (rest, b), "int"))
@@ -228,8 +254,11 @@ def mod(a: Expr, b: Expr) -> Expr:
     if a.is_const and b.is_const and b.value != 0:
         return const(a.value % b.value)
     _, rest = _divide_exactly(a, b)
-    if rest is ZERO or (bounds.nonnegative(rest) and bounds.nonnegative(sub(sub(b, rest), ONE))):
+    if _is_remainder(rest, b):
         return rest
+    near, left = _divide_nearest(a, b)
+    if near is not ZERO and _is_remainder(left, b):
+        return left
     if rest.op == "mod" and _divide_exactly(rest.args[1], b)[1] is ZERO:  # (x % (m * c)) % c = x % c
         return mod(rest.args[0], b)
     return make("mod", (rest, b), "int")

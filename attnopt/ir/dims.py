@@ -49,10 +49,9 @@ def _from_sympy(x: Any, shape_env: Any) -> Expr:
 
 def _lower_bound(symbol: Any, shape_env: Any) -> int:
     found = None if shape_env is None else shape_env.var_to_range.get(symbol)
-    try:
-        return max(int(found.lower), 0) if found is not None else 0
-    except (TypeError, ValueError, OverflowError):  # an infinite bound
+    if found is None or not getattr(found.lower, "is_Integer", False):  # nothing known, or an infinite bound
         return 0
+    return max(int(found.lower), 0)
 
 
 def product(sizes: Sequence[Expr]) -> Expr:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import attnopt.ir.arithmetic as A
 import attnopt.ir.bounds as bounds
-from attnopt.ir.node import FALSE, FZERO, ONE, TRUE, ZERO, Expr, const, make
+from attnopt.ir.node import FALSE, FZERO, ONE, TRUE, ZERO, Expr, const, make, score
 
 
 def as_bool(x: Expr) -> Expr:
@@ -37,6 +37,11 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
         return where(all_of(c, a.args[0]), a.args[1], b)
     if b.op == "where" and b.args[1] is a:
         return where(any_of(c, b.args[0]), a, b.args[2])
+    # where(c, s + x, s + y) = s + where(c, x, y): the score stands by itself
+    common = [t for t in A.terms(a) if t[1] is not None and score() in t[1].leaves and t in A.terms(b)] if kind == "float" else []
+    if common:
+        shared = A.add(*(A.scaled(n, t) for n, t in common if t is not None))
+        return A.add(shared, where(c, A.sub(a, shared), A.sub(b, shared)))
     return make("where", (c, a, b), kind)
 
 
@@ -95,7 +100,16 @@ def _through_choice(compare: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> 
         return where(a.args[0], *(compare(x, b) for x in a.args[1:]))
     if b.op == "where" and a.is_const and any(x.is_const for x in b.args[1:]):
         return where(b.args[0], *(compare(a, x) for x in b.args[1:]))
+    if b.is_const and _is_sum_of_choices(a):
+        return where(a.args[0].args[0], *(compare(A.add(x, *a.args[1:]), b) for x in a.args[0].args[1:]))
+    if a.is_const and _is_sum_of_choices(b):
+        return where(b.args[0].args[0], *(compare(a, A.add(x, *b.args[1:])) for x in b.args[0].args[1:]))
     return None
+
+
+def _is_sum_of_choices(x: Expr) -> bool:
+    """A short sum of choices between constants: each adds a case, so only a few are taken apart."""
+    return x.op == "add" and len(x.args) <= 4 and A.is_choice(x.args[0]) and all(A.is_choice(a) or a.is_const for a in x.args)
 
 
 def ge(a: Expr, b: Expr) -> Expr:
@@ -122,6 +136,8 @@ def eq(a: Expr, b: Expr) -> Expr:
         return chosen
     if kind == "int":
         x = A.sub(a, b)
+        if x.op == "mul":  # a product is zero where a factor is
+            return any_of(*(eq(f, ZERO) for f in x.args))
         if bounds.nonnegative(A.sub(x, ONE)) or bounds.nonnegative(A.sub(A.neg(x), ONE)):
             return FALSE
         return make("eq0", (A.with_positive_lead(x),), "bool")
@@ -166,11 +182,24 @@ def _junction(op: str, xs: Iterable[Expr], absorbing: Expr, neutral: Expr) -> Ex
                 flat.add(a)
     if any(negate(a) in flat for a in flat if a.op in ("not", "ge0")):
         return absorbing
+    flat = _absorbed(flat, "or" if op == "and" else "and")
     if not flat:
         return neutral
     if len(flat) == 1:
         return next(iter(flat))
     return make(op, tuple(sorted(flat, key=lambda e: e.key)), "bool")
+
+
+def _absorbed(flat: set[Expr], dual: str) -> set[Expr]:
+    """a or (a and b) = a, and a or (not a and b) = a or b; the same for ``and``."""
+    out: set[Expr] = set()
+    for x in flat:
+        if x.op != dual:
+            out.add(x)
+        elif not any(a in flat for a in x.args):
+            kept = [a for a in x.args if negate(a) not in flat]
+            out.add(x if len(kept) == len(x.args) else all_of(*kept) if dual == "and" else any_of(*kept))
+    return out
 
 
 def conjuncts(x: Expr) -> tuple[Expr, ...]:

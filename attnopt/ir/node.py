@@ -34,6 +34,13 @@ class Expr:
 
         return render(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Through the constructor, which keeps equal expressions one object: they are compared by identity."""
+        return make, (self.op, self.args, self.kind, self.value, self.extent)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Expr:
+        return self
+
     @property
     def leaves(self) -> frozenset[Expr]:
         """All variables, sizes, scores and loads below this node, itself included (a load's own index too)."""

@@ -97,6 +97,8 @@ class Traits:
     """A band around the diagonal, and tokens that see all keys or are seen by all queries."""
     blocks: tuple[int, int] | None = None
     """A table of blocks of this many queries and keys says which see each other (block sparse)."""
+    by_position: bool = False
+    """Query and key are compared by positions that a tensor gives them (packed sequences), instead of by their indices."""
     mask_rest: Expr = E.TRUE
     """The part of the mask that none of the words above covers."""
     rotary: Rotary | None = None
@@ -208,6 +210,8 @@ class AttentionSpec:
             words.append("documents")
         if t.chunk is not None:
             words.append(f"chunks of {t.chunk}")
+        if t.by_position:
+            words.append("by position ids")
         if t.prefix:
             words.append("prefix")
         if t.global_tokens:
@@ -238,7 +242,7 @@ class AttentionSpec:
 
     def _sees_all_or_padding(self) -> bool:
         t = self.traits
-        return t.mask_rest is E.TRUE and not (t.chunk or t.prefix or t.global_tokens or t.blocks)
+        return t.mask_rest is E.TRUE and not (t.chunk or t.prefix or t.global_tokens or t.blocks or t.by_position)
 
     def replace(self, **changes: Any) -> AttentionSpec:
         return replace(self, **changes)
@@ -262,7 +266,7 @@ class AttentionSpec:
                 "dropout": self.dropout,
                 "rotary": None if t.rotary is None else t.rotary.to_list(),
                 "shared_key_features": t.shared_key_features,
-                "traits": [t.scale, t.softcap, t.alibi, t.causal, list(t.window), t.key_padding, t.document, t.chunk, t.prefix, t.global_tokens, t.blocks],
+                "traits": [t.scale, t.softcap, t.alibi, t.causal, list(t.window), t.key_padding, t.document, t.chunk, t.prefix, t.global_tokens, t.blocks, t.by_position],
             },
             separators=(",", ":"),
         )
@@ -287,7 +291,7 @@ def _parse(text: str) -> AttentionSpec:
     table = decode(data["nodes"])
     found = [None if i is None else table[i] for i in data["roots"]]
     score, mask, empty_score, sink, bias, mask_rest = found[7:]
-    scale, softcap, alibi, causal, window, key_padding, document, chunk, prefix, global_tokens, blocks = data["traits"]
+    scale, softcap, alibi, causal, window, key_padding, document, chunk, prefix, global_tokens, blocks, by_position = data["traits"]
     assert score is not None and mask is not None and mask_rest is not None
     return AttentionSpec(
         dims=Dims(*(x for x in found[:7] if x is not None)),
@@ -312,6 +316,7 @@ def _parse(text: str) -> AttentionSpec:
             prefix=prefix,
             global_tokens=global_tokens,
             blocks=None if blocks is None else (blocks[0], blocks[1]),
+            by_position=by_position,
             mask_rest=mask_rest,
             rotary=None if data.get("rotary") is None else Rotary.from_list(data["rotary"]),
             shared_key_features=None if data.get("shared_key_features") is None else tuple(data["shared_key_features"]),

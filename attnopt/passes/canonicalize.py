@@ -1,7 +1,7 @@
 """The captured graph in a plainer form, node for node the same function.
 
 Guards and metadata assertions go (the module that runs the graph checks its inputs itself), regions that only switch
-gradients off are inlined, in-place operators on fresh values become functional, what is filled slice by slice becomes a
+gradients off are inlined, in-place operators on fresh values become functional, writes that nothing reads go, what is filled slice by slice becomes a
 concatenation, ``view`` becomes ``reshape`` (a rewrite may change strides), and sizes are read from the inputs, so that no size keeps an intermediate value alive.
 """
 
@@ -16,9 +16,11 @@ from torch import fx
 from attnopt.analysis import nodes as N
 from attnopt.analysis.alias import is_view
 from attnopt.passes.base import PassResult, Tier
+from attnopt.passes.edit import Editor
 from attnopt.passes.filled import filled
 
 aten = torch.ops.aten
+_FRESH = {f"aten::{n}" for n in ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "full", "new_full", "full_like")}
 _ASSERTIONS = {"aten::_assert_tensor_metadata"}
 
 
@@ -31,6 +33,7 @@ class Canonicalize:
         changed = _inline_regions(module)
         changed |= _drop_guards(module)
         changed |= _functional(module.graph)
+        changed |= _drop_unread(module.graph)
         changed |= filled(module.graph)
         changed |= _views(module.graph)
         changed |= _sizes(module.graph)
@@ -138,7 +141,7 @@ def _functional(graph: fx.Graph) -> bool:
         target = node.args[0] if node.args else None
         if functional is None or not isinstance(target, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if target.op in ("placeholder", "get_attr") or is_view(target):
+        if target.op in ("placeholder", "get_attr") or (is_view(target) and not _is_last_view(target, node, order)):
             continue
         later = [u for u in target.users if order[u] > order[node]]
         if any(is_view(u) and order[u] < order[node] and any(order[w] > order[node] for w in u.users) for u in target.users):
@@ -153,6 +156,50 @@ def _functional(graph: fx.Graph) -> bool:
     return changed
 
 
+def _is_last_view(view: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the memory behind ``view`` is a fresh value's, which is read through ``view`` alone from ``write`` on."""
+    x = view
+    while is_view(x):
+        sources = [a for a in x.all_input_nodes if N.is_tensor(a)]
+        if len(sources) != 1:
+            return False
+        (parent,) = sources
+        if any(u is not x and (order[u] > order[write] or is_view(u)) for u in parent.users):
+            return False
+        x = parent
+    return x.op == "call_function"
+
+
+def _only_writes(node: fx.Node, into: fx.Node) -> bool:
+    """An operator that writes into ``into``, reads nothing of it elsewhere, and whose result nobody takes."""
+    target = node.target
+    writes = node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return writes and not node.users and node.args[0] is into and fx.map_arg(node.args[1:], lambda x: None if x is into else x) == node.args[1:] and not node.kwargs
+
+
+def _drop_unread(graph: fx.Graph) -> bool:
+    """Writes into fresh tensors that nothing ever reads."""
+    changed = False
+    for root in [n for n in graph.nodes if N.op_name(n) in _FRESH]:
+        views, writes = [root], []
+        for n in views:
+            for u in n.users:
+                if _only_writes(u, n):
+                    writes.append(u)
+                else:
+                    views.append(u)
+                    if not is_view(u):
+                        break
+            else:
+                continue
+            break
+        else:
+            for n in [*writes, *reversed(views[1:])]:
+                graph.erase_node(n)
+            changed |= bool(writes)
+    return changed
+
+
 def _views(graph: fx.Graph) -> bool:
     changed = False
     for n in graph.nodes:
@@ -163,7 +210,7 @@ def _views(graph: fx.Graph) -> bool:
 
 
 def _sizes(graph: fx.Graph) -> bool:
-    """``size(x, d)`` of an intermediate value, read from an input that has the same symbolic size."""
+    """``size(x, d)`` of an intermediate value, computed from the inputs' sizes: to know a value's size is no use of the value."""
     known: dict[str, tuple[fx.Node, int]] = {}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for p in placeholders:
@@ -172,13 +219,16 @@ def _sizes(graph: fx.Graph) -> bool:
                 if n.op == "sym":
                     known.setdefault(n.value[0], (p, d))
     changed = False
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if N.op_name(node) != "aten::sym_size" or node.args[0].op == "placeholder":
             continue
         size = N.scalar(node)
-        if size is not None and size.op == "sym" and size.value[0] in known:
+        if size is None or any(x.op == "sym" and x.value[0] not in known for x in size.leaves):
+            continue
+        if size.op == "sym":
             node.args = known[size.value[0]]
-            changed = True
+        else:
+            node.replace_all_uses_with(Editor(graph, node).size(size))
+            graph.erase_node(node)
+        changed = True
     return changed
-
-

@@ -16,6 +16,8 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.index import View
 
 aten = torch.ops.aten
+ORIGINAL = "attnopt_original"
+"""Key in a node's meta: the name of the node of the captured graph whose value it computes."""
 _ARITHMETIC = {"add": operator.add, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod, "min": torch.sym_min, "max": torch.sym_max}
 
 

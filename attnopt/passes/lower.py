@@ -10,7 +10,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import PassResult, Tier
-from attnopt.passes.edit import Editor, aten
+from attnopt.passes.edit import ORIGINAL, Editor, aten
 from attnopt.passes.raise_attention import SITE
 from attnopt.passes.select_kernel import KERNEL
 
@@ -45,7 +45,7 @@ def _call_sdpa(graph: fx.Graph, node: fx.Node, spec: AttentionSpec) -> None:
     edit = Editor(graph, node)
     options = {"enable_gqa": True} if spec.groups > 1 else {}
     new = edit.call(aten.scaled_dot_product_attention.default, q, k, v, None, spec.dropout, spec.mask is not E.TRUE, scale=spec.scale, **options)
-    new.meta |= {key: node.meta[key] for key in (SITE, "attnopt_original", KERNEL) if key in node.meta}
+    new.meta |= {key: node.meta[key] for key in (SITE, ORIGINAL, KERNEL) if key in node.meta}
     new.meta["attnopt_spec"] = spec
     node.replace_all_uses_with(new)
     graph.erase_node(node)

@@ -15,7 +15,9 @@ from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import Pass
 from attnopt.passes.canonicalize import Canonicalize
 from attnopt.passes.cleanup import Cleanup
+from attnopt.passes.edit import ORIGINAL
 from attnopt.passes.group_heads import GroupHeads, site_name
+from attnopt.passes.join_products import JoinProducts
 from attnopt.passes.lower import Lower
 from attnopt.passes.merge_projections import MergeProjections
 from attnopt.passes.raise_attention import SITE, RaiseAttention
@@ -23,7 +25,7 @@ from attnopt.passes.select_kernel import KERNEL, SelectKernel
 from attnopt.remarks import Remark
 from attnopt.report import Site
 
-NAMES = ("canonicalize", "raise-attention", "group-heads", "merge-projections", "select-kernel", "lower", "cleanup")
+NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "lower", "cleanup")
 """Every pass, in order."""
 _REQUIRED = ("canonicalize",)
 
@@ -50,7 +52,7 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset()) -> 
     for n in config.disable_passes:
         if n in _REQUIRED:
             raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in NAMES if x not in _REQUIRED)}.")
-    everything: list[Pass] = [Canonicalize(), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend), Lower(), Cleanup()]
+    everything: list[Pass] = [Canonicalize(), JoinProducts(), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend), Lower(), Cleanup()]
     return [p for p in everything if p.name not in config.disable_passes]
 
 
@@ -91,7 +93,7 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
     for node in module.graph.nodes:
         name = node.meta.get(SITE)
         if name is not None:
-            outputs[name] = (str(node.meta["attnopt_original"]), node.name)
+            outputs[name] = (str(node.meta[ORIGINAL]), node.name)
     for s in sites:
         if s.name in kernels:
             s.spec, s.kernel, s.why = kernels[s.name]

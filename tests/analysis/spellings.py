@@ -450,7 +450,8 @@ BUFFERS: dict[str, tuple[Tensor, dict[str, object]]] = {
     "additive_band": (torch.zeros(64, 64).masked_fill(_D.abs() > 2, float("-inf")), {"window": (2, 2)}),
     "alibi_positions": (_SLOPES * torch.arange(64.0), {"alibi": True}),
     "alibi_distances": (_SLOPES * _D, {"alibi": True}),
-    "alibi_absolute": (-_SLOPES * _D.abs(), {"alibi": True}),
+    "alibi_absolute": ((-_SLOPES * _D.abs()).masked_fill(_D > 0, float("-inf")), {"alibi": True, "causal": "top_left"}),
+    "absolute_distances_per_head": (-_SLOPES * _D.abs(), {"alibi": False, "causal": None}),
     "alibi_causal": ((_SLOPES * _D).masked_fill(_D > 0, float("-inf")), {"alibi": True, "causal": "top_left"}),
     "distances": (-_D.abs().float(), {"alibi": False, "causal": None}),
     "no_formula": (torch.randn(64, 64, generator=torch.Generator().manual_seed(3)), {"alibi": False, "causal": None}),
@@ -474,3 +475,56 @@ class Buffered(Attention):
 for _name, (_table, _expect) in BUFFERS.items():
     SPELLINGS[f"buffer_{_name}"] = lambda t=_table: Buffered(t)
     EXPECT[f"buffer_{_name}"] = _expect
+
+
+# ------------------------------------------------------------------------------------------------ written in place, and in parts
+
+
+@spelling("in_place_on_a_view", causal="top_left")
+def _in_place_on_a_view(q, k, v):
+    b, h, s, d = q.shape
+    w = torch.bmm((q * SCALE).reshape(b * h, s, d), k.reshape(b * h, s, d).mT).view(b, h, s, s)
+    w.masked_fill_(~causal(s), float("-inf"))
+    return w.softmax(-1) @ v
+
+
+@spelling("probabilities_kept_and_never_read", causal=None)
+def _never_read(q, k, v):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    kept = torch.zeros_like(p)
+    kept[:, :, 1:] = p[:, :, 1:]
+    kept.view(p.shape[0], -1).mul_(2)
+    return p @ v
+
+
+@spelling("keys_in_two_groups", causal=None, bias=None, scale=SCALE)
+def _two_groups(q, k, v):
+    near, far = k[:, :, :5], k[:, :, 5:]
+    p = torch.cat([q @ near.mT * SCALE, torch.einsum("bhqd,bhkd->bhqk", q, far) * SCALE], -1).softmax(-1)
+    return p[..., :5] @ v[:, :, :5] + p[..., 5:] @ v[:, :, 5:]
+
+
+@spelling("keys_in_three_groups_with_masks", causal="top_left", scale=SCALE)
+def _three_groups(q, k, v):
+    hidden = torch.zeros(q.shape[-2], k.shape[-2]).masked_fill(~causal(q.shape[-2]), float("-inf"))
+    parts = [slice(0, 3), slice(3, 4), slice(4, None)]
+    p = torch.cat([q @ k[:, :, s].mT * SCALE + hidden[:, s] for s in parts], -1).softmax(-1)
+    return p[..., 4:] @ v[:, :, 4:] + p[..., :3] @ v[:, :, :3] + p[..., 3:4] @ v[:, :, 3:4]
+
+
+@spelling("product_of_masks", causal="top_left", rest="chunk 4")
+def _product_of_masks(q, k, v):
+    i, j = _positions(q)
+    return _masked(q, k, v, (j <= i).float() * (i // 4 == j // 4).float() > 0)
+
+
+@spelling("sum_of_masks", causal=None, rest="prefix")
+def _sum_of_masks(q, k, v):
+    i, j = _positions(q)
+    return _masked(q, k, v, (j <= i).float() + (j < 3).float() > 0)
+
+
+@spelling("symmetric_distance", alibi=False)
+def _symmetric_distance(q, k, v):
+    i, j = _positions(q)
+    return (q @ k.mT * SCALE - (i - j).abs() * 0.1).softmax(-1) @ v

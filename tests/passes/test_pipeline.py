@@ -103,7 +103,7 @@ def test_a_skipped_site_stays_in_its_original_form() -> None:
 
 
 def test_unknown_passes_and_backends_are_refused() -> None:
-    with pytest.raises(AttnoptError, match=r"no pass 'fuse-everything'.*canonicalize, raise-attention"):
+    with pytest.raises(AttnoptError, match=r"no pass 'fuse-everything'.*canonicalize, join-products, raise-attention"):
         run_pipeline(captured(), OptimizeConfig(disable_passes=("fuse-everything",)))
     with pytest.raises(AttnoptError, match="cannot be disabled"):
         run_pipeline(captured(), OptimizeConfig(disable_passes=("canonicalize",)))
@@ -145,10 +145,10 @@ class _Breaks:
         return PassResult(True)
 
 
-@pytest.mark.parametrize(("broken", "message"), [(_Raises(), "pass broken raised ZeroDivisionError: oops .before it ran: canonicalize, raise-attention"), (_Breaks(), "pass breaks left an invalid graph")])
+@pytest.mark.parametrize(("broken", "message"), [(_Raises(), "pass broken raised ZeroDivisionError: oops .before it ran: canonicalize, join-products, raise-attention"), (_Breaks(), "pass breaks left an invalid graph")])
 def test_a_broken_pass_is_named(broken: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline.passes
-    monkeypatch.setattr(pipeline, "passes", lambda *a: [*real(*a)[:2], broken])
+    monkeypatch.setattr(pipeline, "passes", lambda *a: [*real(*a)[:3], broken])
     with pytest.raises(PassError, match=message):
         run_pipeline(captured(), OptimizeConfig())
 
