@@ -123,8 +123,14 @@ def _denominators(total: _Reduction, shift: fx.Node | None) -> Iterable[tuple[fx
             args = N.arguments(user)
             if N.op_name(user) == "aten::add" and args.get("alpha", 1) == 1:
                 sink = _sink(args["other"] if args["self"] is node else args["self"], shift)
-                if sink is not None:
+                if sink is not None and (isinstance(sink, float) or _is_row(sink, total.axis, len(N.shape(node)))):
                     yield user, sink
+
+
+def _is_row(node: fx.Node, axis: int, rank: int) -> bool:
+    """Whether ``node``, broadcast to ``rank`` axes, is the same all along ``axis``."""
+    at = axis - (rank - len(N.shape(node)))
+    return at < 0 or N.shape(node)[at] is E.ONE
 
 
 def _sink(x: object, shift: fx.Node | None) -> fx.Node | float | None:

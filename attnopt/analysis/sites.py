@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.analysis import anchors as A
 from attnopt.analysis import classify, views
@@ -131,6 +132,8 @@ class _Finder:
         p = products[0]
         key = p.form.summed
         start = E.sub(p.index[anchor.axis], key)
+        if not start.is_const and not (variables(p.index) & variables(p.value_index)) - {key}:
+            raise Refusal("AO204", f"the probabilities are mixed by {p.form.node.target} before they meet the values; supported are views, casts, dropout and nan_to_num.", p.form.node)
         if not start.is_const:
             raise Refusal("AO205", f"softmax runs along axis {anchor.axis} of {len(p.index)}, and the product with the values sums another axis.", p.form.node)
         if any(key in x.leaves for i, x in enumerate(p.index) if i != anchor.axis):
@@ -164,12 +167,12 @@ class _Finder:
             return (*p.index[: anchor.axis], x, *p.index[anchor.axis + 1 :])
 
         if anchor.sink is not None:
-            return E.const(anchor.sink) if isinstance(anchor.sink, float) else lifter.lift(anchor.sink, row(E.ZERO))
+            return E.const(anchor.sink) if isinstance(anchor.sink, float) else lifter.lift(anchor.sink, views.broadcast(row(E.ZERO), N.shape(anchor.sink)))
         keys, normalised = N.shape(p.values), N.shape(anchor.logits)[anchor.axis]
         assert p.form.summed.extent is not None
         end = E.add(start, p.form.summed.extent)
         left_out = [E.const(i) for i in range(min(int(start.value), 2))]
-        after = E.sub(normalised, end)
+        after = _difference(normalised, end, anchor, p)
         if start.value < 0 or not after.is_const or len(left_out) + after.value > 1:
             raise Refusal(
                 "AO205", f"softmax normalises over {normalised} keys and the product with the values {keys} uses {p.form.summed.extent} of them; supported are all, or all but one.", p.form.node
@@ -299,6 +302,17 @@ class _Product:
     output: fx.Node
     """The product itself, or its quotient by ``below``; ``out`` is its index."""
     below: fx.Node | None
+
+
+def _difference(normalised: Expr, end: Expr, anchor: A.Anchor, p: _Product) -> Expr:
+    """How many more keys softmax sees than the product with the values, by the shapes' own relations where they are sums of sizes."""
+    out = E.sub(normalised, end)
+    axes = [i for i, x in enumerate(p.value_index) if x is p.form.summed]
+    if out.is_const or len(axes) != 1:
+        return out
+    sees, has = N.value(anchor.logits).shape[anchor.axis], N.value(p.values).shape[axes[0]]
+    start = E.sub(end, N.shape(p.values)[axes[0]])
+    return next((E.const(n) for n in (0, 1) if start.is_const and statically_known_true(sees == has + int(start.value) + n)), out)
 
 
 def _is_quotient(node: fx.Node) -> bool:
