@@ -18,9 +18,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import pytest_timeout  # noqa: F401  (imported once for all children)
 import torch
 
 from mutation.guards import ROOT, Guard, without
+
+torch.export.export(torch.nn.Identity(), (torch.ones(1),), strict=False)  # imports what an export needs, once for all children
 
 SECONDS = 120
 """A test that takes longer than this with a guard removed has failed."""
@@ -72,6 +75,7 @@ def run(tests: Sequence[str], guard: Guard | None = None) -> Outcome:
 
 def _child(tests: Sequence[str], guard: Guard | None) -> int:
     signal.alarm(SECONDS)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # loading them takes longer than a test
     torch.set_num_threads(1)
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT)]
@@ -79,7 +83,7 @@ def _child(tests: Sequence[str], guard: Guard | None) -> int:
     if guard is not None:
         finder = _Changed(guard.module, without(guard))
         sys.meta_path.insert(0, finder)
-    code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=line", *tests]))
+    code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--no-header", "--tb=line", *tests]))
     sys.stdout.flush()
     if finder is not None and not finder.loaded and code == 0:
         print(f"{finder.name} was never imported")

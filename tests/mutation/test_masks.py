@@ -219,3 +219,52 @@ def test_an_unbounded_end_proves_nothing() -> None:
 
 def test_both_ends_count() -> None:
     assert BASE and not nonnegative(E.sub(E.var("i", 4), E.var("j", 2)))
+
+
+def test_an_or_of_paddings_and_positions_keeps_its_words_apart() -> None:
+    """A conjunction is no disjunction: each of these would be a prefix or global tokens, were ``and`` read as ``or``."""
+    assert not seen(E.negate(E.any_of(E.le(k, q), E.lt(k, E.const(3))))).prefix
+    assert not seen(E.eq(ids(k), E.ONE)).global_tokens
+
+
+def test_no_chunk_of_a_sum_of_three() -> None:
+    assert seen(E.eq(E.add(E.floordiv(q, E.const(4)), E.load(0, (b,), "int")), E.floordiv(k, E.const(4)))).chunk is None
+
+
+def test_the_chunk_of_a_head_is_no_chunk() -> None:
+    assert seen(E.eq(E.floordiv(E.add(q, k), E.const(4)), E.floordiv(k, E.const(4)))).chunk is None
+    assert seen(E.eq(E.floordiv(h, E.const(4)), E.floordiv(k, E.const(4)))).chunk is None
+
+
+# ------------------------------------------------------------------------------------------------ positions from a tensor
+
+
+def test_positions_that_a_tensor_gives() -> None:
+    assert seen(E.le(ids(k), ids(q))).by_position
+    assert seen(E.le(ids(k), E.add(ids(q), E.const(3)))).by_position
+
+
+def test_equal_positions_are_no_order() -> None:
+    assert not seen(E.eq(ids(q), ids(k))).by_position
+
+
+def test_positions_of_two_tensors_are_not_compared() -> None:
+    assert not seen(E.le(ids(k), ids(q, 1))).by_position
+
+
+def test_a_position_and_its_place_are_not_compared() -> None:
+    assert not seen(E.le(ids(k), q)).by_position
+    assert not seen(E.le(ids(k), E.add(ids(q), h))).by_position
+
+
+def test_two_positions_along_one_axis_are_not_compared() -> None:
+    assert not seen(E.le(ids(k), ids(E.add(k, E.ONE)))).by_position
+    assert not seen(E.le(ids(q), ids(E.add(q, E.ONE)))).by_position
+
+
+def test_positions_at_other_places_are_not_compared() -> None:
+    assert not seen(E.le(ids(k), ids(E.add(q, E.const(7))))).by_position
+
+
+def test_a_position_twice_is_no_position() -> None:
+    assert not seen(E.le(E.mul(E.const(2), ids(k)), ids(q))).by_position

@@ -295,3 +295,13 @@ def test_parts_of_a_packed_projection() -> None:
         return (q @ k.mT).softmax(-1) @ v
 
     assert [s.status for s in sites(f, tensor(2, 5, 12))] == ["replaced"]
+
+
+def test_of_two_products_the_plainer_one_is_the_score() -> None:
+    """Both stand below the softmax; the other one is read as it stands."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT + (k @ q.mT).mT * 0.5 + (q @ k.mT).mT).softmax(-1) @ v
+
+    site = only(f, Q, K, V)
+    assert site.spec is not None and len(site.spec.loads) >= 1

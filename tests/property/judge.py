@@ -265,6 +265,8 @@ class _Claims:
             named = named & self._parts("key padding", [*added, *(x for p in parts if reads_keys(p) for x in (p.truth(world), ~p.truth(world)))])
         if s.document:
             named = named & self._parts("documents", [p.truth(world) for p in parts if isinstance(p, Document) and p.spelling in ("eq", "not ne")])
+        if s.traits.by_position:
+            named = named & self._parts("positions from a tensor", [p.truth(world) for p in parts if isinstance(p, Document) and p.spelling == "earlier"])
         if s.traits.chunk is not None:
             n = s.traits.chunk
             named = named & self._parts("chunks", [(q + c) // n == k // n for c in (0, T - S)])
