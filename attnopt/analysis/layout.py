@@ -86,7 +86,8 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
     only_q = [v for v in lead if v not in shared]
     query = _query_axis(only_q, _variables(q_index), raw.key)
     if query is None and _variables(k_index) - {raw.feature} != _variables(v_index) - {dv}:
-        raise Refusal("AO212", "the scores pass through another product before the softmax, which mixes them along an axis; supported are views and pointwise operators.", raw.scores)
+        by = "another product" if raw.scores is None else f"{N.said(raw.scores)}, another product"
+        raise Refusal("AO212", f"the scores pass through {by}, before the softmax, which mixes them along an axis; supported are views and pointwise operators.", raw.scores)
     group = [v for v in only_q if v is not query]
     kv = [v for v in lead if v in shared]
     if group:
@@ -126,7 +127,9 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
     for part, what, allowed in ((logits, "score", (dims.b, dims.h, dims.q, dims.k)), (sink, "sink", (dims.b, dims.h, dims.q))):
         stray = set() if part is None else part.variables - set(allowed)
         if stray:
-            raise Refusal("AO206", f"the {what} depends on {', '.join(sorted(str(x.value) for x in stray))}, which is no axis that it may depend on.", node)
+            axes = ", ".join(f"an axis of size {x.extent}" for x in sorted(stray, key=lambda x: str(x.value)))
+            text = f"the {what} of {N.said(node)} depends on {axes}; supported are batch, head{', query and key' if dims.k in allowed else ' and query'}."
+            raise Refusal("AO206", text, node)
     parts = classify.split(logits, raw.empty, sink, raw.underflows)
     (score, mask, empty_score, sink), loads = _slots((parts.score, parts.mask, parts.empty_score, sink))
     assert score is not None and mask is not None
@@ -152,7 +155,8 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
     out_vars = tuple(E.var(f"one{i}", 1) if x.is_const else x for i, x in enumerate(raw.out))
     output_views = IndexMap(out_vars, exprs).realise((dims.B, dims.Hq, dims.Sq, dims.Dv))
     if output_views is None:
-        raise Refusal("AO206", "the output's axes do not factor into batch, head, query and feature.", raw.output)
+        text = f"the axes of the output, {N.said(raw.output)}, do not factor into batch, head, query and feature; supported are outputs that views make of [B, H, S, D]."
+        raise Refusal("AO206", text, raw.output)
     return AttentionSite(node, raw.output, tuple(output_views), q, k, v, loads, tuple(sizes), spec, raw.region, frozenset(folded))
 
 
@@ -222,7 +226,12 @@ def _operand(node: fx.Node, index: Index, names: dict[Expr, Expr], out: tuple[Ex
     exprs = tuple(E.substitute(x, names) for x in index)
     found: list[View] | None = IndexMap(out, exprs).realise(N.shape(node))
     if found is None:
-        raise Refusal("AO206", f"the {what} ({', '.join(map(str, exprs))}) do not factor into batch, head, sequence and feature.", node)
+        raise Refusal(
+            "AO206",
+            f"the {what}, {N.said(node)} read at [{', '.join(map(str, exprs))}], do not factor into batch, head, sequence and feature; "
+            "supported are selecting, narrowing, reshaping, permuting and expanding.",
+            node,
+        )
     return Operand(node, tuple(found))
 
 
@@ -246,11 +255,15 @@ def _feature_axis(raw: RawSite) -> None:
     """Refuse what is shaped like attention but mixes channels: the keys are the features of a projection."""
     node, index = raw.k
     where = _projected_axis(node, index)
-    if where is not None and raw.key in where.variables:
-        raise Refusal("AO211", f"the keys run along the feature axis of {node.target}, so channels are mixed and not positions.", node)
+    if where is not None and raw.key in where[1].variables:
+        text = f"the keys, {N.said(node)}, run along the feature axis of {N.said(where[0])}: channels are mixed and not positions; supported are keys that run along positions."
+        raise Refusal("AO211", text, node)
     if raw.key.extent is not None and raw.key.extent.is_const and not _extent(raw.feature).is_const:
         raise Refusal(
-            "AO211", f"the summed axis has the variable size {raw.feature.extent} and the key axis the fixed size {raw.key.extent}: channels are mixed and not positions.", node
+            "AO211",
+            f"the axis of the keys, {N.said(node)}, has the fixed size {raw.key.extent}, and the axis that is summed the variable size {raw.feature.extent}: "
+            "channels are mixed and not positions; supported are keys that run along positions.",
+            node,
         )
 
 
@@ -259,8 +272,8 @@ _FEATURES_SECOND = {"aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convo
 _MIXING = {"aten::matmul", "aten::bmm", "aten::einsum", "aten::cat"}
 
 
-def _projected_axis(node: fx.Node, index: Index) -> Expr | None:
-    """The index along the feature axis of the projection that made an operand, through views and pointwise operators."""
+def _projected_axis(node: fx.Node, index: Index) -> tuple[fx.Node, Expr] | None:
+    """The projection that made an operand and the index along its feature axis, through views and pointwise operators."""
     stack, seen = [(node, index)], set[fx.Node]()
     while stack:
         node, index = stack.pop()
@@ -272,9 +285,9 @@ def _projected_axis(node: fx.Node, index: Index) -> Expr | None:
         if moved is not None:
             stack.append(moved)
         elif name in _FEATURES_LAST:
-            return index[-1]
+            return node, index[-1]
         elif name in _FEATURES_SECOND:
-            return index[1]
+            return node, index[1]
         elif name not in _MIXING:
             stack += [(x, index) for x in node.all_input_nodes if N.is_tensor(x) and N.shape(x) == N.shape(node)]
     return None

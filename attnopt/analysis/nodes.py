@@ -54,6 +54,15 @@ def shape(node: fx.Node) -> tuple[Expr, ...]:
     return dims.shape(value(node).shape)
 
 
+def said(node: fx.Node) -> str:
+    """A node for a sentence: its operator, dtype and shape, as in ``aten::softmax float32[2, 4, s0, s0]``."""
+    known = {"placeholder": "the input", "get_attr": "the constant"}
+    name = op_name(node) or (f"{known[node.op]} {node.target}" if node.op in known else str(getattr(node.target, "__name__", node.target)))
+    if not is_tensor(node):
+        return name
+    return f"{name} {str(value(node).dtype).removeprefix('torch.')}[{', '.join(map(str, shape(node)))}]"
+
+
 def kind_of(dtype: torch.dtype) -> E.Kind:
     if dtype is torch.bool:
         return "bool"

@@ -50,8 +50,13 @@ def find_scores(lifter: Lifter, anchor: A.Anchor, index: views.Index, key: Expr)
         opaque = _product_above(logits, key)
         if opaque is not None:
             opaque = of_tuple(opaque)
-            raise Refusal("AO212", f"the scores pass through {opaque.target} before the softmax; supported are views and pointwise operators.", opaque)
-        raise Refusal("AO202", "no product of two tensors, one along the softmax axis and one not, is below the softmax.", anchor.logits)
+            raise Refusal("AO212", f"the scores pass through {N.said(opaque)} before the softmax; supported are views and pointwise operators.", opaque)
+        raise Refusal(
+            "AO202",
+            f"below the softmax along axis {anchor.axis} of {N.said(anchor.logits)} is no product of two tensors of which one runs along that axis and the other does not; "
+            "supported are scores made of such a product.",
+            anchor.logits,
+        )
     # Of several, the one in the plainest place: its index names the key axis by itself.
     found.sort(key=lambda s: (not any(i is key for i in s.index), sum(len(i.leaves) for i in s.index)))
     return found[0]
@@ -61,21 +66,40 @@ _PROJECTIONS = {"aten::linear", "aten::addmm", "aten::mm", "aten::convolution", 
 
 
 def _product_above(logits: Expr, key: Expr) -> fx.Node | None:
-    """A node that no rule lifts and that runs along the key axis, below which stands the product of two computed tensors."""
+    """A node that no rule lifts and that runs along the key axis, below which stands the product of two computed tensors.
+
+    The product is looked for where the scores are made, among values as long as the key axis, and not in the layers before;
+    what a tensor was filled with, slice by slice, may have any shape.
+    """
     for x in sorted((x for x in logits.leaves if x.op == "load" and key in x.variables), key=lambda e: e.key):
-        stack, seen = [x.value, *of_tuple(x.value).all_input_nodes], set[fx.Node]()
-        while stack:
-            node = stack.pop()
+        stack, seen = [(n, False) for n in (x.value, *of_tuple(x.value).all_input_nodes)], set[fx.Node]()
+        while stack and len(seen) < _NEAR:
+            node, anywhere = stack.pop()
             if node in seen or not N.is_tensor(node) or N.op_name(node) in _PROJECTIONS:
                 continue
             seen.add(node)
             form = contraction(node, output_index(node) or (), "d")
             if form is not None and min(len(N.shape(form.left)), len(N.shape(form.right))) > 2:
                 return x.value  # type: ignore[no-any-return]
-            # the product is looked for where the scores are made, not in the layers before
-            if N.shape(node)[-1:] == N.shape(x.value)[-1:]:
-                stack.extend(node.all_input_nodes)
+            if anywhere or N.shape(node)[-1:] == N.shape(x.value)[-1:]:
+                stack.extend((n, anywhere) for n in node.all_input_nodes)
+                stack.extend((n, True) for n in _filled_with(node))
     return None
+
+
+_NEAR = 200
+"""How many values are looked at."""
+
+
+def _filled_with(node: fx.Node) -> list[fx.Node]:
+    """What is copied into slices of ``node``."""
+    out: list[fx.Node] = []
+    for user in node.users:
+        if N.op_name(user) == "aten::copy_" and user.args[0] is node:
+            out.append(user.args[1])  # type: ignore[arg-type]
+        elif N.op_name(user) in ("aten::slice", "aten::select"):
+            out.extend(_filled_with(user))
+    return out
 
 
 def variables(index: views.Index) -> set[Expr]:

@@ -128,18 +128,26 @@ class _Finder:
         if anchor.denominator is not None:
             products = self._normalised(anchor, products)
         if len(products) > 1:
-            raise Refusal("AO203", f"the probabilities are multiplied with {len(products)} tensors; supported is one.", products[1].form.node)
+            tensors = ", ".join(N.said(p.values) for p in products)
+            raise Refusal("AO203", f"the probabilities are multiplied with {len(products)} tensors ({tensors}); supported is one.", products[1].form.node)
         p = products[0]
         key = p.form.summed
         start = E.sub(p.index[anchor.axis], key)
         if not start.is_const and not (variables(p.index) & variables(p.value_index)) - {key}:
-            raise Refusal("AO204", f"the probabilities are mixed by {p.form.node.target} before they meet the values; supported are views, casts, dropout and nan_to_num.", p.form.node)
+            raise Refusal("AO204", f"the probabilities are mixed by {N.said(p.form.node)} before they meet the values; supported are views, casts, dropout and nan_to_num.", p.form.node)
         if not start.is_const:
-            raise Refusal("AO205", f"softmax runs along axis {anchor.axis} of {len(p.index)}, and the product with the values sums another axis.", p.form.node)
+            raise Refusal(
+                "AO205",
+                f"softmax runs along axis {anchor.axis} of {N.said(anchor.logits)}, and the product with the values, {N.said(p.form.node)}, "
+                f"sums another axis, of size {key.extent}; supported is one axis for both.",
+                p.form.node,
+            )
         if any(key in x.leaves for i, x in enumerate(p.index) if i != anchor.axis):
-            raise Refusal("AO205", "the summed axis appears in two axes of the probabilities.", p.form.node)
+            text = f"the summed axis, of size {key.extent}, appears in two axes of the probabilities {N.said(anchor.probs)}; supported is one."
+            raise Refusal("AO205", text, p.form.node)
         if p.form.alpha is not E.FONE or p.form.addend is not None:
-            raise Refusal("AO204", "the product of probabilities and values adds another tensor or a factor.", p.form.node)
+            what = N.said(p.form.addend) if p.form.addend is not None else f"the factor {p.form.alpha}"
+            raise Refusal("AO204", f"the product of probabilities and values adds another tensor or a factor: {what}; supported is the product alone.", p.form.node)
         lifter = self.lifter()
         qk = find_scores(lifter, anchor, p.index, key)
         logits = lifter.lift(anchor.logits, p.index, qk.hook(lifter))
@@ -157,7 +165,7 @@ class _Finder:
         inside = [of_tuple(x.value) for e in (logits, sink) if e is not None for x in e.leaves if x.op == "load" and x.value in region]
         if inside:
             node = inside[0]
-            raise Refusal("AO212", f"the scores pass through {node.target} before the softmax; supported are views and pointwise operators.", node)
+            raise Refusal("AO212", f"the scores pass through {N.said(node)} before the softmax; supported are views and pointwise operators.", node)
         return arrange(raw, anchor.probs, lifter.folded)
 
     def _sink(self, lifter: Lifter, anchor: A.Anchor, p: _Product, start: Expr, scores: fx.Node) -> Expr | None:
@@ -168,21 +176,29 @@ class _Finder:
 
         if anchor.sink is not None:
             return E.const(anchor.sink) if isinstance(anchor.sink, float) else lifter.lift(anchor.sink, views.broadcast(row(E.ZERO), N.shape(anchor.sink)))
-        keys, normalised = N.shape(p.values), N.shape(anchor.logits)[anchor.axis]
+        normalised = N.shape(anchor.logits)[anchor.axis]
         assert p.form.summed.extent is not None
         end = E.add(start, p.form.summed.extent)
         left_out = [E.const(i) for i in range(min(int(start.value), 2))]
         after = _difference(normalised, end, anchor, p)
         if start.value < 0 or not after.is_const or len(left_out) + after.value > 1:
             raise Refusal(
-                "AO205", f"softmax normalises over {normalised} keys and the product with the values {keys} uses {p.form.summed.extent} of them; supported are all, or all but one.", p.form.node
+                "AO205",
+                f"softmax normalises over {normalised} keys and the product with the values ({N.said(p.form.node)}) uses {p.form.summed.extent} of them; "
+                "supported are all, or all but one.",
+                p.form.node,
             )
         left_out += [E.sub(normalised, E.ONE)] * int(after.value)
         if not left_out:
             return None
         sink = lifter.lift(anchor.logits, row(left_out[0]))
         if p.form.summed in sink.leaves or any(x is E.score() or (x.op == "load" and x.value is scores) for x in sink.leaves):
-            raise Refusal("AO205", f"softmax normalises over {normalised} keys, and the product with the values leaves one of them out.", p.form.node)
+            raise Refusal(
+                "AO205",
+                f"softmax normalises over {normalised} keys, and the product with the values ({N.said(p.form.node)}) leaves out one that is a score or depends on the keys; "
+                "supported is to leave out one logit beside the scores.",
+                p.form.node,
+            )
         return None if sink.is_const and sink.value <= classify.HIDDEN else E.as_float(sink)
 
     def _no_product(self, anchor: A.Anchor) -> Refusal:
@@ -191,12 +207,33 @@ class _Finder:
         index = tuple(E.ZERO if n is E.ONE else E.var("k" if i == anchor.axis else f"i{i}", n) for i, n in enumerate(N.shape(anchor.logits)))
         try:
             find_scores(lifter, anchor, index, index[anchor.axis])
-        except Refusal:
-            return Refusal("AO201", "softmax whose result is not multiplied with values along its axis.", anchor.probs)
+        except Refusal as r:
+            if r.code == "AO212":  # an attention all the same, of a form that neither side of the softmax shows
+                return r
+            readers = ", ".join(sorted({N.op_name(u) or ("the model's output" if u.op == "output" else str(u.target)) for u in users})) or "nothing"
+            return Refusal(
+                "AO201",
+                f"the softmax's result, {N.said(anchor.probs)}, is read by {readers} and not multiplied with values along axis {anchor.axis}; supported is a product that sums over that axis.",
+                anchor.probs,
+            )
         if any(u.op == "output" for u in users):
-            return Refusal("AO203", "the probabilities are returned by the model.", anchor.probs)
-        what = ", ".join(sorted({str(u.target) for u in users})) or "nothing"
-        return Refusal("AO204", f"between softmax and the values stands {what}; supported are views, casts, dropout and nan_to_num.", users[0] if users else anchor.probs)
+            return Refusal("AO203", f"the probabilities, {N.said(anchor.probs)}, are returned by the model; supported is that only the product with the values reads them.", anchor.probs)
+        between = self._between(anchor)
+        if between is None:
+            return Refusal("AO204", f"nothing multiplies the probabilities, {N.said(anchor.probs)}, with values; supported is a product that reads them.", anchor.probs)
+        return Refusal("AO204", f"between softmax and the values stands {N.said(between)}; supported are views, casts, dropout and nan_to_num.", between)
+
+    def _between(self, anchor: A.Anchor) -> fx.Node | None:
+        """The first reader of the probabilities, behind views, casts and dropout, that the search for their product does not look through."""
+        stack = [anchor.probs]
+        while stack:
+            for u in stack.pop(0).users:
+                index = output_index(u)
+                if index is not None and N.kind(u) == "float" and (self._to_probs(u, index) or (None,))[0] is anchor:
+                    stack.append(u)
+                elif u.op != "output" and N.op_name(u) != "aten::sym_size":
+                    return u
+        return None
 
     def _normalised(self, anchor: A.Anchor, products: list[_Product]) -> list[_Product]:
         """The products that are divided by the sum of the exponentials, for ``exp(x) @ v / exp(x).sum()``."""
@@ -209,7 +246,12 @@ class _Finder:
             if below is expected:
                 out.append(p)
         if not out:
-            raise Refusal("AO204", "exponentials are multiplied with values and never divided by their sum.", products[0].form.node)
+            raise Refusal(
+                "AO204",
+                f"the exponentials, {N.said(anchor.probs)}, are multiplied with values and never divided by their sum along axis {anchor.axis}; "
+                "supported is a division by it before or after the product.",
+                products[0].form.node,
+            )
         return out
 
     # -------------------------------------------------------------------------------------------- existing calls
@@ -227,7 +269,7 @@ class _Finder:
         sq, sk, sv = N.shape(q), N.shape(k), N.shape(v)
         out = output_index(node)
         if out is None or len(sq) < 2:
-            raise Refusal("AO208", "the call's operands are not tensors of at least two axes.", node)
+            raise Refusal("AO208", f"the call's operands are {', '.join(N.said(x) for x in (q, k, v))}; supported are tensors of at least two axes.", node)
         key, d = E.var("k", sk[-2]), E.var("d", sq[-1])
         batch = out[:-2]
         shared = batch
@@ -239,12 +281,13 @@ class _Finder:
         scale = args.get("scale")
         if scale is None:
             if not sq[-1].is_const:
-                raise Refusal("AO208", f"the default scale needs a constant head size; it is {sq[-1]}.", node)
+                text = f"the default scale needs a constant head size, and that of the queries, {N.said(q)}, is {sq[-1]}; supported is a fixed last axis, or scale= as a number."
+                raise Refusal("AO208", text, node)
             factor: Expr | None = E.const(float(sq[-1].value) ** -0.5)
         else:
             factor = N.scalar(scale)
         if factor is None:
-            raise Refusal("AO208", "scale is a number that is only known when the graph runs; supported is a constant.", node)
+            raise Refusal("AO208", f"scale is {_number(scale)}, which is only known when the graph runs; supported is a constant.", node)
         lifter = self.lifter()
         logits = E.mul(factor, E.score())
         hidden = E.const(float("-inf"))
@@ -256,7 +299,7 @@ class _Finder:
             logits = E.where(x, logits, hidden) if x.kind == "bool" else E.add(logits, E.as_float(x))
         dropout = args.get("dropout_p", 0.0)
         if not isinstance(dropout, (int, float)):
-            raise Refusal("AO208", "dropout_p is only known when the graph runs; supported is a constant.", node)
+            raise Refusal("AO208", f"dropout_p is {_number(dropout)}, which is only known when the graph runs; supported is a constant.", node)
         raw = RawSite(node, out, key, d, (q, q_index), (k, k_index), (v, v_index), logits, "zero", float(dropout), frozenset({node}))
         return arrange(raw, node, lifter.folded)
 
@@ -282,8 +325,9 @@ class _Finder:
         for n in region - {output}:
             for u in n.users:
                 if u not in region:
-                    who = "returned by the model" if u.op == "output" else f"also used by {u.target}"
-                    raise Refusal("AO203", f"a value inside the attention ({n.target}) is {who}.", u if u.op != "output" else n)
+                    who = "returned by the model" if u.op == "output" else f"also used by {N.said(u)}"
+                    at = "" if u.op == "output" or not N.source(u) else f" at {N.source(u).rpartition('/')[2]}"
+                    raise Refusal("AO203", f"a value inside the attention, {N.said(n)}, is {who}{at}; supported is that only the attention itself reads it.", n)
 
 
 @dataclass(frozen=True)
@@ -313,6 +357,11 @@ def _difference(normalised: Expr, end: Expr, anchor: A.Anchor, p: _Product) -> E
     sees, has = N.value(anchor.logits).shape[anchor.axis], N.value(p.values).shape[axes[0]]
     start = E.sub(end, N.shape(p.values)[axes[0]])
     return next((E.const(n) for n in (0, 1) if start.is_const and statically_known_true(sees == has + int(start.value) + n)), out)
+
+
+def _number(x: object) -> str:
+    """An argument that is a number, by the name that it has in the graph."""
+    return str(N.value(x)) if isinstance(x, fx.Node) else str(x)
 
 
 def _is_quotient(node: fx.Node) -> bool:
