@@ -1,10 +1,12 @@
 """Products over parts of the keys become one product over all of them.
 
 A block sparse attention multiplies queries with several groups of keys, concatenates the scores, and sums the products of
-the parts of the probabilities with the values of each group. That is one attention over the concatenated keys and values::
+the parts of the probabilities with the values of each group. That is one attention over the concatenated keys and values.
+A sum of two products, as of positions apart from contents, is one product over the concatenated features::
 
     cat([f(q @ k1), g(q @ k2)], -1)            ->  s = q @ cat([k1, k2]);  cat([f(s[..., :n]), g(s[..., n:])], -1)
     p[..., :n] @ v1 + p[..., n:] @ v2           ->  p @ cat([v1, v2])
+    softmax(f(q1 @ k1 + q2 @ k2))               ->  softmax(f(cat([q1, q2], -1) @ cat([k1, k2], -1)))
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class JoinProducts:
         graph = module.graph
         changed = False
         for node in list(graph.nodes):
-            changed |= _join_scores(graph, node) or _join_values(graph, node)
+            changed |= _join_scores(graph, node) or _join_values(graph, node) or _join_features(graph, node)
         if changed:
             graph.eliminate_dead_code()
         return PassResult(changed)
@@ -197,7 +199,44 @@ def _part(node: fx.Node) -> _Part | None:
     return _Part(whole, start, form.summed.extent, values)
 
 
-# ------------------------------------------------------------------------------------------------ both
+# ------------------------------------------------------------------------------------------------ features
+
+
+def _join_features(graph: fx.Graph, node: fx.Node) -> bool:
+    """``node`` adds two products of queries and keys, of which a softmax is taken later."""
+    if N.op_name(node) != "aten::add" or not N.is_tensor(node) or N.arguments(node).get("alpha", 1) != 1 or len(N.shape(node)) < 3:
+        return False
+    outer = _outer(node)
+    parts: list[tuple[_Operand, _Operand]] = []
+    for x in node.args[:2]:
+        if not isinstance(x, fx.Node) or not N.is_tensor(x) or N.shape(x) != N.shape(node) or len(x.users) != 1:
+            return False
+        form = contraction(x, (*outer, E.var("k", N.shape(x)[-1])), "d")
+        found = None if form is None or min(len(N.shape(form.left)), len(N.shape(form.right))) < 3 else _sides(form, outer)
+        queries = None if form is None or found is None else _source(*found[0], (*outer, form.summed))
+        if found is None or queries is None:
+            return False
+        parts.append((queries, found[1]))
+    if not _reaches_softmax(node):
+        return False
+    edit = Editor(graph, node)
+    batch = [edit.size(n) for n in N.shape(node)[:-2]]
+    q, k = (edit.call(aten.cat.default, [_expanded(edit, p[i], batch) for p in parts], -1) for i in (0, 1))
+    node.replace_all_uses_with(edit.call(aten.matmul.default, q, edit.call(aten.transpose.int, k, -1, -2)))
+    return True
+
+
+def _reaches_softmax(node: fx.Node, steps: int = 12) -> bool:
+    """Whether a softmax is taken of what elementwise operators and views make of ``node``."""
+    here = {node}
+    for _ in range(steps):
+        here = {u for n in here for u in n.users if N.is_tensor(u) and (N.op_name(u) in _ELEMENTWISE or N.op_name(u) in views.RULES or "softmax" in N.op_name(u))}
+        if any("softmax" in N.op_name(n) for n in here):
+            return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------------ all
 
 
 def _source(node: fx.Node, index: Index, out: Sequence[Expr]) -> _Operand | None:

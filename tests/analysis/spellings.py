@@ -512,6 +512,13 @@ def _three_groups(q, k, v):
     return p[..., 4:] @ v[:, :, 4:] + p[..., :3] @ v[:, :, :3] + p[..., 3:4] @ v[:, :, 3:4]
 
 
+@spelling("contents_and_positions_apart", causal="top_left", scale=SCALE, bias=None)
+def _contents_and_positions(q, k, v):
+    """Two products, of which the second has keys that all heads share."""
+    s = q[..., :6] @ k[..., :6].mT + torch.einsum("bhqd,bkd->bhqk", q[..., 6:], k[:, 0, :, 6:])
+    return (s * SCALE).masked_fill(~causal(s.shape[-1]), float("-inf")).softmax(-1) @ v
+
+
 @spelling("product_of_masks", causal="top_left", rest="chunk 4")
 def _product_of_masks(q, k, v):
     i, j = _positions(q)
