@@ -23,14 +23,15 @@ def affine(score: Expr) -> Affine | None:
     s = E.score()
     scale = 0.0
     rest: list[Expr] = []
+    constant = 0.0
     for c, a in E.terms(score):
         if a is s:
             scale += float(c)
         elif a is None:
-            # the same for every key: the softmax does not see it
-            continue
+            constant = float(c)
         elif s in a.leaves:
             return None
         else:
             rest.append(E.mul(E.const(float(c)), a))
-    return Affine(scale, E.add(*rest) if rest else None)
+    # A constant alone is the same for every key, and the softmax does not see it; beside other terms it may cancel large ones.
+    return Affine(scale, E.add(*rest, E.const(constant)) if rest else None)

@@ -130,7 +130,9 @@ class Emitter:
 
     def source(self, e: Expr, tail: bool) -> str:
         """The right-hand side for ``e``."""
-        args = [self.names[a] for a in e.args]
+        # In a sum the score comes last: large terms beside it may cancel.
+        operands = sorted(e.args, key=lambda a: E.score() in a.leaves) if e.op == "add" else e.args
+        args = [self.names[a] for a in operands]
         if e.op == "load":
             return self._load(e, tail)
         if e.op in _CALLS:

@@ -153,8 +153,9 @@ def _node(e: Expr, table: Mapping[Expr, Value], env: Env) -> Value:
     if op in _FOLDS:
         if all(not isinstance(a, Tensor) for a in args):
             args[0] = as_tensor(args[0], e.args[0].kind, env)
-        # small operands first, so that they meet the large ones once
-        return reduce(_FOLDS[op], sorted(args, key=_size))
+        # small operands first, so that they meet the large ones once; the score last, since large terms beside it may cancel
+        order = sorted(zip(e.args, args, strict=True), key=lambda x: (E.score() in x[0].leaves, _size(x[1])))
+        return reduce(_FOLDS[op], [x for _, x in order])
     tensors = [as_tensor(x, y.kind, env) for x, y in zip(args, e.args, strict=True)]
     if op in _UNARY:
         return _UNARY[op](tensors[0])

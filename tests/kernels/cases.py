@@ -301,6 +301,12 @@ CASES = [
         sdpa=False,
     ),
     Case(
+        "large-terms-that-cancel",
+        score=lambda d, s: E.add(E.mul(E.const(0.25), s), E.mul(E.const(1e4), E.load(0, (d.b, d.k), "float")), E.const(-1e4)),
+        naive_score=lambda s, i, j, L: 0.25 * s + (1e4 * L[0] - 1e4)[:, None, None, :],
+        loads=lambda sh: [left_padding(sh)[0].float()],
+    ),
+    Case(
         "sinks-causal-GQA",
         mask=causal,
         naive_mask=naive_causal,
