@@ -101,7 +101,7 @@ def inspect(
         except CaptureError as error:
             if config.capture == "export":
                 raise
-            reason = error.message
+            why = Remark("AO302", error.message, source=error.source)
         else:
             start = time.perf_counter()
             result = _rewrite(captured.graph_module, config)
@@ -109,13 +109,13 @@ def inspect(
             _relate(result, captured)
             return Report(result.sites, [*captured.remarks, *result.remarks], seconds=seconds)
     else:
-        reason = "capture='dynamo' was asked for."
+        why = Remark("AO302", "capture='dynamo' was asked for.")
     frames = Frames()
     copy = clone_tree(model)
     compiled = torch.compile(copy.forward, backend=_backend(replace(config, inductor=False), frames))
     with undisturbed(device_of(copy)), torch.no_grad():
         _run_model(compiled, copy, *inputs)
-    return frames.merged(Remark("AO302", reason))
+    return frames.merged(why)
 
 
 def verify(
@@ -222,7 +222,7 @@ class _Builder:
         except CaptureError as error:
             if self.config.capture == "export":
                 raise
-            return self._compiled_now(module, args, kwargs, error.message)
+            return self._compiled_now(module, args, kwargs, error.message, error.source)
         self._tell("capture", 1, 1)
         result, report = self._rewritten(captured, module)
         if why is not None:
@@ -230,9 +230,9 @@ class _Builder:
         folded = {name: module.get_buffer(name).detach().clone() for name in result.folded if is_state(module, name)}
         return GraphVariant(graph_function(result.graph_module, module), captured.example.holds, report, captured.example, folded)
 
-    def compiled(self, reason: str) -> CompiledVariant:
+    def compiled(self, reason: str, source: str = "") -> CompiledVariant:
         """The variant that goes through torch.compile, for all further calls."""
-        frames, remarks = Frames(), [Remark("AO302", reason)]
+        frames, remarks = Frames(), [Remark("AO302", reason, source=source)]
         if not self.config.verify:
             remarks.append(_unverified("verify=False"))
         verdict = Verdict()
@@ -245,9 +245,9 @@ class _Builder:
         self.lazy = CompiledVariant(_backend(self.config, frames), make_report, verdict)
         return self.lazy
 
-    def _compiled_now(self, module: OptimizedModule, args: Args, kwargs: Kwargs, reason: str) -> CompiledVariant:
+    def _compiled_now(self, module: OptimizedModule, args: Args, kwargs: Kwargs, reason: str, source: str = "") -> CompiledVariant:
         """Compile by running once, so that the report is there, and compare on the example."""
-        variant = self.compiled(reason)
+        variant = self.compiled(reason, source)
         with undisturbed(device_of(module)):
             variant(module, args, kwargs, [])
         if self.config.verify:

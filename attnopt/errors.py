@@ -22,7 +22,14 @@ class LoadError(AttnoptError):
 
 
 class CaptureError(AttnoptError):
-    """A model that runs but that could not be captured as a graph, or one that does not run."""
+    """A model that runs but that could not be captured as a graph, or one that does not run.
+
+    ``source`` is the file:line of the model's code where capture stopped; empty when that is not known.
+    """
+
+    def __init__(self, message: str, hint: str = "", source: str = "") -> None:
+        super().__init__(message, hint)
+        self.source = source
 
 
 class BackendError(AttnoptError):

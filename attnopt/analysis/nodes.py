@@ -12,6 +12,7 @@ from torch import fx
 from attnopt.ir import dims
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.remarks.lines import frames_of, own_line
 
 
 def op_name(node: fx.Node) -> str:
@@ -88,15 +89,9 @@ def scalar(x: Any) -> Expr | None:
     return None
 
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-
-
 def source(node: fx.Node) -> str:
-    """file:line of the innermost frame of the user's code that made the node; empty when unknown."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    # What PyTorch's own modules compute stands in PyTorch's files; otherwise those are only in between.
-    outside = [f for f in frames if "/torch/" not in f[0]] or frames
-    return f"{outside[-1][0]}:{outside[-1][1]}" if outside else ""
+    """file:line of the innermost frame of the model's own code that made the node; empty when unknown."""
+    return own_line(frames_of(node.meta.get("stack_trace") or ""))
 
 
 def module_path(node: fx.Node) -> str:

@@ -25,6 +25,7 @@ from attnopt.capture.clone import clone_tree
 from attnopt.capture.dynamism import Check, resize
 from attnopt.capture.guards import SymbolicSizes, compile_guard, expr_of, hint_of, symbolic_sizes, tie_batches
 from attnopt.capture.inline import inline_regions
+from attnopt.capture.lines import line_of, whole_stacks
 from attnopt.capture.relations import relations, tie_lengths
 from attnopt.capture.run import tensors_from
 from attnopt.capture.shapes import Plan, batch_of_one, name_every_argument, plans, shapes_by_argument
@@ -204,6 +205,7 @@ class _Job:
         explained = CaptureError(
             f"torch.export cannot capture {name}: {type(failure).__name__}: {_first_line(failure)}",
             "capture='dynamo' optimizes it when it runs, through torch.compile.",
+            line_of(failure),
         )
         explained.__cause__ = failure
         return explained
@@ -225,7 +227,7 @@ def graph_of(program: ExportedProgram) -> fx.GraphModule:
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: dict[str, Any]) -> ExportedProgram:
     training = {m: m.training for m in model.modules()}
-    with quiet():
+    with quiet(), whole_stacks():
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         finally:

@@ -32,7 +32,7 @@ ANALYSIS: dict[str, Page] = {
             class Gated(nn.Module):
                 def forward(self, x):
                     y = (x @ x.mT * 0.25).softmax(-1) @ x
-                    return y if y.sum() > 0 else -y
+                    return y if y.sum() > 0 else -y  # <- here
 
 
             report = attnopt.optimize(Gated(), torch.randn(2, 9, 16)).attnopt_report
