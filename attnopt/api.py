@@ -17,7 +17,6 @@ from attnopt.capture.captured import Captured, Example, ModelError
 from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.dynamo import Frames, compile_frame
 from attnopt.capture.export import DynamicShapes, capture
-from attnopt.capture.guards import no_new_guards
 from attnopt.capture.relations import relations_of
 from attnopt.capture.run import device_of, undisturbed
 from attnopt.config import OptimizeConfig
@@ -104,7 +103,7 @@ def inspect(
             why = Remark("AO302", error.message, source=error.source)
         else:
             start = time.perf_counter()
-            result = _rewrite(captured.graph_module, config)
+            result = run_pipeline(captured.graph_module, config)
             seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
             _relate(result, captured)
             return Report(result.sites, [*captured.remarks, *result.remarks], seconds=seconds)
@@ -168,7 +167,7 @@ def _backend(config: OptimizeConfig, frames: Frames, mode: str | None = None) ->
 
     def rewrite(graph: fx.GraphModule) -> tuple[fx.GraphModule, Report]:
         start = time.perf_counter()
-        result = _rewrite(graph, config)
+        result = run_pipeline(graph, config)
         return result.graph_module, Report(result.sites, result.remarks, seconds={"passes": time.perf_counter() - start})
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -188,11 +187,6 @@ def _relate(result: PipelineResult, captured: Captured) -> None:
     for site in result.sites:
         if site.spec is not None:
             site.relations = relations_of(site.spec, captured.relations)
-
-
-def _rewrite(graph: fx.GraphModule, config: OptimizeConfig, skip: frozenset[str] = frozenset()) -> PipelineResult:
-    with no_new_guards(graph):
-        return run_pipeline(graph, config, skip_sites=skip)
 
 
 # ---- one variant of an optimized module
@@ -265,7 +259,7 @@ class _Builder:
             if skip not in results:
                 self._tell("passes", 0, 1)
                 start = time.perf_counter()
-                results[skip] = _rewrite(captured.graph_module, self.config, skip)
+                results[skip] = run_pipeline(captured.graph_module, self.config, skip_sites=skip)
                 spent += time.perf_counter() - start
                 self._tell("passes", 1, 1)
             result = results[skip]

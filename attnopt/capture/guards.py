@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import sympy
 import torch
-from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
@@ -56,14 +54,6 @@ def is_symbolic(size: object) -> bool:
 def expr_of(size: Any) -> sympy.Expr:
     """The expression of one entry of a shape."""
     return size.node.expr if is_symbolic(size) else sympy.Integer(size)
-
-
-@contextlib.contextmanager
-def no_new_guards(graph: fx.GraphModule) -> Iterator[None]:
-    """Inside, shapes may be computed on the graph's symbols without narrowing what the graph holds for."""
-    env = environment_of([n.meta.get("val") for n in graph.graph.find_nodes(op="placeholder")])
-    with contextlib.nullcontext() if env is None else env.suppress_guards():
-        yield
 
 
 def environment_of(values: Iterable[Any]) -> ShapeEnv | None:

@@ -32,10 +32,22 @@ class Editor:
         """A new call whose fake value is computed from those of its operands."""
         with self.graph.inserting_before(self.anchor):
             node: fx.Node = self.graph.call_function(target, args, kwargs)
+        self._copy_origin(node)
+        node.meta["val"] = target(*fx.map_arg(args, N.value), **fx.map_arg(kwargs, N.value))
+        return node
+
+    def _copy_origin(self, node: fx.Node) -> None:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
-        node.meta["val"] = target(*fx.map_arg(args, N.value), **fx.map_arg(kwargs, N.value))
+
+    def matmul(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        """``a @ b`` for operands of one rank and equal batch. Its fake value is made by hand: computed, it may fix symbolic sizes."""
+        with self.graph.inserting_before(self.anchor):
+            node: fx.Node = self.graph.call_function(aten.matmul.default, (a, b))
+        left, right = N.value(a), N.value(b)
+        node.meta["val"] = left.new_empty((*left.shape[:-1], right.shape[-1]))
+        self._copy_origin(node)
         return node
 
     def size(self, x: Expr) -> int | fx.Node:

@@ -84,7 +84,7 @@ def _join_scores(graph: fx.Graph, node: fx.Node) -> bool:
     edit = Editor(graph, reader)
     batch = [edit.size(n) for n in N.shape(node)[:-2]]
     joined = edit.call(aten.cat.default, [_expanded(edit, k, batch) for k in keys], rank - 2)
-    scores = edit.call(aten.matmul.default, edit.views(*q), edit.call(aten.transpose.int, joined, -1, -2))
+    scores = edit.matmul(edit.views(*q), edit.call(aten.transpose.int, joined, -1, -2))
     start: Expr = E.ZERO
     for p in products:
         end = E.add(start, N.shape(p)[-1])
@@ -151,7 +151,7 @@ def _join_values(graph: fx.Graph, node: fx.Node) -> bool:
     edit = Editor(graph, node)
     batch = [edit.size(n) for n in N.shape(node)[:-2]]
     values = edit.call(aten.cat.default, [_expanded(edit, p.values, batch) for p in parts], len(N.shape(node)) - 2)
-    new = edit.call(aten.matmul.default, probabilities, values)
+    new = edit.matmul(probabilities, values)
     new.meta[ORIGINAL] = node.name
     node.replace_all_uses_with(new)
     return True
@@ -222,7 +222,7 @@ def _join_features(graph: fx.Graph, node: fx.Node) -> bool:
     edit = Editor(graph, node)
     batch = [edit.size(n) for n in N.shape(node)[:-2]]
     q, k = (edit.call(aten.cat.default, [_expanded(edit, p[i], batch) for p in parts], -1) for i in (0, 1))
-    node.replace_all_uses_with(edit.call(aten.matmul.default, q, edit.call(aten.transpose.int, k, -1, -2)))
+    node.replace_all_uses_with(edit.matmul(q, edit.call(aten.transpose.int, k, -1, -2)))
     return True
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -61,7 +63,20 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
 
     Raises PassError, naming the pass, when one raises or leaves an invalid graph, and AttnoptError for a bad option.
     """
-    module = duplicate(gm)
+    with _no_new_guards(gm):
+        return _run(duplicate(gm), config, skip_sites)
+
+
+@contextlib.contextmanager
+def _no_new_guards(gm: fx.GraphModule) -> Iterator[None]:
+    """Inside, shapes may be computed on the graph's symbols without narrowing what the graph holds for."""
+    modes = [getattr(n.meta.get("val"), "fake_mode", None) for n in gm.graph.find_nodes(op="placeholder")]
+    env = next((m.shape_env for m in modes if m is not None), None)
+    with contextlib.nullcontext() if env is None else env.suppress_guards():
+        yield
+
+
+def _run(module: fx.GraphModule, config: OptimizeConfig, skip_sites: frozenset[str]) -> PipelineResult:
     reference = module
     sites: list[Site] = []
     remarks: list[Remark] = []

@@ -182,6 +182,8 @@ class _Runner:
         holder = self.root if self.root is not None else self.reference
         parameters = {n: p for n, p in holder.named_parameters(remove_duplicate=False) if p.is_floating_point()}
         dtype = computing_dtype(list(parameters.values()))
+        if not parameters:
+            return Check(name, 0.0, apart(dtype), True, "not compared: the model has no parameters; each site was compared by itself")
         if lost:
             return Check(
                 name,
