@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from attnopt.capture.call import Args, CallForm, Kwargs
 from attnopt.capture.captured import ModelError
 from attnopt.capture.clone import clone_tree, tensors_of
+from attnopt.emit.changes import other_sizes, other_way
 from attnopt.emit.variant import Builder, GraphVariant, Variant
 from attnopt.errors import AttnoptError, CaptureError
 from attnopt.kernels.linear import adjacent, pack
@@ -244,12 +245,12 @@ def _build_now(module: OptimizedModule, key: Key, args: Args, kwargs: Kwargs) ->
         raise CaptureError(f"{name} has no variant for these inputs, and none can be captured while it is being exported; call it once with such inputs first.")
     if count >= state.max_variants:
         raise CaptureError(
-            f"{name} was captured {count} times (max_variants={state.max_variants}) and was now called in yet another way: {_what_changed(known, key)}.",
+            f"{name} was captured {count} times (max_variants={state.max_variants}) and was now called in yet another way: {_what_changed(state, key, args, kwargs)}.",
             "Pass more varied example inputs or dynamic_shapes to optimize(), or raise OptimizeConfig.max_variants.",
         )
     why = None
     if count:
-        why = Remark("AO305", f"Captured again for {_what_changed(known, key)}.")
+        why = Remark("AO305", f"Captured again for {_what_changed(state, key, args, kwargs)}.")
         log.info("%s: %s", name, why.message)
     try:
         variant = state.builder(module, args, kwargs, why)
@@ -266,19 +267,14 @@ def _build_now(module: OptimizedModule, key: Key, args: Args, kwargs: Kwargs) ->
 _build._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def _what_changed(known: dict[Key, tuple[Variant, ...]], key: Key) -> str:
+def _what_changed(state: State, key: Key, args: Args, kwargs: Kwargs) -> str:
     """In words: in what this call differs from the nearest one that was captured."""
-    if key in known:
-        return "other sizes"
-    names = ("the mode (train or eval)", "the dtype or device of the parameters", "autocast", "the number of positional arguments")
-    nearest: list[str] = []
-    for other in known:
-        changes = [names[i] for i in range(4) if key[i] != other[i]]
-        if key[4:] != other[4:]:
-            changes.append("the arguments (names, dtypes, devices, ranks or values)")
-        if not nearest or len(changes) < len(nearest):
-            nearest = changes
-    return " and ".join(nearest)
+    if key not in state.variants:
+        return other_way(state.variants, key)
+    leaves = _key(state, args, kwargs)[0]
+    captured = [v for v in state.variants[key] if isinstance(v, GraphVariant)]
+    stale = next((v for v in captured if v.holds(leaves)), None)
+    return other_sizes([v.example for v in captured], leaves) if stale is None else f"other values in the buffers {', '.join(stale.folded)}"
 
 
 # ---- parameters
