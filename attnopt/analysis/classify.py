@@ -201,9 +201,10 @@ def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...], causal: Alignment | 
 def _is_position(x: Expr, d: Dims, causal: Alignment | None) -> bool:
     if x.op == "float":
         x = x.args[0]
-    if x.op == "abs":
+    _, atom = E.split_term(x)
+    if atom is not None and atom.op == "abs":
         behind = E.sub(d.q, d.k) if causal == "top_left" else E.add(E.sub(d.q, d.k), E.sub(d.Skv, d.Sq))
-        return causal is not None and x.args[0] in (behind, E.neg(behind))
+        return causal is not None and atom.args[0] in (behind, E.neg(behind))
     return x.kind == "int" and all(a is None or a in (d.k, d.q) or not a.variables for _, a in E.terms(x)) and any(a is d.k for _, a in E.terms(x))
 
 

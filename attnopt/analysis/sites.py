@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnopt.analysis import anchors as A
 from attnopt.analysis import classify, views
 from attnopt.analysis import nodes as N
+from attnopt.analysis.bodies import bodies, left_inside, transformed
 from attnopt.analysis.contraction import Contraction, contraction
 from attnopt.analysis.layout import RawSite, Refusal, arrange
 from attnopt.analysis.lift import Lifter
@@ -33,19 +34,23 @@ def find_sites(graph: fx.Graph, constants: Constants = lambda _: None, written: 
     """Every attention of ``graph`` and every softmax that is none, in graph order, each named by where it stands."""
     finder = _Finder(graph, constants, written)
     order = {n: i for i, n in enumerate(graph.nodes)}
-    found = [*finder.softmaxes(), *finder.calls()]
-    found.sort(key=lambda s: order[s.node])
+    inside = transformed(graph)
+    found = [(left_inside(s, inside[s.node]) if s.node in inside else s, s.node) for s in (*finder.softmaxes(), *finder.calls())]
+    for call, body in bodies(graph):
+        found += [(left_inside(s, call), call) for s in find_sites(body)]
+    found.sort(key=lambda x: order[x[1]])
     return _named(found)
 
 
-def _named(found: list[AttentionSite | Rejection]) -> list[AttentionSite | Rejection]:
+def _named(found: list[tuple[AttentionSite | Rejection, fx.Node]]) -> list[AttentionSite | Rejection]:
+    """The sites, with names and lines: their own, or those of the node of the main graph by which they are reached."""
     counts: dict[str, int] = {}
-    for s in found:
-        name = N.module_path(s.node) or "model"
+    for s, reached in found:
+        name = N.module_path(s.node) or N.module_path(reached) or "model"
         counts[name] = counts.get(name, 0) + 1
         s.name = name if counts[name] == 1 else f"{name}#{counts[name]}"
-        s.source = N.source(s.node)
-    return found
+        s.source = N.source(s.node) or N.source(reached)
+    return [s for s, _ in found]
 
 
 class _Finder:
@@ -125,6 +130,8 @@ class _Finder:
     def _site(self, anchor: A.Anchor, products: list[_Product]) -> AttentionSite:
         if not products:
             raise self._no_product(anchor)
+        if N.shape(anchor.logits)[anchor.axis] is E.ONE:
+            raise Refusal("AO202", f"the softmax of {N.said(anchor.logits)} runs along axis {anchor.axis} of size one, where it is always one; supported are several keys.", anchor.probs)
         if anchor.denominator is not None:
             products = self._normalised(anchor, products)
         if len(products) > 1:

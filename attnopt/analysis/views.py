@@ -14,6 +14,7 @@ from torch import fx
 from attnopt.analysis import nodes as N
 from attnopt.ir import dims
 from attnopt.ir import expr as E
+from attnopt.ir.bounds import nonnegative
 from attnopt.ir.expr import Expr
 
 Index = tuple[Expr, ...]
@@ -126,18 +127,25 @@ def broadcast(index: Index, shape: Sequence[Expr], result: Sequence[Expr] = ()) 
     return tuple(E.ZERO if extent is E.ONE and not same else i for i, extent, same in zip(tail, shape, stays, strict=True))
 
 
+def _from_start(i: Expr, extent: Expr) -> Expr | None:
+    """An index that counts from the end when it is negative, counted from the start; None when its sign is not known."""
+    if nonnegative(i):
+        return i
+    return E.add(extent, i) if nonnegative(E.sub(E.neg(i), E.ONE)) else None
+
+
 @rule("slice")
 def _slice(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
     d = N.axis(args["dim"], len(index))
     extent = N.shape(x)[d]
     start = E.ZERO if args.get("start") is None else N.scalar(args["start"])
     step_ = N.scalar(args.get("step", 1))
-    if start is None or step_ is None:
+    at = None if start is None else _from_start(start, extent)
+    if start is None or at is None or step_ is None:
         return None
-    if start.is_const and start.value < 0:
-        start = E.maximum(E.add(extent, start), E.ZERO)
-    if start is not E.ZERO:
-        start = E.minimum(start, extent)  # slicing clamps
+    if at is not start:
+        at = E.maximum(at, E.ZERO)
+    start = at if at is E.ZERO else E.minimum(at, extent)  # slicing clamps
     return x, (*index[:d], E.add(start, E.mul(step_, index[d])), *index[d + 1 :])
 
 
@@ -145,10 +153,9 @@ def _slice(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Ind
 def _narrow(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
     d = N.axis(args["dim"], len(index))
     start = N.scalar(args["start"])
+    start = None if start is None else _from_start(start, N.shape(x)[d])
     if start is None:
         return None
-    if start.is_const and start.value < 0:
-        start = E.add(N.shape(x)[d], start)
     return x, (*index[:d], E.add(start, index[d]), *index[d + 1 :])
 
 
@@ -156,10 +163,9 @@ def _narrow(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, In
 def _select(x: fx.Node, args: dict[str, Any], index: Index) -> tuple[fx.Node, Index] | None:
     d = N.axis(args["dim"], len(index) + 1)
     at = N.scalar(args["index"])
+    at = None if at is None else _from_start(at, N.shape(x)[d])
     if at is None:
         return None
-    if at.is_const and at.value < 0:
-        at = E.add(N.shape(x)[d], at)
     return x, (*index[:d], at, *index[d:])
 
 
@@ -247,8 +253,6 @@ def reindex(out: Sequence[Expr], into: Sequence[Expr], index: Index) -> Index:
 
 
 def _smaller(a: Expr, b: Expr) -> bool:
-    from attnopt.ir.bounds import nonnegative
-
     return nonnegative(E.sub(b, a))
 
 

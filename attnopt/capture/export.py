@@ -226,15 +226,23 @@ def graph_of(program: ExportedProgram) -> fx.GraphModule:
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: dict[str, Any]) -> ExportedProgram:
-    training = {m: m.training for m in model.modules()}
+    # A forward may keep what it computes (a cached mask): while it is traced that is no real tensor.
+    before = {m: (dict(m.__dict__), dict(m._buffers)) for m in model.modules()}
     with quiet(), whole_stacks():
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            made = [(m, n) for m, (_, buffers) in before.items() for n, b in m._buffers.items() if b is not None and buffers.get(n) is None]
+            if made:  # torch.export would write what the new buffer holds into an input
+                raise CaptureError(f"{type(made[0][0]).__name__} makes its buffer {made[0][1]!r} while it runs; torch.export takes buffers that are there before.")
+            return program
         finally:
             # An exception inside a no_grad region of the model would leave gradients off for the whole process.
             torch.set_grad_enabled(True)
-            for module, mode in training.items():
-                module.training = mode
+            for module, (attributes, buffers) in before.items():
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 @contextlib.contextmanager

@@ -209,3 +209,24 @@ def test_all_axes_turned_around() -> None:
     result = lifted(model, _x())
     assert [s.status for s in result.sites] == ["replaced"]
     assert_same(model, result, _x(3, 17))
+
+
+class LastRows(nn.Module):
+    """A table that is longer than the sequence, of which the last rows and columns are taken, by a negative symbolic start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(40, 40, generator=torch.Generator().manual_seed(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        return (x @ x.mT * 0.3 + self.table[-n:, -n:]).softmax(-1) @ x
+
+
+def test_a_slice_that_starts_a_symbolic_number_before_the_end() -> None:
+    model = LastRows()
+    x = torch.randn(2, 9, 8)
+    result = lifted(model, x)
+    assert [s.status for s in result.sites] == ["replaced"]
+    assert_same(model, result, x)
+    assert_same(model, result, torch.randn(3, 21, 8))

@@ -271,3 +271,30 @@ def test_a_slice_of_something_larger_leaves_the_sizes_open() -> None:
     captured = capture(model, (torch.randn(3, 20, 16)[:2, :9],))
     assert not captured.remarks
     assert {(d.leaf, d.dim) for d in captured.example.dynamic} == {(0, 0), (0, 1)}
+
+
+class Caches(nn.Module):
+    """Makes a buffer when it first runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[1]
+        if self.bias is None or self.bias.shape[-1] < n:
+            i = torch.arange(n)
+            self.bias = -(i[None] - i[:, None]).abs().float()
+        return (x @ x.mT + self.bias[..., -n:, -n:]).softmax(-1) @ x
+
+
+def test_a_buffer_that_is_made_in_forward_is_not_exported() -> None:
+    """torch.export would write its values into the input."""
+    model = Caches()
+    with pytest.raises(CaptureError, match="makes its buffer 'bias' while it runs"):
+        capture(model, (torch.randn(2, 9, 16),))
+    assert model.bias is None
+    optimized = attnopt.optimize(model, (torch.randn(2, 9, 16),))
+    for n in (9, 5, 20, 7):
+        x = torch.randn(3, n, 16)
+        torch.testing.assert_close(optimized(x), Caches()(x))
