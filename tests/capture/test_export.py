@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+import attnopt
 from attnopt.capture.captured import Captured, ModelError
 from attnopt.capture.export import capture
 from attnopt.errors import CaptureError
