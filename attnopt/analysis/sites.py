@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnopt.analysis import anchors as A
 from attnopt.analysis import classify, views
 from attnopt.analysis import nodes as N
-from attnopt.analysis.bodies import bodies, left_inside, transformed
+from attnopt.analysis.bodies import bodies, left_inside
 from attnopt.analysis.contraction import Contraction, contraction
 from attnopt.analysis.layout import RawSite, Refusal, arrange
 from attnopt.analysis.lift import Lifter
@@ -34,8 +34,7 @@ def find_sites(graph: fx.Graph, constants: Constants = lambda _: None, written: 
     """Every attention of ``graph`` and every softmax that is none, in graph order, each named by where it stands."""
     finder = _Finder(graph, constants, written)
     order = {n: i for i, n in enumerate(graph.nodes)}
-    inside = transformed(graph)
-    found = [(left_inside(s, inside[s.node]) if s.node in inside else s, s.node) for s in (*finder.softmaxes(), *finder.calls())]
+    found = [(s, s.node) for s in (*finder.softmaxes(), *finder.calls())]
     for call, body in bodies(graph):
         found += [(left_inside(s, call), call) for s in find_sites(body)]
     found.sort(key=lambda x: order[x[1]])
