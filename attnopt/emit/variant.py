@@ -51,6 +51,10 @@ class GraphVariant:
         return self
 
 
+_MODULES = 256
+"""How many modules of one class, in how many forms, torch.compile may hold."""
+
+
 @dataclass(frozen=True, eq=False)
 class CompiledVariant:
     """Runs the original forward under torch.compile, with the passes as its backend."""
@@ -77,7 +81,9 @@ class CompiledVariant:
         compiled = state.compiled.get(self)
         if compiled is None:
             compiled = state.compiled[self] = torch.compile(state.reference.forward, backend=self.backend)
-        return compiled(*args, **kwargs)
+        # The compiler's limit counts all modules of a class together, and beyond it runs them as they are without a word.
+        with torch._dynamo.config.patch(recompile_limit=_MODULES, accumulated_recompile_limit=32 * _MODULES):
+            return compiled(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledVariant:
         return self

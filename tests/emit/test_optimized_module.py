@@ -442,3 +442,18 @@ def test_choosing_a_variant_takes_microseconds(fast: OptimizedModule) -> None:
 
     assert dispatch()
     assert min(timeit.repeat(dispatch, number=200, repeat=5)) / 200 < 100e-6
+
+
+def test_many_modules_of_one_class_go_through_the_compiler() -> None:
+    """torch.compile stops at eight entries for one forward, and says nothing."""
+
+    class Branches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 1e9:  # no export: a branch on a value
+                return x
+            return (x @ x.mT).softmax(-1) @ x
+
+    x = torch.randn(2, 5, 8)
+    for _ in range(10):
+        optimized = attnopt.optimize(Branches(), (x,), config=attnopt.OptimizeConfig(verify=False))
+        assert [s.status for s in optimized.attnopt_report.attentions] == ["replaced"]
