@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from zoo.case import Case, Facts, some
 from zoo.data import VOCAB, generator, packed_text, padding, tokens
-from zoo.decoders import ALIBI, CAUSAL, GQA, WINDOW
-from zoo.hugging import GPT, GROUPED, auto
+from zoo.decoders import ALIBI, CAUSAL, GQA
+from zoo.hugging import GPT, GROUPED, TEXT, auto
 
 PAST = 24
 """Tokens in the cache, at the captured size."""
@@ -56,7 +56,8 @@ def _cached(name: str, facts: Facts, config: dict[str, Any], kv_heads: int, form
 
 
 _BOTTOM: Facts = {"causal": "bottom_right"}
-_DOCUMENTS: Facts = {"document": True}
+_DOCUMENTS: Facts = {"document": True, "words": ("documents", "by position ids")}
+_GROUPED: Facts = {"groups": 2}
 CASES = [
     _cached("gpt2", {**CAUSAL, **_BOTTOM}, GPT, 4),
     _cached("llama", {**GQA, **_BOTTOM}, GROUPED, 2),
@@ -64,12 +65,9 @@ CASES = [
     _cached("bloom", {**ALIBI, **_BOTTOM, "bias": some}, {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4}, 4, ("eager",)),
     # a single new token sees everything
     _cached("llama", {"groups": 2}, GROUPED, 2, new=1),
+    # A token sees those of its own document whose positions come before its own: order is by position, not by index.
     *(
         Case(f"{name}_packed", "packed", auto(name, "AutoModelForCausalLM", **config), packed_text, 2, {"": {**facts, **_DOCUMENTS}}, padded=False)
-        for name, facts, config in (
-            ("llama", GQA, GROUPED),
-            ("mistral", {**GQA, **WINDOW}, {**GROUPED, "sliding_window": 16}),
-            ("gpt_neox", CAUSAL, {k: v for k, v in GROUPED.items() if k != "num_key_value_heads"}),
-        )
+        for name, facts, config in (("llama", _GROUPED, GROUPED), ("mistral", _GROUPED, {**GROUPED, "sliding_window": 16}), ("gpt_neox", {}, TEXT))
     ),
 ]

@@ -35,6 +35,10 @@ _SPEECH: dict[str, Any] = {
 }
 
 
+def _nothing_or_padding_but_itself(rest: str) -> bool:
+    return not rest or ("attention_mask[b, k]" in rest and rest.endswith("or q == k"))
+
+
 def _of_queries(rest: str) -> bool:
     """Nothing, or a condition on the query alone: padded queries see nothing here."""
     return "k" not in re.findall(r"\b[bhqk]\b", rest)
@@ -67,7 +71,22 @@ CASES = [
         "modernbert", {**TEXT, "local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}, {"layers.1.": {"window": (8, 8)}}
     ),
     _encoder("longformer", {**_LONGER, "attention_window": [16, 16]}, {"": {"window": (8, 8)}}, forms=SPELLED_OUT, exported=False),
-    _encoder("big_bird", {**TEXT, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}, sites=10, forms=SPELLED_OUT, open="b"),
-    _encoder("xlnet", {"vocab_size": VOCAB, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}, {"": {"bias": some}}, forms=SPELLED_OUT),
+    # Five attentions a layer: the first two and the last two blocks of queries, and those between. What is hidden has -10000 added, a number
+    # that real scores may come close to, so it stays a bias.
+    _encoder(
+        "big_bird",
+        {**TEXT, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1},
+        {"": {"bias": lambda bias: True, "key_padding": False}},
+        sites=10,
+        forms=SPELLED_OUT,
+        open="b",
+    ),
+    # a padded key is still seen by its own query
+    _encoder(
+        "xlnet",
+        {"vocab_size": VOCAB, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128},
+        {"": {"bias": some, "key_padding": False, "rest": _nothing_or_padding_but_itself}},
+        forms=SPELLED_OUT,
+    ),
     *(Case(name, "speech", auto(name, "AutoModel", **_SPEECH), wave, 2) for name in ("wav2vec2", "hubert")),
 ]

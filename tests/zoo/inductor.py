@@ -1,8 +1,9 @@
 """How many attentions PyTorch Inductor's own matcher fuses in a model.
 
 The counter is Inductor's: its patterns add to ``fuse_attention`` when they replace a match. The whole of Inductor runs up to where it
-would write code, which is left out: the matcher works on the joint graph, before that. Sizes are static and gradients off, where it
-matches most. Its patterns for the CPU include all that it has for other devices.
+would write code, which is left out: the matcher works on the joint graph, before that. Sizes are static, since its patterns ask for a
+scale that is a plain number, and gradients are off. On the CPU all of its patterns are on; some are off for CUDA
+(``torch/_inductor/fx_passes/fuse_attention.py``).
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def render(board: dict[str, Any]) -> str:
         "* **Verified**: each attention, and the model end to end, stays within its error budget against float64. Beside that, the zoo runs",
         "  original and optimized at other batches and lengths, compares both with the original in float64, and expects no second capture.",
         '* **Inductor** is `torch._dynamo.utils.counters["inductor"]["fuse_attention"]` after `torch.compile` of the same model and inputs, without · with',
-        "  padding mask. Sizes are static and gradients off, where its patterns match most. It leaves calls of fused attention as they are, so only",
-        "  spelled-out forms count.",
+        "  padding mask. Sizes are static, since its patterns ask for a scale that is a plain number, gradients are off, and the device is the CPU, where",
+        "  all of its patterns are on. It leaves calls of fused attention as they are, so only spelled-out forms count.",
         "* **Proven to be** is what the spec of each attention says, in the variant with padding mask and open sizes.",
     ]
     for family, members in groupby(board["rows"], key=lambda r: r["family"]):

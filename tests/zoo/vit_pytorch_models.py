@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.case import Case, Facts, Refusal, some
+from zoo.case import LENGTH, Case, Facts, Refusal, some
 from zoo.data import generator
 
 _VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 4, "mlp_dim": 128, "dim_head": 16}
@@ -29,6 +29,10 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"vit_pytorch.{name}")
 
 
+# torch.export keeps a batch of one apart in these.
+SEVERAL = ((3, LENGTH), (5, LENGTH))
+
+
 def _case(
     name: str,
     cls: str,
@@ -39,6 +43,7 @@ def _case(
     size: int = 32,
     refusals: dict[str, Refusal] | None = None,
     forms: tuple[str, ...] = ("eager",),
+    other: tuple[tuple[int, int], ...] = Case.other,
     **options: Any,
 ) -> Case:
     def build(form: str) -> nn.Module:
@@ -49,7 +54,7 @@ def _case(
     def inputs(padded: bool, b: int, s: int) -> dict[str, Any]:
         return {argument: torch.randn(b, 3, size, size, generator=generator(b))}
 
-    return Case(f"vp_{name}", "vit-pytorch", build, inputs, sites, {"": facts or {}}, forms, padded=False, open="b", refusals=refusals or {})
+    return Case(f"vp_{name}", "vit-pytorch", build, inputs, sites, {"": facts or {}}, forms, padded=False, open="b", refusals=refusals or {}, other=other)
 
 
 _PYRAMID: dict[str, Any] = {"dim": (16, 32, 32, 32), "depth": (1, 1, 1, 1), "num_classes": 10}
@@ -58,8 +63,8 @@ _MIXED = Refusal("AO204", "the probabilities of one head are mixed with those of
 _TABLE: Facts = {"bias": some, "dense": lambda loads: loads <= 1}
 CASES = [
     _case("vit", "ViT", 2, **_VIT),
-    _case("simple_vit", "SimpleViT", 2, **_VIT),
-    _case("simple_vit_with_qk_norm", "SimpleViT", 2, **_VIT),
+    _case("simple_vit", "SimpleViT", 2, other=SEVERAL, **_VIT),
+    _case("simple_vit_with_qk_norm", "SimpleViT", 2, other=SEVERAL, **_VIT),
     # its other form does not run: the library lost an import there
     _case("simple_flash_attn_vit", "SimpleViT", 2, forms=("sdpa",), **_VIT),
     # a patch does not see itself, and the temperature is learnt
@@ -68,6 +73,7 @@ CASES = [
         "cross_vit",
         "CrossViT",
         4,
+        other=SEVERAL,
         image_size=48,
         size=48,
         num_classes=10,
@@ -91,7 +97,7 @@ CASES = [
     _case(
         "crossformer",
         "CrossFormer",
-        8,
+        7,  # and a softmax over a single position, which mixes nothing
         _TABLE,
         argument="x",
         size=64,
@@ -136,7 +142,20 @@ CASES = [
     # two of its four softmaxes mix channels, which is no attention over positions
     _case("xcit", "XCiT", 1, image_size=32, patch_size=8, num_classes=10, dim=64, depth=2, cls_depth=1, heads=4, mlp_dim=128, dim_head=16),
     _case(
-        "cait", "CaiT", 2, refusals={"": _MIXED}, image_size=32, patch_size=8, num_classes=10, dim=64, depth=1, cls_depth=1, heads=4, mlp_dim=128, dim_head=16
+        "cait",
+        "CaiT",
+        2,
+        other=SEVERAL,
+        refusals={"": _MIXED},
+        image_size=32,
+        patch_size=8,
+        num_classes=10,
+        dim=64,
+        depth=1,
+        cls_depth=1,
+        heads=4,
+        mlp_dim=128,
+        dim_head=16,
     ),
     _case(
         "deepvit",

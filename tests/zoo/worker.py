@@ -31,6 +31,7 @@ def main(model: str, variants: list[str]) -> None:
     for name in variants:
         print("start", name, file=out)
         torch.manual_seed(0)
+        torch.compiler.reset()  # each variant is the first of its class that is compiled
         torch.set_grad_enabled(True)  # a failed export may have left it off
         try:
             if name.startswith("inductor-"):
