@@ -34,6 +34,6 @@ def left_inside(found: AttentionSite | Rejection, call: fx.Node) -> Rejection:
         return found
     text = (
         f"the attention of {N.said(found.node)} stands in a function that {N.said(call)} runs; "
-        "supported are attentions outside of such functions, and in those of torch.no_grad, of autocast that is switched off and of checkpoint."
+        "supported are attentions outside of such functions, and in those of torch.no_grad, of autocast that is switched off and of a checkpoint without context_fn."
     )
     return Rejection("AO213", text, found.node, found.node)

@@ -27,7 +27,7 @@ def explain_break(site: Site, graph: fx.GraphModule, ended_in_break: bool, began
         missing = "keys"
     else:
         return site
-    text = f"The model breaks into two compiled functions at this attention: the product with the {missing} stands in the other one."
+    text = f"The model breaks into two compiled functions at this attention: the product with the {missing} stands in the other one; supported is an attention in one graph."
     remarks = [Remark("AO209", text, r.site, r.source, node=r.node) if r.code in ("AO201", "AO202", "AO203") else r for r in site.remarks]
     return replace(site, remarks=remarks, why=text)
 

@@ -6,17 +6,23 @@ The passes stand above this package, so they are given as a function.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import fx
 from torch._guards import detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from attnopt.capture.breaks import explain_break
+from attnopt.capture.transforms import odd_operators
+from attnopt.errors import CaptureError
 from attnopt.remarks import Remark
 from attnopt.report import Report
 
@@ -61,7 +67,9 @@ def compile_frame(gm: fx.GraphModule, example_inputs: Sequence[Any], rewrite: Re
         graph = retrace(gm)
     except Exception as error:  # noqa: BLE001 - an operator that cannot be traced; said in the report
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        remark = Remark("AO306", f"A function of {len(gm.graph.nodes)} operations was left as it is: {type(error).__name__}: {first}")
+        odd, line = odd_operators(gm)
+        text = f"A function of {len(gm.graph.nodes)} operations{f' with {odd}' if odd else ''} was left as it is: {type(error).__name__}: {first.rstrip('.')}; supported are ATen operators."
+        remark = Remark("AO306", text, source=line)
         log.warning("%s", remark)
         frames.reports.append(Report(remarks=[remark]))
         result = gm
@@ -81,14 +89,41 @@ def compile_frame(gm: fx.GraphModule, example_inputs: Sequence[Any], rewrite: Re
 
 
 def retrace(gm: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo's graph of torch functions as training IR: ATen before dispatch, with shapes and module paths in the metadata."""
+    """Dynamo's graph of torch functions as training IR: ATen before dispatch, with shapes and module paths in the metadata.
+
+    Bodies of activation checkpoints are inlined; their nodes say in ``meta["recompute"]``, as torch.compile's own do, that the backward computes them again.
+    """
     placeholders = gm.graph.find_nodes(op="placeholder")
     fakes = [n.meta["example_value"] for n in placeholders]
     # The tracing context of the outer compilation would take our trace for its own, and it names another fake mode.
     with tracing(None), detect_fake_mode(fakes) or contextlib.nullcontext(), fx_traceback.preserve_node_meta():
-        traced: fx.GraphModule = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        traced: fx.GraphModule = make_fx(_Inliner(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    # An operator that the tracer does not see leaves its result behind as a constant, and that is no value but a fake one.
+    if any(isinstance(getattr(traced, str(n.target), None), FakeTensor) for n in traced.graph.find_nodes(op="get_attr")):
+        raise CaptureError("the tracer does not record the result of an operator")
     for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
         new.target = old.target
         new._rename(old.name)
     traced.recompile()
     return traced
+
+
+class _Inliner(fx.Interpreter):
+    """Runs the bodies of regions that compute what their bodies do in place, so that they become part of the graph."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = target.name() if isinstance(target, torch._ops.HigherOrderOperator) else ""
+        if name not in INLINED or not isinstance(args[0], fx.GraphModule) or "_checkpoint_context_fn" in args[0].meta:
+            return super().call_function(target, args, kwargs)
+        body, *operands = args
+        if name == CHECKPOINT:
+            region = next(_regions)
+            for node in body.graph.nodes:
+                node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region}
+        return type(self)(body).run(*operands)
+
+
+CHECKPOINT = "tag_activation_checkpoint"
+INLINED = frozenset({CHECKPOINT, "wrap"})
+_regions = itertools.count(1_000_000)
+"""Numbers of checkpointed regions, beside those that torch gives to its own."""

@@ -30,6 +30,7 @@ from attnopt.capture.relations import relations, tie_lengths
 from attnopt.capture.run import tensors_from
 from attnopt.capture.shapes import Plan, batch_of_one, name_every_argument, plans, shapes_by_argument
 from attnopt.capture.specialised import conditions_remarks, fixed_remark, specialised_remarks
+from attnopt.capture.transforms import without_transforms
 from attnopt.errors import CaptureError
 
 DynamicShapes = Literal["auto", "static"] | dict[str, Any] | tuple[Any, ...] | None
@@ -234,7 +235,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: dict[str, Any]
             made = [(m, n) for m, (_, buffers) in before.items() for n, b in m._buffers.items() if b is not None and buffers.get(n) is None]
             if made:  # torch.export would write what the new buffer holds into an input
                 raise CaptureError(f"{type(made[0][0]).__name__} makes its buffer {made[0][1]!r} while it runs; torch.export takes buffers that are there before.")
-            return program
+            return without_transforms(program)
         finally:
             # An exception inside a no_grad region of the model would leave gradients off for the whole process.
             torch.set_grad_enabled(True)

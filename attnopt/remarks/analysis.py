@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from attnopt.remarks.page import Page, script
 
-_CHECKPOINT = "import torch\nfrom torch import nn\nfrom torch.utils.checkpoint import checkpoint\n\nimport attnopt\n\n\n"
-
 ANALYSIS: dict[str, Page] = {
     "AO301": Page(
         title="a dimension was specialised",
@@ -90,23 +88,21 @@ ANALYSIS: dict[str, Page] = {
     "AO306": Page(
         title="a compiled function was left as it is",
         text="torch.compile handed over a function that cannot be traced to the form that the analysis reads; it runs as torch.compile made it, and no attention in it is seen.",
-        cause="The function holds a construct that runs only inside of torch.compile, such as activation checkpointing.",
-        hint="Let the model be exported (capture='auto', with example inputs), or leave the construct out.",
-        example=script(
-            """
-            class Attention(nn.Module):
-                def attend(self, q, k, v):
-                    return (q @ k.mT * 0.25).softmax(-1) @ v
+        cause="The function holds an operator that is no function of tensors alone, such as a transform of torch.func, whose tensors have a hidden axis.",
+        hint="Write a map over a batch as operations on the whole batch.",
+        example=script("""
+            def attend(q, k, v):
+                return (q @ k.mT * 0.25).softmax(-1) @ v
 
+
+            class Attention(nn.Module):
                 def forward(self, q, k, v):
-                    return checkpoint(self.attend, q, k, v, use_reentrant=False)
+                    return torch.func.vmap(attend)(q, k, v)  # <- here
 
 
             q, k, v = torch.randn(3, 2, 9, 16)
             config = attnopt.OptimizeConfig(capture="dynamo")
             report = attnopt.optimize(Attention(), (q, k, v), config=config).attnopt_report
-            """,
-            _CHECKPOINT,
-        ),
+        """),
     ),
 }

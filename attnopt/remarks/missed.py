@@ -222,4 +222,24 @@ MISSED: dict[str, Page] = {
             report = attnopt.optimize(TalkingHeads(), (q, k, v)).attnopt_report
         """),
     ),
+    "AO213": Page(
+        title="the attention stands in a function that an operator runs",
+        text="The attention is complete, in the function of a conditional, a loop, a scan or a selective checkpoint. It was found there, and stays as it was.",
+        cause="Such a function is a graph of its own, which the operator runs when and as often as the values say; its sizes and tensors are not those of the main graph, "
+        "so nothing is proven of them there.",
+        supported="attentions outside of such functions, and in those of torch.no_grad, of an autocast that is switched off and of torch.utils.checkpoint without context_fn.",
+        hint="Compute the attention before the conditional and choose by torch.where, write a loop of a fixed number of steps as a Python loop, or optimize the function as a module of its own.",
+        example=script("""
+            class Either(nn.Module):
+                def forward(self, q, k, v):
+                    def attend(q, k, v):
+                        return (q @ k.mT * 0.25).softmax(-1) @ v
+
+                    return torch.cond(q.sum() > 0, attend, lambda q, k, v: v * 2, (q, k, v))  # <- here
+
+
+            q, k, v = torch.randn(2, 9, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+            report = attnopt.optimize(Either(), (q, k, v)).attnopt_report
+        """),
+    ),
 }

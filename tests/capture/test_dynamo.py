@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import torch
 from tiny_models import Attention, hf_inputs, hf_model, ids, tiny_gpt
 from torch import Tensor, fx, nn
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import attnopt
 from attnopt.capture.dynamo import Frames, compile_frame, retrace
@@ -205,3 +209,110 @@ def test_the_retraced_graph_is_training_ir_with_names_and_paths() -> None:
     assert tuple(softmax.meta["val"].shape) == (2, 4, 12, 12)
     assert "tiny_models.py" in softmax.meta["stack_trace"]
     assert any("attention" in str(path) for path, *_ in softmax.meta["nn_module_stack"].values())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.attention, x, use_reentrant=False)
+        return y * 2
+
+
+@pytest.mark.parametrize("options", [EAGER, {}], ids=["eager", "inductor"])
+def test_an_attention_in_an_activation_checkpoint(options: dict[str, Any]) -> None:
+    model, twin, x = Checkpointed(), Checkpointed(), torch.randn(2, 9, 32)
+    result = compiled(model, options)(x)
+    close(result, twin(x))
+    result.square().mean().backward()
+    twin(x).square().mean().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        close(a.grad, b.grad)
+    report = attnopt.compile_report()
+    assert [(s.name, s.status) for s in report.sites] == [("attention", "replaced")]
+    assert [r.code for r in report.remarks] == ["AO304"]
+
+
+def test_the_backward_still_computes_a_checkpoint_again() -> None:
+    seen: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        seen.append(retrace(gm))
+        return gm
+
+    torch.compile(Checkpointed(), backend=backend)(torch.randn(2, 9, 32))
+    inside = {n for n in seen[0].graph.nodes if "recompute" in n.meta}
+    (softmax,) = (n for n in seen[0].graph.nodes if n.target is torch.ops.aten.softmax.int)
+    (last,) = (n for n in seen[0].graph.nodes if n.target is torch.ops.aten.mul.Tensor and not n.users.keys() <= inside)
+    assert softmax in inside and last not in inside
+    assert len({n.meta["ac_graph_id"] for n in inside}) == 1
+
+
+def test_a_selective_checkpoint_is_left_and_said() -> None:
+    class Selective(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+            y: Tensor = checkpoint(self.attention, x, use_reentrant=False, context_fn=kept)
+            return y
+
+    model, x = Selective(), torch.randn(2, 9, 32)
+    close(compiled(model)(x), model(x))
+    (site,) = attnopt.compile_report().sites
+    assert [r.code for r in site.remarks] == ["AO213"] and "in a function that tag_activation_checkpoint runs" in site.why
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+@pytest.mark.parametrize(
+    ("operator", "run"),
+    [
+        ("cond", lambda q, k, v: torch.cond(q.sum() > 0, attend, lambda q, k, v: v * 2, (q, k, v))),
+        ("while_loop", lambda q, k, v: while_loop(lambda i, q: i < 3, lambda i, q: (i + 1, attend(q, k, v)), (q.new_zeros((), dtype=torch.int64), q))[1]),
+        ("scan", lambda q, k, v: scan(lambda c, x: (attend(c, k, v), x * 2), q, torch.stack([q, k]))[0]),
+    ],
+    ids=["cond", "while_loop", "scan"],
+)
+def test_an_attention_in_a_function_that_an_operator_runs_is_said(operator: str, run: Any, capture: str) -> None:
+    class Runs(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y: Tensor = run(q, k, v)
+            return y
+
+    config = attnopt.OptimizeConfig(capture=capture)  # type: ignore[arg-type]
+    report = attnopt.inspect(Runs(), tuple(torch.randn(2, 9, 16) for _ in range(3)), config=config)
+    assert {(s.status, *(r.code for r in s.remarks)) for s in report.sites} == {("missed", "AO213")}
+    assert len(report.sites) == len(report.attentions) == 1
+    assert all(f"in a function that {operator} runs" in s.why and s.source.startswith(f"{__file__}:") for s in report.sites)
+
+
+def test_what_is_no_attention_is_none_in_a_function_either() -> None:
+    class Router(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.cond(x.sum() > 0, lambda x: x.softmax(-1), lambda x: x * 2, (x,))
+            return y
+
+    report = attnopt.inspect(Router(), torch.randn(2, 9))
+    assert [s.remarks[0].code for s in report.sites] == ["AO201"] and not report.attentions
+
+
+class Mapped(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y: Tensor = torch.func.vmap(attend)(q, k, v)
+        return y
+
+
+def test_a_map_over_a_batch_is_left_and_said() -> None:
+    """Its tensors have a hidden axis: they must not be read as those that the nodes show."""
+    operands = tuple(torch.randn(2, 9, 16) for _ in range(3))
+    fast: Any = attnopt.optimize(Mapped(), operands)
+    close(fast(*operands), Mapped()(*operands))
+    by_code = {r.code: r for r in fast.attnopt_report.remarks}
+    assert set(by_code) == {"AO302", "AO306"}
+    assert "_add_batch_dim" in by_code["AO306"].message and by_code["AO306"].source.startswith(f"{__file__}:")
