@@ -30,7 +30,7 @@ def own_line(frames: Sequence[Frame]) -> str:
     The model's own code is that of the innermost ``forward`` and of every file that is not installed. A helper of another
     library (one that reshapes, say) is passed over for the line that calls it, and so is PyTorch, unless all is PyTorch's.
     """
-    frames = [f for f in frames if not f.file.startswith("<")]  # code that has no file, as that of a graph
+    frames = [f for f in frames if not f.file.startswith("<eval_with_key>")]  # the code of a graph
     outside = [f for f in frames if "/torch/" not in f.file] or frames
     if not outside:
         return ""
