@@ -88,7 +88,7 @@ def _gives_up(last: ast.stmt) -> bool:
     if not isinstance(last, ast.Return):
         return False
     value = last.value
-    if value is None or (isinstance(value, ast.Constant) and value.value in (None, False)):
+    if value is None or (isinstance(value, ast.Constant) and (value.value is None or value.value is False)):
         return True
     if isinstance(value, ast.Tuple):
         return all(isinstance(x, ast.Constant) and x.value is None for x in value.elts)

@@ -48,8 +48,8 @@ def test_ids_at_other_places_are_no_documents() -> None:
     assert not seen(E.eq(ids(q), ids(E.add(k, E.ONE)))).document
 
 
-def test_the_same_id_twice_along_the_key_is_no_document() -> None:
-    assert not seen(E.eq(E.load(0, (b, k), "float"), E.load(0, (b, k), "float"))).document
+def test_the_same_id_twice_along_the_query_is_no_document() -> None:
+    assert not seen(E.eq(E.load(0, (b, q), "float"), E.load(0, (b, q), "float"))).document
 
 
 def test_an_order_of_ids_is_no_document() -> None:
@@ -245,6 +245,7 @@ def test_positions_that_a_tensor_gives() -> None:
 
 
 def test_equal_positions_are_no_order() -> None:
+    assert not seen(E.eq(ids(q), E.add(ids(k), E.ONE))).by_position
     assert not seen(E.eq(ids(q), ids(k))).by_position
 
 
@@ -268,3 +269,14 @@ def test_positions_at_other_places_are_not_compared() -> None:
 
 def test_a_position_twice_is_no_position() -> None:
     assert not seen(E.le(E.mul(E.const(2), ids(k)), ids(q))).by_position
+
+
+def test_an_agreement_is_no_choice() -> None:
+    """Two conditions that are both true or both false: with ``or`` in its place these would be a prefix and global tokens."""
+    assert not seen(E.eq(E.le(k, q), padding())).prefix
+    assert not seen(E.eq(band(), E.lt(k, E.ONE))).global_tokens
+
+
+def test_a_square_may_fall_where_its_slope_does_not() -> None:
+    i = E.var("i", 10)
+    assert not nonnegative(E.sub(i, E.mul(i, i)))

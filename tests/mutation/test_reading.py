@@ -92,6 +92,20 @@ def test_places_where_a_tensor_is_true() -> None:
 
 def test_a_join_of_tensors_with_an_empty_one() -> None:
     biased(lambda b: torch.cat([torch.zeros(0), b], -1), tensor(5))
+    biased(lambda b: torch.cat([torch.zeros(0), b], -1), tensor(5, 5))
+
+
+def test_a_gather_counted_from_the_end() -> None:
+    site = only(lambda m, q, k, v, b: (q @ k.mT + b[m.at]).softmax(-1) @ v, Q, K, V, tensor(6, 5), at=torch.tensor([-1, 2, -3, 0, 5]))
+    assert site.status == "replaced"
+
+
+def test_an_einsum_of_one_that_sums() -> None:
+    biased(lambda b: torch.einsum("qkd->qk", b), tensor(5, 5, 3))
+
+
+def test_an_einsum_of_one_that_takes_the_diagonal() -> None:
+    biased(lambda b: torch.einsum("qqk->qk", b), tensor(5, 5, 5))
 
 
 def test_a_division_that_truncates() -> None:

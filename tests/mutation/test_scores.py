@@ -135,6 +135,7 @@ def test_a_distance_is_a_position_below_the_diagonal_only() -> None:
     assert causal_alibi(distance, E.le(k, q))
     assert not causal_alibi(distance, E.TRUE)
     assert not causal_alibi(distance, E.le(k, E.add(q, E.sub(D.Skv, D.Sq))))
+    assert not causal_alibi(E.absolute(E.add(q, E.sub(D.Skv, D.Sq), E.neg(k))), E.TRUE)
 
 
 def test_another_distance_is_no_position() -> None:

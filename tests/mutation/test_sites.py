@@ -271,6 +271,22 @@ def test_a_number_that_is_no_exponential_is_no_sink() -> None:
     assert "replaced" not in with_sink(lambda z, peak: z.square(), tensor(1, 2, 1, 1))
 
 
+def test_a_number_that_is_no_exponential_is_no_sink_without_a_peak() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        return (e / (e.sum(-1, keepdim=True) + z.square())) @ v
+
+    assert "replaced" not in [s.status for s in sites(f, Q, K, V, tensor(1, 2, 1, 1))]
+
+
+def test_a_quotient_that_is_larger_than_the_product() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        return (e @ v) / e.sum(-1, keepdim=True)[None].expand(3, -1, -1, -1, -1)
+
+    sites(f, Q, K, V)
+
+
 def test_a_sink_that_varies_along_the_keys_is_none() -> None:
     def f(q: Tensor, k: Tensor, v: Tensor, z: Tensor) -> Tensor:
         e = (q @ k.mT).exp()
@@ -305,3 +321,24 @@ def test_of_two_products_the_plainer_one_is_the_score() -> None:
 
     site = only(f, Q, K, V)
     assert site.spec is not None and len(site.spec.loads) >= 1
+
+
+def test_heads_mixed_after_the_softmax_are_said_to_be_mixed() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return torch.einsum("bhqk,hg->bgqk", (q @ k.mT).softmax(-1), m) @ v
+
+    refused("AO204", f, Q, K, V, tensor(2, 2), saying="mixed by")
+
+
+def test_a_quotient_of_another_shape_says_what_is_missing() -> None:
+    """The product is repeated by the division: the sum has an axis more."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        return (e @ v) / torch.stack([e.sum(-1, keepdim=True)] * 3)
+
+    refused("AO204", f, Q, K, V, saying="never divided")
+
+
+def test_a_softmax_over_a_single_key_is_refused() -> None:
+    refused("AO202", lambda q, k, v: (q @ k.mT).softmax(-1) @ v, Q, K[:, :, :1], V[:, :, :1], saying="size one")

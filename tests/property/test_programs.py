@@ -71,6 +71,7 @@ def optimized(program: Program) -> None:
         raise Wrong("verification", "NaN in other places than the original's")
 
 
+@pytest.mark.timeout(900)  # about a minute of one core
 def test_a_hundred_programs() -> None:
     tally: Counter[str] = Counter()
     failures = run(BATCH, 0, tally)
