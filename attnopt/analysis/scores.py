@@ -72,7 +72,7 @@ def _product_above(logits: Expr, key: Expr) -> fx.Node | None:
     what a tensor was filled with, slice by slice, may have any shape.
     """
     for x in sorted((x for x in logits.leaves if x.op == "load" and key in x.variables), key=lambda e: e.key):
-        stack, seen = [(n, False) for n in (x.value, *of_tuple(x.value).all_input_nodes)], set[fx.Node]()
+        stack, seen = [(n, False) for n in (x.value, *(of_tuple(x.value).all_input_nodes if of_tuple(x.value) is not x.value else ()))], set[fx.Node]()
         while stack and len(seen) < _NEAR:
             node, anywhere = stack.pop()
             if node in seen or not N.is_tensor(node) or N.op_name(node) in _PROJECTIONS:

@@ -37,7 +37,9 @@ def relations(names: Sequence[str], sizes: SymbolicSizes) -> list[Relation]:
             if expr.free_symbols and sizes.home.get(expr) != (i, d) and not expr.free_symbols <= batches:
                 out.append(Relation(f"{names[i]}.shape[{d}] == {expr.xreplace(said)}", frozenset(map(str, expr.free_symbols))))
     for c in sizes.conditions:
-        if isinstance(c, sympy.Eq) and len(c.free_symbols) > 1:
+        # Strides are compared as least and greatest of products; that says nothing about sizes.
+        plain = not any(type(x).__name__ in ("Min", "Max") for x in sympy.preorder_traversal(c))
+        if isinstance(c, sympy.Eq) and len(c.free_symbols) > 1 and plain:
             left, right = c.xreplace(said).args
             out.append(Relation(f"{left} == {right}", frozenset(map(str, c.free_symbols))))
     return list(dict.fromkeys(out))
@@ -63,14 +65,33 @@ def tie_lengths(values: Sequence[Any]) -> None:
             if is_symbolic(size) and isinstance(expr_of(size), sympy.Symbol):
                 hints[expr_of(size)] = hint_of(size)
                 env = size.node.shape_env
-    for guard in list(env.guards) if env is not None else ():
-        assert env is not None
+    if env is None:
+        return
+    conditions = [env.simplify(g.expr.xreplace(env.replacements)) for g in env.guards]
+    for symbol, total in _pinched(conditions):
+        if total.free_symbols | {symbol} <= set(hints):
+            env._set_replacement(symbol, total, "bounded by the same sum on both sides")
+    for guard in list(env.guards):
         expr = env.simplify(guard.expr.xreplace(env.replacements))
         if not isinstance(expr, sympy.Eq) or not expr.free_symbols <= set(hints):
             continue
         left, right = (list(sympy.Add.make_args(side)) for side in expr.args)
         for a, b in _pairs(left, right, hints) or ():
             env._set_replacement(b, a, "the same parts")
+
+
+def _pinched(conditions: Sequence[sympy.Basic]) -> list[tuple[sympy.Symbol, sympy.Expr]]:
+    """Symbols that are at most and at least the same sum of others, with that sum: an equality that is met as two bounds."""
+    at_most_zero = {sympy.expand(c.lts - c.gts) for c in conditions if isinstance(c, (sympy.Le, sympy.Ge))}
+    out: list[tuple[sympy.Symbol, sympy.Expr]] = []
+    for e in at_most_zero:
+        if sympy.expand(-e) not in at_most_zero:
+            continue
+        for symbol in e.free_symbols:
+            rest = sympy.expand(symbol - e)
+            if e.coeff(symbol) == 1 and symbol not in rest.free_symbols and all(c > 0 for c in rest.as_coefficients_dict().values()):
+                out.append((symbol, rest))
+    return out
 
 
 def _pairs(left: list[Any], right: list[Any], hints: dict[sympy.Symbol, int]) -> list[tuple[sympy.Symbol, sympy.Symbol]] | None:

@@ -75,6 +75,8 @@ def interval(x: Expr, depth: int = _DEPTH) -> tuple[Expr | None, Expr | None] | 
         if low is None or high is None:
             return ZERO, None
         return ZERO, A.add(A.absolute(low), A.absolute(high))
+    if x.op in ("max", "min") and (any if x.op == "max" else all)(_nonnegative(a, depth) for a in x.args):
+        return ZERO, None
     if x.op == "where" and x.args[1].is_const and x.args[2].is_const:
         values = [a.value for a in x.args[1:]]
         return const(min(values)), const(max(values))

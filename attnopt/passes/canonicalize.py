@@ -1,7 +1,7 @@
 """The captured graph in a plainer form, node for node the same function.
 
 Guards and metadata assertions go (the module that runs the graph checks its inputs itself), regions that only switch
-gradients off are inlined, in-place operators on fresh values become functional, writes that nothing reads go, what is filled slice by slice becomes a
+gradients off are inlined, slices of whole axes go, in-place operators on fresh values become functional, writes that nothing reads go, what is filled slice by slice becomes a
 concatenation, ``view`` becomes ``reshape`` (a rewrite may change strides), and sizes are read from the inputs, so that no size keeps an intermediate value alive.
 """
 
@@ -32,6 +32,7 @@ class Canonicalize:
     def run(self, module: fx.GraphModule) -> PassResult:
         changed = _inline_regions(module)
         changed |= _drop_guards(module)
+        changed |= _whole_slices(module.graph)
         changed |= _functional(module.graph)
         changed |= _drop_unread(module.graph)
         changed |= filled(module.graph)
@@ -48,6 +49,20 @@ def _drop_guards(module: fx.GraphModule) -> bool:
     if hasattr(module, "_guards_fn"):
         delattr(module, "_guards_fn")
     return bool(gone)
+
+
+def _whole_slices(graph: fx.Graph) -> bool:
+    """A slice of the whole axis is the tensor itself (``x[:, :, a:b]`` is traced as three slices)."""
+    whole = [n for n in graph.nodes if N.op_name(n) == "aten::slice" and N.is_tensor(n.args[0]) and _takes_all(n)]
+    for n in whole:
+        n.replace_all_uses_with(n.args[0])
+        graph.erase_node(n)
+    return bool(whole)
+
+
+def _takes_all(node: fx.Node) -> bool:
+    args = N.arguments(node)
+    return args["start"] in (None, 0) and args["step"] == 1 and N.shape(node) == N.shape(args["self"])
 
 
 def _inline_regions(module: fx.GraphModule) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 
 import attnopt
+from attnopt.capture.relations import _pinched
 
 
 class Cached(nn.Module):
@@ -94,3 +96,10 @@ def test_a_length_that_the_example_ties_by_chance_is_not_tied(past: int) -> None
     optimized = attnopt.optimize(Cached(), _inputs(5, 6))
     assert _agrees(optimized, Cached(), _inputs(3, 4 + past, queries=2))
     assert _sizes(optimized) == 0
+
+
+def test_two_bounds_by_one_sum_are_an_equality() -> None:
+    new, past, mask, other = sympy.symbols("new past mask other", integer=True, positive=True)
+    assert _pinched([sympy.Le(mask, new + past), sympy.Ge(mask, new + past)]) == [(mask, new + past)]
+    assert _pinched([sympy.Le(mask, new + past), sympy.Ge(mask, new + other)]) == []
+    assert _pinched([sympy.Lt(mask, new + past), sympy.Ge(mask, new + past)]) == []
