@@ -72,12 +72,12 @@ class SiteChecker:
         return check
 
     def gradients(self, name: str, values: Mapping[Node, Any]) -> Check:
-        """Gradients of every floating leaf for a random cotangent.
+        """Gradients of every floating leaf that is no constant, for a random cotangent.
 
         The cotangent is zero on rows that do not depend on the queries while autograd reports a gradient to them: adding
         ``finfo.min`` to every score of a row loses the scores, so the function is constant there, but the derivative of the sum is still 1.
         """
-        wanted = [n for n in self.site.leaves if _is_float(values[n])]
+        wanted = [n for n in self.site.leaves if _is_float(values[n]) and not self._is_constant(n)]
         dtype = computing_dtype([values[n] for n in wanted])
         site = self.site
         try:
@@ -91,6 +91,15 @@ class SiteChecker:
         except Exception as error:  # noqa: BLE001 - whatever a kernel's backward raises is the finding
             return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {_line(error)}")
         return judge(name, optimized, original, truth, dtype, gradient=True)
+
+    def _is_constant(self, node: Node) -> bool:
+        """Whether ``node`` is made of buffers and constants only: nothing has a gradient there, and a formula may stand for their values."""
+        if node.op == "get_attr":
+            owner: Any = self.root if self.root is not None else self.reference
+            for part in str(node.target).split("."):
+                owner = getattr(owner, part, None)
+            return isinstance(owner, Tensor) and not owner.requires_grad
+        return node.op == "call_function" and all(self._is_constant(n) for n in node.all_input_nodes)
 
     # ---- how
 

@@ -62,3 +62,25 @@ def test_the_same_values_need_no_new_capture() -> None:
     module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()})
     assert_as_written(module)
     assert len(module.attnopt_variants) == 1
+
+
+class Slopes(nn.Module):
+    """A registered table of ALiBi, of which the formula reads one element per head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        i = torch.arange(32)
+        self.register_buffer("bias", 2.0 ** -torch.arange(1.0, 5.0)[:, None, None] * (i[None] - i[:, None]))
+        self.q = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        q = self.q(x).view(b, s, 4, 4).transpose(1, 2)
+        return ((q @ q.mT * 0.5 + self.bias[:, :s, :s]).softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+
+def test_a_table_that_became_a_formula_has_no_gradient_to_compare() -> None:
+    optimized = attnopt.optimize(Slopes(), torch.randn(2, 9, 16))
+    (site,) = optimized.attnopt_report.sites
+    assert (site.status, site.spec.alibi) == ("replaced", True), site.why
+    assert optimized.attnopt_report.verdict.passed
