@@ -21,7 +21,7 @@ from mutation.guards import ROOT, Guard, all_guards
 from mutation.registry import NO_GUARDS, TESTS
 from mutation.runner import run
 
-WHERE = ("tests/mutation/test_masks.py", "tests/mutation/test_scores.py", "tests/mutation/test_reading.py", "tests/mutation/test_sites.py", "tests/mutation/test_operands.py")
+WHERE = ("tests/mutation/test_masks.py", "tests/mutation/test_scores.py", "tests/mutation/test_reading.py", "tests/mutation/test_sites.py", "tests/mutation/test_operands.py", "tests/mutation/test_rotations.py")
 WHERE = tuple(os.environ["ATTNOPT_TESTS"].split()) if "ATTNOPT_TESTS" in os.environ else WHERE
 CANDIDATES = 150
 

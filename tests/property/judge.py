@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from attnopt.config import OptimizeConfig
+from attnopt.errors import AttnoptError
 from attnopt.passes.pipeline import PipelineResult, run_pipeline
 from property.emit import Sizes
 from property.expressions import evaluate
@@ -24,7 +25,7 @@ from property.steps import Clamp, Given, HeadScale, Hide, NoNan, Softcap, Temper
 
 
 class Wrong(AssertionError):
-    """``kind``: export, refused, judge, output, axes, score, mask, claim."""
+    """``kind``: crash, refused, judge, output, axes, score, mask, claim."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")
@@ -61,7 +62,10 @@ def lifted(program: Program, module: nn.Module, inputs: tuple[Tensor, ...]) -> P
     shapes = tuple({i: Dim.AUTO for i, a in enumerate(x.axes) if isinstance(a, str)} for x in program.inputs().values()) if program.dynamic else None
     with torch.no_grad():
         exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
-    return run_pipeline(exported.module(check_guards=False), OptimizeConfig(backend="reference"))
+    try:
+        return run_pipeline(exported.module(check_guards=False), OptimizeConfig(backend="reference"))
+    except AttnoptError as error:
+        raise Wrong("crash", str(error)) from error
 
 
 def _fits(program: Program, gm: fx.GraphModule, sizes: Sizes) -> bool:
@@ -270,6 +274,10 @@ class _Claims:
         if s.traits.chunk is not None:
             n = s.traits.chunk
             named = named & self._parts("chunks", [(q + c) // n == k // n for c in (0, T - S)])
+        if s.traits.global_tokens:
+            named = named & self._parts("global tokens", [p.truth(world) for p in parts if is_local_and_global(p)])
+        if s.traits.blocks is not None:
+            self.fail("claim", "a table of blocks is claimed, and the program has none")
         if s.traits.prefix:
             # The smallest set of keys that all queries may see beside their own past: the claim is that there is one.
             past = [k <= q + c for c in (0, T - S)]
@@ -278,10 +286,6 @@ class _Claims:
             if not any(((named & x & rest) == self.seen).all() for x in hulls) and self.exact:
                 self.fail("claim", "a prefix is claimed, and what is seen beside the past depends on the query")
             named = named & self.seen
-        if s.traits.global_tokens:
-            named = named & self._parts("global tokens", [p.truth(world) for p in parts if is_local_and_global(p)])
-        if s.traits.blocks is not None:
-            self.fail("claim", "a table of blocks is claimed, and the program has none")
         named = named & self.value(s.traits.mask_rest).astype(bool)
         if self.exact and (named != self.seen).any():
             self.fail("claim", f"what is named ({s}) is not what is visible, first {self._first(named != self.seen)}")
