@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from zoo.case import Case, Facts, some
+from zoo.case import Case, Facts, Refusal, some
 from zoo.data import VOCAB, encoder_text, wave
 from zoo.hugging import TEXT, auto
 
@@ -70,7 +70,14 @@ CASES = [
     _encoder(
         "modernbert", {**TEXT, "local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}, {"layers.1.": {"window": (8, 8)}}
     ),
-    _encoder("longformer", {**_LONGER, "attention_window": [16, 16]}, {"": {"window": (8, 8)}}, forms=SPELLED_OUT, exported=False),
+    _encoder(
+        "longformer",
+        {**_LONGER, "attention_window": [16, 16]},
+        {},
+        forms=SPELLED_OUT,
+        exported=False,
+        refusals={"": Refusal("AO212", "overlapping chunks of queries and keys are multiplied, and the products sheared into a band of scores")},
+    ),
     # Five attentions a layer: the first two and the last two blocks of queries, and those between. What is hidden has -10000 added, a number
     # that real scores may come close to, so it stays a bias.
     _encoder(
@@ -80,6 +87,7 @@ CASES = [
         sites=10,
         forms=SPELLED_OUT,
         open="b",
+        other=((3, 64),),  # a batch of one is captured on its own
     ),
     # a padded key is still seen by its own query
     _encoder(
