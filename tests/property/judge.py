@@ -32,6 +32,10 @@ class Wrong(AssertionError):
         self.kind = kind
 
 
+class NotCaptured(Exception):
+    """torch.export itself does not take a program with open sizes, so there is no graph to judge."""
+
+
 @dataclass
 class Checked:
     """What was seen of one program: the spec, and at how many sizes."""
@@ -60,8 +64,13 @@ def check(program: Program) -> Checked:
 
 def lifted(program: Program, module: nn.Module, inputs: tuple[Tensor, ...]) -> PipelineResult:
     shapes = tuple({i: Dim.AUTO for i, a in enumerate(x.axes) if isinstance(a, str)} for x in program.inputs().values()) if program.dynamic else None
-    with torch.no_grad():
-        exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    except RuntimeError as error:
+        if shapes is None:
+            raise
+        raise NotCaptured(str(error)) from error
     try:
         return run_pipeline(exported.module(check_guards=False), OptimizeConfig(backend="reference"))
     except AttnoptError as error:
