@@ -1,4 +1,4 @@
-"""Score and mask programs as Triton source.
+"""Score and mask programs as source in one of Triton's dialects.
 
 Each node of an expression becomes one assignment. What does not depend on the key stands before the loop over keys. Shapes are
 minimal, as in ``evaluate``: scalars for what depends on batch and head, [BLOCK_M, 1] on the query, [1, BLOCK_N] on the key.
@@ -16,49 +16,70 @@ from attnopt.ir.bounds import nonnegative
 from attnopt.ir.expr import Expr
 from attnopt.kernels.materialise import FOREIGN, QUERIES
 
-_CALLS = {
-    "exp": "tl.exp",
-    "log": "tl.log",
-    "sqrt": "tl.sqrt",
-    "rsqrt": "tl.rsqrt",
-    "sigmoid": "tl.sigmoid",
-    "sin": "tl.sin",
-    "cos": "tl.cos",
-    "floor": "tl.floor",
-    "ceil": "tl.ceil",
-    "erf": "tl.erf",
-}
-_HELPERS = {"tanh": "tanh", "round": "round_half_even"}
+_CALLS = ("exp", "log", "sqrt", "rsqrt", "sin", "cos", "floor", "ceil", "erf")
+_HELPERS = {"tanh": "tanh", "sigmoid": "sigmoid", "round": "round_half_even"}
 
-HELPERS = """
-@triton.jit
+_HELPER_SOURCE = """
+@{jit}
 def tanh(x):
-    # A series where 1 - exp(-2x) would lose digits; no device library, so that it runs under the interpreter too.
+    {tanh}
+
+
+@{jit}
+def sigmoid(x):
+    return 1.0 / (1.0 + {ns}.exp(-x))
+
+
+@{jit}
+def round_half_even(x):
+    low = {ns}.floor(x)
+    odd = low - 2.0 * {ns}.floor(low * 0.5)
+    up = (x - low > 0.5) | ((x - low == 0.5) & (odd == 1.0))
+    return {ns}.where(up, low + 1.0, low)
+
+
+@{jit}
+def floor_div(x, d):
+    return x // d - ((x % d != 0) & ((x < 0) != (d < 0))).to({ns}.int32)
+
+
+@{jit}
+def floor_mod(x, d):
+    r = x % d
+    return {ns}.where((r != 0) & ((r < 0) != (d < 0)), r + d, r)
+"""
+
+_TANH_SERIES = """# A series where 1 - exp(-2x) would lose digits; no device library, so that it runs under the interpreter too.
     x2 = x * x
     near = x * (1.0 + x2 * (-0.3333333333333333 + x2 * (0.13333333333333333 + x2 * (-0.05396825396825397 + x2 * 0.021869488536155203))))
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0.0, -far, far))
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0.0, -far, far))"""
+
+_TANH_UNIT = """# The hardware's own, with a relative error of 2^-11: less than the rounding of the scores' operands to half precision.
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)"""
 
 
-@triton.jit
-def round_half_even(x):
-    low = tl.floor(x)
-    odd = low - 2.0 * tl.floor(low * 0.5)
-    up = (x - low > 0.5) | ((x - low == 0.5) & (odd == 1.0))
-    return tl.where(up, low + 1.0, low)
+@dataclass(frozen=True)
+class Dialect:
+    """How one of Triton's languages spells what a program needs."""
+
+    ns: str
+    """The name under which its functions are imported."""
+    jit: str
+    scalar: str
+    """A number as something that functions take, with its value and its dtype."""
+    tanh: str
+
+    @property
+    def helpers(self) -> str:
+        """Functions that the emitted lines call."""
+        return _HELPER_SOURCE.format(ns=self.ns, jit=self.jit, tanh=self.tanh)
 
 
-@triton.jit
-def floor_div(x, d):
-    return x // d - ((x % d != 0) & ((x < 0) != (d < 0))).to(tl.int32)
-
-
-@triton.jit
-def floor_mod(x, d):
-    r = x % d
-    return tl.where((r != 0) & ((r < 0) != (d < 0)), r + d, r)
-"""
+TRITON = Dialect("tl", "triton.jit", "tl.full((), {value}, tl.{dtype})", _TANH_SERIES)
+GLUON = Dialect("gl", "gluon.jit", "gl.to_tensor({value}).to(gl.{dtype})", _TANH_UNIT)
+HELPERS = TRITON.helpers
 
 
 def unsupported(programs: Iterable[Expr]) -> str | None:
@@ -85,6 +106,7 @@ class Emitter:
 
     programs: Sequence[Expr]
     clamped: frozenset[int]
+    dialect: Dialect = TRITON
     names: dict[Expr, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,11 +158,13 @@ class Emitter:
         if e.op == "load":
             return self._load(e, tail)
         if e.op in _CALLS:
-            return f"{_CALLS[e.op]}({self._tensor(e.args[0])})"
+            return f"{self.dialect.ns}.{e.op}({self._tensor(e.args[0])})"
         if e.op in _HELPERS:
             return f"{_HELPERS[e.op]}({self._tensor(e.args[0])})"
+        if e.op == "float":
+            return self._as_float(e.args[0])
         if e.op == "mul" and e.kind == "int" and sum(not a.is_const for a in e.args) > 1:
-            return " * ".join(x if a.is_const else f"{x}.to(tl.int64)" for a, x in zip(e.args, args, strict=True))
+            return " * ".join(x if a.is_const else f"{x}.to({self.dialect.ns}.int64)" for a, x in zip(e.args, args, strict=True))
         if e.op in ("floordiv", "mod"):
             plain = nonnegative(e.args[0]) and nonnegative(e.args[1])
             sign = "//" if e.op == "floordiv" else "%"
@@ -149,47 +173,61 @@ class Emitter:
                 if plain
                 else f"floor_{'div' if e.op == 'floordiv' else 'mod'}({self._tensor(e.args[0])}, {self._tensor(e.args[1])})"
             )
-        return _FORMS[e.op](args)
+        return _FORMS[e.op](self.dialect.ns, args)
+
+    def _as_float(self, e: Expr) -> str:
+        """The integer ``e`` as a float. Over sums of indices it is computed in floats from the start, since converting each element of a tile
+        takes the slow unit that exponentials need; indices are below 2^24, where that is exact."""
+        if e.op == "var" and e.value in ("q", "k"):
+            return f"{e.value}_float"
+        if e.op == "const":
+            return f"{float(e.value)!r}" if e.value >= 0 else f"({float(e.value)!r})"
+        linear = [a is None or a.op == "sym" or (a.op == "var" and a.value in ("q", "k")) for _, a in E.terms(e)] if e.op in ("add", "mul") else [False]
+        if all(linear):
+            parts = [(c, "1.0" if a is None else self._as_float(a)) for c, a in E.terms(e)]
+            return "(" + " + ".join(x if c == 1 else f"({float(c)!r})" if x == "1.0" else f"({float(c)!r}) * {x}" for c, x in parts) + ")"
+        if e.op == "abs":
+            return f"{self.dialect.ns}.abs({self._as_float(e.args[0])})"
+        return f"({self.names[e]}).to({self.dialect.ns}.float32)"
 
     def _tensor(self, a: Expr) -> str:
         """The operand as a tensor: functions do not take bare numbers."""
         if not a.is_const:
             return self.names[a]
-        return f"tl.full((), {literal(a.value)}, tl.{'float32' if a.kind == 'float' else 'int32'})"
+        return self.dialect.scalar.format(value=literal(a.value), dtype="float32" if a.kind == "float" else "int32")
 
     def _load(self, e: Expr, tail: bool) -> str:
-        slot = e.value
+        slot, ns = e.value, self.dialect.ns
         address = [f"L{slot}"]
         # scalars first: the address of a tile is then one scalar plus a row plus a column
         for d, a in sorted(enumerate(e.args), key=lambda p: ("scalar", "row", "tile").index(self.depends(p[1]))):
             i = self.names[a]
             if self.needs_clamp(e, a):
-                i = f"tl.minimum(tl.maximum({self._tensor(a)}, 0), L{slot}_n{d} - 1)"
-            address.append(f"{i} * L{slot}_s{d}" if a.is_const and not self.needs_clamp(e, a) else f"({i}).to(tl.int64) * L{slot}_s{d}")
+                i = f"{ns}.minimum({ns}.maximum({self._tensor(a)}, 0), L{slot}_n{d} - 1)"
+            address.append(f"{i} * L{slot}_s{d}" if a.is_const and not self.needs_clamp(e, a) else f"({i}).to({ns}.int64) * L{slot}_s{d}")
         names = {x.value for x in e.leaves if x.op == "var"}
         inside = (["row_inside"] if "q" in names else []) + (["key_inside"] if "k" in names and tail else [])
         guard = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        x = f"tl.load({' + '.join(address)}{guard})"
-        return {"float": f"{x}.to(tl.float32)", "int": f"{x}.to(tl.int64)", "bool": f"({x} != 0)"}[e.kind]
+        x = f"{ns}.load({' + '.join(address)}{guard})"
+        return {"float": f"{x}.to({ns}.float32)", "int": f"{x}.to({ns}.int64)", "bool": f"({x} != 0)"}[e.kind]
 
 
-_FORMS: dict[str, Callable[[list[str]], str]] = {
-    "add": " + ".join,
-    "mul": " * ".join,
-    "and": " & ".join,
-    "or": " | ".join,
-    "div": lambda a: f"{a[0]} / {a[1]}",
-    "min": lambda a: f"tl.minimum({a[0]}, {a[1]})",
-    "max": lambda a: f"tl.maximum({a[0]}, {a[1]})",
-    "abs": lambda a: f"tl.abs({a[0]})",
-    "where": lambda a: f"tl.where({a[0]}, {a[1]}, {a[2]})",
-    "ge0": lambda a: f"{a[0]} >= 0",
-    "eq0": lambda a: f"{a[0]} == 0",
-    "le": lambda a: f"{a[0]} <= {a[1]}",
-    "lt": lambda a: f"{a[0]} < {a[1]}",
-    "eq": lambda a: f"{a[0]} == {a[1]}",
-    "same": lambda a: f"{a[0]} == {a[1]}",
-    "not": lambda a: f"({a[0]} == 0)",
-    "float": lambda a: f"({a[0]}).to(tl.float32)",
-    "trunc": lambda a: f"({a[0]}).to(tl.int64)",
+_FORMS: dict[str, Callable[[str, list[str]], str]] = {
+    "add": lambda ns, a: " + ".join(a),
+    "mul": lambda ns, a: " * ".join(a),
+    "and": lambda ns, a: " & ".join(a),
+    "or": lambda ns, a: " | ".join(a),
+    "div": lambda ns, a: f"{a[0]} / {a[1]}",
+    "min": lambda ns, a: f"{ns}.minimum({a[0]}, {a[1]})",
+    "max": lambda ns, a: f"{ns}.maximum({a[0]}, {a[1]})",
+    "abs": lambda ns, a: f"{ns}.abs({a[0]})",
+    "where": lambda ns, a: f"{ns}.where({a[0]}, {a[1]}, {a[2]})",
+    "ge0": lambda ns, a: f"{a[0]} >= 0",
+    "eq0": lambda ns, a: f"{a[0]} == 0",
+    "le": lambda ns, a: f"{a[0]} <= {a[1]}",
+    "lt": lambda ns, a: f"{a[0]} < {a[1]}",
+    "eq": lambda ns, a: f"{a[0]} == {a[1]}",
+    "same": lambda ns, a: f"{a[0]} == {a[1]}",
+    "not": lambda ns, a: f"({a[0]} == 0)",
+    "trunc": lambda ns, a: f"({a[0]}).to({ns}.int64)",
 }
