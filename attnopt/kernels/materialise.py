@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,6 +64,23 @@ class Part:
             for a, n in zip("bhqk", (shape["b"], shape["h"], shape["q"], extents[-1] if extents else 1), strict=True)
         ]
         return x.expand(full).reshape(extents)
+
+
+@lru_cache(maxsize=256)
+def _constant(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
+    return part.tensor(dict(shape), (), dict(sizes), device)
+
+
+def load_tensors(parts: Sequence[Part], shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:
+    """The tensors of all load slots of a generated kernel: ``loads`` and then the parts, booleans as bytes."""
+    tensors = list(loads)
+    for part in parts:
+        if part.constant:
+            needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
+            tensors.append(_constant(part, tuple(shape.items()), needed, device))
+        else:
+            tensors.append(part.tensor(shape, loads, sizes, device))
+    return [x.view(torch.uint8) if x.dtype == torch.bool else x for x in tensors]
 
 
 def materialise(programs: Sequence[Expr], first_slot: int) -> tuple[tuple[Expr, ...], tuple[Part, ...]]:

@@ -22,7 +22,7 @@ from attnopt.errors import AttnoptError, BackendError
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.codegen import unsupported
-from attnopt.kernels.materialise import Part, materialise
+from attnopt.kernels.materialise import load_tensors, materialise
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton.flash_forward import CONSTEXPRS, TENSORS, Source, generate
 
@@ -173,11 +173,6 @@ def shared_memory(index: int) -> int:
 # ------------------------------------------------------------------------------------------------ the call
 
 
-@lru_cache(maxsize=256)
-def _constant_part(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
-    return part.tensor(dict(shape), (), dict(sizes), device)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
@@ -213,15 +208,7 @@ def bind(
 ) -> list[Any]:
     """The kernel's arguments, in the order of ``source.arguments``."""
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
-    tensors = [x.view(torch.uint8) if x.dtype == torch.bool else x for x in loads]
-    for part in source.parts:
-        if part.constant:
-            needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
-            tensors.append(_constant_part(part, tuple(shape.items()), needed, q.device))
-        else:
-            tensors.append(part.tensor(shape, loads, sizes, q.device))
-        if tensors[-1].dtype == torch.bool:
-            tensors[-1] = tensors[-1].view(torch.uint8)
+    tensors = load_tensors(source.parts, shape, loads, sizes, q.device)
     values: dict[str, Any] = dict(zip(TENSORS, (q, k, v, o, lse), strict=True))
     for name, x in zip(TENSORS[:4], (q, k, v, o), strict=True):
         values.update({f"{name}_s{d}": n for d, n in enumerate(x.stride())})

@@ -1,0 +1,69 @@
+"""How a Hopper kernel cuts its work: blocks, stages and registers for each head size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a block of threads may have on sm_90."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """``consumers`` warpgroups of 64 queries each, rings of ``stages`` blocks of BLOCK_N keys and values."""
+
+    consumers: int
+    BLOCK_N: int
+    stages: int
+    registers: int
+    """Per thread of a consumer; the producer has ``producer_registers``."""
+    producer_registers: int
+    ping_pong: bool
+    """Whether consumers take turns in starting products, so that the softmax of one runs beside the products of another."""
+    q_buffers: int
+    """Tiles of queries in shared memory: with two the next tile's are there before this one's are done with."""
+    o_chunks: int
+    """Pieces, 1 or 2, in which the output passes through shared memory."""
+    q_registers: bool = False
+    """Whether the queries are held in registers while a tile is worked on."""
+
+    @property
+    def BLOCK_M(self) -> int:
+        return self.consumers * 64
+
+    @property
+    def registers_at_launch(self) -> int:
+        """Registers per thread before the warps redistribute them: all warps, the producer's counted as four, share 64 Ki."""
+        return 65536 // ((self.consumers + 1) * 128) // 8 * 8
+
+
+def power_of_two(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def parts_of(n: int) -> tuple[int, ...]:
+    """Widths, powers of two from 16 on, that cover a head size: 96 = 64 + 32, 80 = 64 + 16, 40 within 32 + 16."""
+    whole = power_of_two(n)
+    first = whole // 2
+    second = power_of_two(n - first) if n > first else 0
+    return (first, second) if first >= 16 and second > 0 and first + second < whole else (whole,)
+
+
+def bytes_of(config: Config, D: int, Dv: int) -> int:
+    """Shared memory of one block of threads, in bytes, for 16-bit tensors."""
+    d, dv = sum(parts_of(D)), sum(parts_of(Dv))
+    rows = config.BLOCK_M * (d * config.q_buffers + dv // config.o_chunks)
+    return 2 * (rows + config.stages * config.BLOCK_N * (d + dv)) + 1024
+
+
+def config(D: int, Dv: int) -> Config:
+    """Measured on H100 and H200 (``benchmarks/``)."""
+    width = max(sum(parts_of(D)), sum(parts_of(Dv)))
+    if width <= 64:
+        return Config(3, 128, 2, 160, 32, True, 2, 1)
+    block = 128 if width <= 128 else 64
+    for q_buffers, o_chunks in ((2, 1), (1, 1), (1, 2)):
+        c = Config(2, block, 2, 240, 24, True, q_buffers, o_chunks)
+        if bytes_of(c, D, Dv) <= SHARED_MEMORY:
+            return c
+    raise ValueError(f"heads of {D} and {Dv} do not fit into {SHARED_MEMORY} bytes of shared memory")

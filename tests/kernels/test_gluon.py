@@ -1,0 +1,87 @@
+"""Generated Gluon kernels, run by an interpreter of our own: their arithmetic, and that their barriers never wait in vain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnopt.ir import expr as E
+from attnopt.kernels.gluon import launch
+from attnopt.kernels.gluon.config import Config, config, parts_of
+from attnopt.kernels.programs import programs_of
+from attnopt.kernels.tiling import bind_sizes, empty_output
+from tests.kernels import gluon_interpreter as interpreter
+from tests.kernels.cases import BY_NAME, CASES, Case, Shape
+
+TOLERANCE = 2e-2
+"""Of bfloat16, in which q, k, v, o and the weights are."""
+TWO = Config(2, 128, 2, 240, 24, False, 2, 1)
+
+
+def usable(case: Case) -> bool:
+    spec = case.spec()
+    p = programs_of(spec)
+    heads = {case.shape[5], case.shape[6]}
+    return launch.refusal(spec, "cuda", torch.bfloat16) is None and p.rest is E.TRUE and not p.retries and all(n % 8 == 0 for n in heads)
+
+
+def check(case: Case, chosen: Config | None = None, processors: int = 3) -> None:
+    q, k, v, loads = case.tensors(torch.bfloat16)
+    spec = case.spec()
+    kernel = launch.kernel_for(spec, q.shape[3], v.shape[3], chosen)
+    o = empty_output(q, v).fill_(7.0)  # what no one writes is seen
+    lse = torch.full(q.shape[:3], 9.0)
+    grid = launch.Grid.of(kernel, q, processors)
+    arguments = launch.bind(kernel, grid, spec, q, k, v, o, lse, loads, bind_sizes(spec, list(case.sizes.values()), q, k, v))
+    interpreter.run(kernel.source.text, [interpreter.argument(x) for x in arguments], grid.workers)
+    want, want_lse = case.naive(q, k, v, loads)
+    torch.testing.assert_close(o.double(), want, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "descriptor", lambda x, rows, columns: interpreter.Descriptor(x, [1, 1, rows, columns]))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if usable(c)], ids=lambda c: c.name)
+def test_case(case: Case) -> None:
+    check(case)
+
+
+def of_shape(name: str, shape: Shape) -> Case:
+    return Case(**{**vars(BY_NAME[name]), "shape": shape})
+
+
+@pytest.mark.parametrize("processors", [1, 3, 20, 132])
+@pytest.mark.parametrize("chosen", [TWO, Config(3, 128, 2, 160, 32, True, 1, 1), Config(2, 64, 3, 240, 24, False, 1, 1, True)], ids=["two", "three-turns", "registers"])
+def test_many_tiles_for_each_worker(chosen: Config, processors: int) -> None:
+    """Tiles of all lengths follow each other, the last one reaches beyond the queries, and some workers have one more than others."""
+    check(of_shape("causal-GQA", (1, 4, 2, 500, 500, 16, 16)), chosen, processors)
+
+
+@pytest.mark.parametrize(("Sq", "Skv"), [(1, 300), (17, 513), (513, 17), (129, 257)])
+@pytest.mark.parametrize("name", ["full", "causal-GQA", "reverse-causal", "window-both-sides"])
+def test_lengths(name: str, Sq: int, Skv: int) -> None:
+    check(of_shape(name, (1, 2, 2, Sq, Skv, 16, 16)), TWO)
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(40, 40), (64, 64), (80, 96), (128, 128), (192, 128), (256, 256)])
+def test_head_sizes(D: int, Dv: int) -> None:
+    check(of_shape("causal-GQA", (1, 2, 1, 200, 200, D, Dv)))
+
+
+def test_parts_of_head_sizes() -> None:
+    assert {n: parts_of(n) for n in (16, 40, 64, 80, 96, 120, 128, 192, 256)} == {
+        16: (16,), 40: (32, 16), 64: (64,), 80: (64, 16), 96: (64, 32), 120: (128,), 128: (128,), 192: (128, 64), 256: (256,)
+    }  # fmt: skip
+
+
+def test_a_barrier_that_no_one_completes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "WAIT_SECONDS", 1.0)
+    kernel = launch.kernel_for(BY_NAME["full"].spec(), 16, 16, config(16, 16))
+    broken = kernel.source.text.replace("mbarrier.arrive(k_empty", "pass  # (k_empty")
+    assert broken != kernel.source.text
+    monkeypatch.setattr(launch, "kernel_for", lambda *args: launch.Kernel(type(kernel.source)(**{**vars(kernel.source), "text": broken}), kernel.config, None))
+    with pytest.raises(interpreter.Deadlock, match="waited for"):
+        check(of_shape("full", (1, 2, 2, 100, 700, 16, 16)))
