@@ -6,6 +6,7 @@ score. Integers are int64; floats are float32, or float64 where the query is flo
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +74,10 @@ def as_tensor(x: Value, kind: E.Kind, env: Env) -> Tensor:
     """``x`` as a tensor of the kind's dtype; numbers become tensors without axes."""
     if isinstance(x, Tensor):
         return x
-    return torch.full((), x, dtype=_dtype(kind, env), device=env.device)
+    dtype = _dtype(kind, env)
+    if isinstance(x, float) and abs(x) > torch.finfo(dtype).max:
+        x = math.copysign(math.inf, x)  # twice the least number, say; torch refuses to round it itself
+    return torch.full((), x, dtype=dtype, device=env.device)
 
 
 def _dtype(kind: E.Kind, env: Env) -> torch.dtype:

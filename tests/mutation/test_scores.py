@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from attnopt.analysis import classify
+from attnopt.analysis import classify, visible
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import Load, Traits
 from mutation.words import D, E
@@ -25,25 +25,25 @@ def slope() -> Expr:
 
 @pytest.mark.parametrize("fill", [-math.inf, -3.4e38, -1e9, -5e4])
 def test_a_large_fill_hides(fill: float) -> None:
-    parts = classify.split(E.where(E.le(k, q), s, E.const(fill)), "nan")
+    parts = visible.split(E.where(E.le(k, q), s, E.const(fill)), "nan")
     assert parts.mask is E.le(k, q) and parts.score is s
 
 
 @pytest.mark.parametrize("fill", [-1e4, -100.0, 0.0, 1e9])
 def test_a_small_fill_is_a_number(fill: float) -> None:
     logits = E.where(E.le(k, q), s, E.const(fill))
-    assert classify.split(logits, "nan").mask is E.TRUE
+    assert visible.split(logits, "nan").mask is E.TRUE
 
 
 def test_a_choice_between_tensors_is_no_mask() -> None:
     logits = E.where(E.le(k, q), s, E.load(0, (k,), "float"))
-    assert classify.split(logits, "nan").mask is E.TRUE
+    assert visible.split(logits, "nan").mask is E.TRUE
 
 
 def test_a_choice_of_whole_numbers_is_no_mask() -> None:
     """An integer far below zero is no logit: the score is what it is cast to."""
     inner = E.where(E.eq(E.load(0, (k,), "int"), E.ONE), E.load(1, (k,), "int"), E.const(-100000))
-    parts = classify.split(E.add(s, E.as_float(inner)), "nan")
+    parts = visible.split(E.add(s, E.as_float(inner)), "nan")
     assert parts.mask is E.TRUE
 
 
