@@ -171,7 +171,8 @@ def _variables(index: Sequence[Expr]) -> set[Expr]:
 
 
 def _splits(lead: Sequence[Expr], exprs: Sequence[Expr]) -> dict[Expr, tuple[Expr, Expr]]:
-    """Axes that are read only as ``v // d`` and ``v % d``, as two variables each."""
+    """Axes that are read only as ``v // d`` and ``v % d``, as two variables each. Of several divisors, the one that most others divide:
+    batches of four heads that share two are read by four and by two."""
     divisors: dict[Expr, set[Expr]] = {}
     seen: set[Expr] = set()
     stack = list(exprs)
@@ -185,10 +186,10 @@ def _splits(lead: Sequence[Expr], exprs: Sequence[Expr]) -> dict[Expr, tuple[Exp
             divisors.setdefault(x.args[0], set()).add(x.args[1])
     out: dict[Expr, tuple[Expr, Expr]] = {}
     for v, ds in divisors.items():
-        for d in sorted(ds, key=lambda e: e.key):
-            if E.mod(_extent(v), d) is E.ZERO:
-                out[v] = (E.var(f"{v.value}h", E.floordiv(_extent(v), d)), E.var(f"{v.value}l", d))
-                break
+        fitting = [d for d in sorted(ds, key=lambda e: e.key) if E.mod(_extent(v), d) is E.ZERO]
+        if fitting:
+            d = max(fitting, key=lambda d: sum(E.mod(d, other) is E.ZERO for other in fitting))
+            out[v] = (E.var(f"{v.value}h", E.floordiv(_extent(v), d)), E.var(f"{v.value}l", d))
     return out
 
 

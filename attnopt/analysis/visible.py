@@ -20,6 +20,8 @@ from attnopt.ir.spec import EmptyRows, Weightless
 HIDDEN = -3e4
 """A logit at or below this hides its key: beside any visible logit its weight underflows to zero. Smaller fills (-1e4 and
 nearer) are kept as numbers, because real logits may come close to them; see docs/decisions."""
+VANISHED = -USUAL
+"""The same where exponentials are taken without subtracting the row's maximum: this one is zero in every dtype."""
 MARGIN = 100.0
 """A logit that lies this much below a visible one has no weight beside it, in any dtype."""
 ABSORBS = -1e30
@@ -43,10 +45,11 @@ def split(logits: Expr, empty: Weightless, sink: Expr | None = None, underflows:
     """Separate the mask from the score. ``empty`` is what a row of nothing but -inf gives; a row of finite fills gives the same
     where its exponentials underflow."""
     size = Magnitudes()
+    underflows = underflows and sink is None
     ways: tuple[Way, ...] = ("constants", "tensors too", "infinite only")
     for way in ways:
-        found = _Splitter(size, way).split(logits, 1.0)
-        if found.mask is E.TRUE or found.top == -math.inf or (found.top <= HIDDEN and (sink is not None or underflows or found.low >= found.top + MARGIN)):
+        found = _Splitter(size, way, VANISHED if underflows else HIDDEN).split(logits, 1.0)
+        if _is_exact(found, sink is not None, underflows):
             break
     if sink is not None:  # it takes all the weight of a row on which everything else is hidden
         return Parts(found.score, found.mask, "zero", weightless="zero")
@@ -58,8 +61,22 @@ def split(logits: Expr, empty: Weightless, sink: Expr | None = None, underflows:
     return Parts(found.score, found.mask, "program", program, empty)
 
 
+def _is_exact(found: _Seen, has_sink: bool, underflows: bool) -> bool:
+    """Whether no key that is hidden takes weight in a row that sees one or has a sink, nor keeps a row from underflowing."""
+    if underflows:
+        return found.top <= VANISHED and found.low >= VANISHED + MARGIN
+    if found.mask is E.TRUE or found.top == -math.inf:
+        return True
+    return found.top <= HIDDEN and (has_sink or found.low >= found.top + MARGIN)
+
+
 Way = Literal["constants", "tensors too", "infinite only"]
-"""What hides a key: constants of HIDDEN or less; tensors that may hold such numbers as well; or -inf alone."""
+"""What hides a key: constants as low as that; tensors that may hold such numbers as well; or -inf alone."""
+
+
+def only_shows(condition: Expr) -> bool:
+    """Whether a condition of a mask says no more of a number than that it is not so low that it hides."""
+    return condition.op == "lt" and condition.args[0] in (E.const(HIDDEN), E.const(VANISHED))
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,7 @@ class _Seen:
 class _Splitter:
     size: Magnitudes
     way: Way
+    hidden: float = HIDDEN
 
     def split(self, x: Expr, factor: float) -> _Seen:
         """``factor * x``; the factor is positive."""
@@ -97,11 +115,11 @@ class _Splitter:
         """Not taken apart any further: visible everywhere, or where it is no number that hides."""
         x = E.mul(E.const(factor), x)
         low, high = self.size(x)
-        mask = E.lt(E.const(HIDDEN), x) if self.way == "tensors too" and low < -USUAL and E.score() not in x.leaves and not x.is_const else E.TRUE
-        return _Seen(x, E.TRUE, low, high) if mask is E.TRUE else _Seen(x, mask, HIDDEN + MARGIN, max(high, 0.0), HIDDEN)
+        mask = E.lt(E.const(self.hidden), x) if self.way == "tensors too" and low < -USUAL and E.score() not in x.leaves and not x.is_const else E.TRUE
+        return _Seen(x, E.TRUE, low, high) if mask is E.TRUE else _Seen(x, mask, self.hidden + MARGIN, max(high, 0.0), self.hidden)
 
     def _is_fill(self, x: Expr, factor: float) -> bool:
-        return x.is_const and x.kind == "float" and factor * float(x.value) <= (-math.inf if self.way == "infinite only" else HIDDEN)
+        return x.is_const and x.kind == "float" and factor * float(x.value) <= (-math.inf if self.way == "infinite only" else self.hidden)
 
     def _choice(self, x: Expr, factor: float) -> _Seen:
         c, a, b = x.args
@@ -121,7 +139,7 @@ class _Splitter:
         parts: list[_Seen] = []
         low: list[Expr] = []
         for a in x.args:
-            seen = _Splitter(self.size, "constants").split(a, factor) if self.way == "tensors too" else self.split(a, factor)
+            seen = _Splitter(self.size, "constants", self.hidden).split(a, factor) if self.way == "tensors too" else self.split(a, factor)
             if self.way == "tensors too" and seen.mask is E.TRUE and seen.low < -USUAL and E.score() not in a.leaves:
                 low.append(a)
             else:
@@ -140,10 +158,10 @@ class _Splitter:
         at = factor * float(bound.value)
         seen = self.split(other, factor)
         if x.op == "min":
-            if seen.mask is E.TRUE or at <= HIDDEN:
+            if seen.mask is E.TRUE or at <= self.hidden:
                 return self._whole(x, factor)
             return _Seen(E.minimum(seen.score, E.const(at)), seen.mask, min(seen.low, at), min(seen.high, at), min(seen.top, at))
-        if at > HIDDEN or (self.way == "infinite only" and seen.mask is not E.TRUE):
+        if at > self.hidden or (self.way == "infinite only" and seen.mask is not E.TRUE):
             return self._whole(x, factor)
         score = seen.score if seen.low >= at + MARGIN else E.maximum(seen.score, E.const(at))
         top = max(seen.top, at) if seen.mask is not E.TRUE else -math.inf
