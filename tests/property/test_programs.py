@@ -55,6 +55,9 @@ def run(number: int, which: int, tally: Counter[str]) -> list[str]:
         except Wrong as wrong:
             tally[wrong.kind] += 1
             failures.append(f"{wrong}\n{program}")
+        except Exception as error:  # noqa: BLE001 - whatever a program makes attnopt raise is a finding, and the others are judged as well
+            tally["crash"] += 1
+            failures.append(f"crash: {type(error).__name__}: {error}\n{program}")
 
     one()
     return failures
