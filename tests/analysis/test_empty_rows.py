@@ -123,6 +123,13 @@ def test_a_learned_bias_beside_a_fill_is_no_mask() -> None:
     assert spec.causal == "top_left" and spec.traits.mask_rest.value is True and spec.empty_rows == "uniform"
 
 
+def test_a_buffer_of_numbers_beside_a_fill_may_be_a_mask() -> None:
+    module = Attention(lambda m, w, mask: (w + m.hides).masked_fill(~late(w), MIN))
+    module.register_buffer("hides", torch.zeros(S, S).masked_fill(ODD & (torch.arange(S)[:, None] % 3 > 0), MIN))
+    spec = same(module, torch.zeros(2, S)).sites[0].spec
+    assert any(x.op == "load" for x in spec.mask.leaves) and spec.empty_rows == "program"
+
+
 def unshifted(w: Tensor) -> Tensor:
     p = w.exp()
     return p / p.sum(-1, keepdim=True)

@@ -47,6 +47,79 @@ def test_a_choice_of_whole_numbers_is_no_mask() -> None:
     assert parts.mask is E.TRUE
 
 
+# ------------------------------------------------------------------------------------------------ what hides is proven
+
+SEEN, PAD, TABLE = E.le(k, q), E.load(8, (b, k), "bool"), E.load(9, (b, k), "float")
+
+
+def masked(logits: Expr, **options: object) -> Expr:
+    return visible.split(logits, "nan", **options).mask  # type: ignore[arg-type]
+
+
+def test_a_fill_below_an_unknown_factor_leaves_finite_fills_in_the_score() -> None:
+    """A learned factor may be negative, and more than one: what it makes of a fill may be lower than another fill, or no fill."""
+    scaled = E.mul(E.load(0, (h,), "float"), E.where(PAD, s, E.const(-1e9)))
+    assert masked(E.where(SEEN, scaled, E.const(-1e9))) is E.TRUE
+    assert masked(E.where(SEEN, scaled, E.const(-math.inf))) is SEEN
+    revealed = E.mul(E.load(0, (h,), "float"), E.where(PAD, s, E.const(1e9)))
+    assert masked(E.where(SEEN, revealed, E.const(-1e9))) is E.TRUE
+
+
+def test_a_fill_that_a_large_number_may_lift_is_no_mask() -> None:
+    lifted = E.add(E.where(SEEN, s, E.const(-4e4)), E.where(PAD, E.const(4e4), E.FZERO))
+    assert masked(lifted) is E.TRUE
+    assert masked(lifted, sink=E.load(0, (h,), "float")) is E.TRUE
+    assert masked(lifted, underflows=True) is E.TRUE
+
+
+def test_a_fill_that_a_factor_makes_small_is_no_mask() -> None:
+    chosen = E.where(SEEN, E.add(s, TABLE), E.const(-4e4))
+    assert masked(E.mul(E.const(0.5), chosen)) is E.TRUE
+    assert masked(E.mul(E.const(8.0), E.where(SEEN, E.add(s, E.load(0, (h,), "float")), E.const(-1e4)))) is SEEN
+
+
+def test_an_upper_clamp_hides_as_much_as_what_it_clamps() -> None:
+    parts = visible.split(E.minimum(E.where(SEEN, s, E.const(-math.inf)), E.const(2.0)), "nan")
+    assert parts.mask is SEEN and parts.score is E.minimum(s, E.const(2.0))
+    assert masked(E.maximum(E.where(SEEN, s, E.const(-math.inf)), E.const(-3.0))) is E.TRUE
+
+
+def test_a_bias_of_numbers_is_a_condition_beside_a_finite_fill_only() -> None:
+    shown = E.lt(E.const(visible.HIDDEN), TABLE)
+    assert masked(E.where(SEEN, E.add(s, TABLE), E.const(-1e9))) is E.all_of(SEEN, shown)
+    assert masked(E.where(SEEN, E.add(s, TABLE), E.const(-math.inf))) is SEEN
+    assert masked(E.add(s, TABLE)) is E.TRUE
+
+
+def test_a_sum_of_numbers_and_a_constant_is_one_condition() -> None:
+    """min - min * m is a mask that is one where a key is seen."""
+    small = E.add(E.mul(E.const(1e9), E.as_float(E.load(9, (b, k), "int"))), E.const(-1e9))
+    assert masked(E.add(E.where(SEEN, s, E.const(-1e9)), small)) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), small))
+
+
+def test_a_slope_and_a_count_are_no_masks() -> None:
+    bias = E.add(E.mul(slope(), E.as_float(E.sub(k, q))), E.mul(slope(), E.as_float(E.load(1, (b, k), "int"))))
+    assert masked(E.where(SEEN, E.add(s, bias), E.const(-1e9))) is SEEN
+    assert masked(E.where(SEEN, E.add(s, E.as_float(E.load(1, (b, k), "int"))), E.const(-1e9))) is SEEN
+
+
+def test_rows_of_fills_are_computed_from_all_of_them() -> None:
+    logits = E.add(s, E.where(SEEN, E.FZERO, E.const(-1e9)), E.where(PAD, E.FZERO, E.const(-1e9)))
+    parts = visible.split(logits, "zero")
+    assert (parts.empty_rows, parts.empty_score, parts.weightless) == ("program", logits, "zero")
+    assert visible.split(E.where(SEEN, s, E.const(-1e9)), "nan").empty_rows == "uniform"
+    assert visible.split(E.where(SEEN, s, E.const(-math.inf)), "zero").empty_rows == "zero"
+
+
+def test_an_unshifted_exponential_is_zero_sooner() -> None:
+    assert masked(E.where(SEEN, s, E.const(-1e4)), underflows=True) is SEEN
+    assert masked(E.where(SEEN, s, E.const(-500.0)), underflows=True) is E.TRUE
+    assert masked(E.add(s, TABLE), underflows=True) is E.lt(E.const(visible.VANISHED), TABLE)
+
+
+# ------------------------------------------------------------------------------------------------ scale and bias
+
+
 def test_two_scores_have_no_scale() -> None:
     assert named(E.add(s, E.function("tanh", s))).scale is None
     assert named(E.add(E.mul(E.const(0.5), s), E.mul(slope(), s)), FLOAT).scale is None
