@@ -71,8 +71,9 @@ def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...], causal: Alignment | 
     """A sum of slope(h) * position(k), positions up to what is the same for all keys of a row.
 
     A position is k itself, k - q, |k - q| where no key after the query is seen, or a running count of the visible keys (zero on hidden ones allowed).
+    It is the same one in all terms.
     """
-    found = False
+    positions: set[frozenset[Expr]] = set()
     for a in bias.args if bias.op == "add" else (bias,):
         if d.k not in a.variables:
             continue
@@ -85,8 +86,8 @@ def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...], causal: Alignment | 
             return False
         if not ((len(moving) == 1 and _is_position(moving[0], d, causal)) or _is_counted_position(moving, d, loads)):
             return False
-        found = True
-    return found
+        positions.add(frozenset(x for f in moving for x in f.leaves if x.op == "load"))
+    return len(positions) == 1
 
 
 def _is_position(x: Expr, d: Dims, causal: Alignment | None) -> bool:

@@ -114,6 +114,8 @@ class _Splitter:
     def _whole(self, x: Expr, factor: float) -> _Seen:
         """Not taken apart any further: visible everywhere, or where it is no number that hides."""
         x = E.mul(E.const(factor), x)
+        if x.is_const and x.value == -math.inf:  # no key is visible anywhere
+            return _Seen(E.FZERO, E.FALSE, 0.0, 0.0)
         low, high = self.size(x)
         mask = E.lt(E.const(self.hidden), x) if self.way == "tensors too" and low < -USUAL and E.score() not in x.leaves and not x.is_const else E.TRUE
         return _Seen(x, E.TRUE, low, high) if mask is E.TRUE else _Seen(x, mask, self.hidden + MARGIN, max(high, 0.0), self.hidden)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_spellings import lifted
 from torch import Tensor, nn
 
+import attnopt
 from attnopt.passes.pipeline import PipelineResult
 
 INF, MIN = -torch.inf, torch.finfo(torch.float32).min
@@ -128,6 +129,26 @@ def test_a_buffer_of_numbers_beside_a_fill_may_be_a_mask() -> None:
     module.register_buffer("hides", torch.zeros(S, S).masked_fill(ODD & (torch.arange(S)[:, None] % 3 > 0), MIN))
     spec = same(module, torch.zeros(2, S)).sites[0].spec
     assert any(x.op == "load" for x in spec.mask.leaves) and spec.empty_rows == "program"
+
+
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_mask_that_shows_nothing(kernel: str, zeros: bool) -> None:
+    """Two conditions that exclude each other."""
+
+    class Nothing(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            i, j = torch.arange(S)[:, None], torch.arange(S)[None, :]
+            seen = (j < i) & (j > i)
+            if zeros:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            return (q @ k.mT).masked_fill(~seen, INF).softmax(-1) @ v
+
+    inputs = tuple(torch.randn(2, 2, S, 4) for _ in range(3))
+    fast = attnopt.optimize(Nothing(), inputs, config=attnopt.OptimizeConfig(backend=kernel))
+    assert [s.status for s in fast.attnopt_report.sites] == ["replaced"]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), Nothing()(*inputs), equal_nan=True)
 
 
 def unshifted(w: Tensor) -> Tensor:

@@ -182,6 +182,12 @@ def test_a_running_count_is_a_position() -> None:
     assert counted(E.mul(E.as_float(E.sub(COUNTED, E.ONE)), MASK))
 
 
+def test_a_count_and_an_index_together_are_no_position() -> None:
+    index = E.mul(slope(), E.as_float(E.sub(k, q)))
+    assert alibi(E.add(index, E.mul(E.const(2.0), slope(), E.as_float(k))), FLOAT)
+    assert not alibi(E.add(index, E.mul(slope(), E.as_float(COUNTED))), FLOAT, COUNT)
+
+
 def test_a_sum_without_a_count_is_no_position() -> None:
     other = E.load(2, (b, k), "int")
     assert not counted(E.as_float(E.add(other, E.ONE)))

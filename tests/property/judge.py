@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo.config
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
