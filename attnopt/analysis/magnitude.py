@@ -106,14 +106,17 @@ def _is_usual(r: Range) -> bool:
 
 
 def _times(c: float, r: Range) -> Range:
-    """A constant times a range."""
+    """A constant times a range. What may hide does so in either sign: a mask may be subtracted."""
+    if r == HIDING and c:
+        return HIDING
     ends = [c * x if x else 0.0 for x in r] if c else [0.0]
     return min(ends), max(ends)
 
 
 def _product(e: Expr, args: list[Range]) -> Range:
     c = float(e.args[0].value) if e.args[0].is_const else 1.0
-    rest = [(a, r) for a, r in zip(e.args, args, strict=True) if not a.is_const]
+    # A tensor that is the same for all keys of a row is a temperature as a factor, whoever gives it.
+    rest = [(a, ORDINARY if a.op == "load" and not any(v.value == "k" for v in a.variables) else r) for a, r in zip(e.args, args, strict=True) if not a.is_const]
     if all(r == ORDINARY for _, r in rest):
         is_position = e.kind == "int" and not any(x.op == "load" for x in e.leaves)
         return ORDINARY if abs(c) <= USUAL or is_position else HIDING

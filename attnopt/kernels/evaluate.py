@@ -160,6 +160,9 @@ def _node(e: Expr, table: Mapping[Expr, Value], env: Env) -> Value:
         # small operands first, so that they meet the large ones once; the score last, since large terms beside it may cancel
         order = sorted(zip(e.args, args, strict=True), key=lambda x: (E.score() in x[0].leaves, _size(x[1])))
         return reduce(_FOLDS[op], [x for _, x in order])
+    if op in ("min", "max") and e.kind == "float" and any(not isinstance(x, Tensor) for x in args) and any(isinstance(x, Tensor) for x in args):
+        (x,), (bound,) = ([y for y in args if isinstance(y, Tensor) == is_tensor] for is_tensor in (True, False))
+        return torch.clamp(x, **{"max" if op == "min" else "min": float(bound)})  # whose gradient at the bound is whole
     tensors = [as_tensor(x, y.kind, env) for x, y in zip(args, e.args, strict=True)]
     if op in _UNARY:
         return _UNARY[op](tensors[0])

@@ -97,6 +97,12 @@ def test_a_sum_of_numbers_and_a_constant_is_one_condition() -> None:
     assert masked(E.add(E.where(SEEN, s, E.const(-1e9)), small)) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), small))
 
 
+def test_a_mask_may_be_subtracted_and_a_temperature_given() -> None:
+    subtracted = E.mul(E.const(-0.5), TABLE)
+    assert masked(E.where(SEEN, E.add(s, subtracted), E.const(-1e9))) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), subtracted))
+    assert masked(E.where(SEEN, E.mul(E.minimum(s, E.const(2.0)), E.load(7, (q,), "float")), E.const(-1e9))) is SEEN
+
+
 def test_a_slope_and_a_count_are_no_masks() -> None:
     bias = E.add(E.mul(slope(), E.as_float(E.sub(k, q))), E.mul(slope(), E.as_float(E.load(1, (b, k), "int"))))
     assert masked(E.where(SEEN, E.add(s, bias), E.const(-1e9))) is SEEN
