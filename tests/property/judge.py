@@ -24,7 +24,6 @@ from property.meaning import HIDDEN, Meaning, compared, double_of, doubled, eps,
 from property.program import Program
 from property.steps import Clamp, Given, HeadScale, Hide, NoNan, Softcap, Temperature
 
-
 UNSTABLE = ("exp over sum", "logsumexp")
 """Spellings that give 0/0, or weights of another sum than one, where every logit is very low."""
 
