@@ -161,8 +161,9 @@ def _node(e: Expr, table: Mapping[Expr, Value], env: Env) -> Value:
         order = sorted(zip(e.args, args, strict=True), key=lambda x: (E.score() in x[0].leaves, _size(x[1])))
         return reduce(_FOLDS[op], [x for _, x in order])
     if op in ("min", "max") and e.kind == "float" and any(not isinstance(x, Tensor) for x in args) and any(isinstance(x, Tensor) for x in args):
-        (x,), (bound,) = ([y for y in args if isinstance(y, Tensor) == is_tensor] for is_tensor in (True, False))
-        return torch.clamp(x, **{"max" if op == "min" else "min": float(bound)})  # whose gradient at the bound is whole
+        x, bound = (args[0], args[1]) if isinstance(args[0], Tensor) else (args[1], args[0])
+        assert isinstance(x, Tensor) and not isinstance(bound, Tensor)
+        return x.clamp(max=bound) if op == "min" else x.clamp(min=bound)  # whose gradient at the bound is whole
     tensors = [as_tensor(x, y.kind, env) for x, y in zip(args, e.args, strict=True)]
     if op in _UNARY:
         return _UNARY[op](tensors[0])
