@@ -1,123 +1,14 @@
-"""Lifted logits to a spec's parts: what is visible, what is added, and what each part is in the field's words.
+"""A score and a mask in the field's words: scale, softcap, bias, ALiBi, and with ``masks.py`` what is visible.
 
 Everything here is a proof about expressions. A part that no rule proves stays in the expressions as it is.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from attnopt.analysis import masks
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.spec import Alignment, Dims, EmptyRows, Load, Traits
-
-HIDDEN = -3e4
-"""A logit at or below this hides its key: beside any visible logit its weight underflows to zero. Smaller fills (-1e4 and
-nearer) are kept as numbers, because real logits may come close to them; see docs/decisions."""
-ABSORBS = -1e30
-"""A fill at or below this swallows any real logit that is added to it, in every dtype up to float64."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Logits taken apart: ``where(mask, score, hidden)``, and what holds on a row where nothing is visible."""
-
-    score: Expr
-    mask: Expr
-    empty_rows: EmptyRows
-    empty_score: Expr | None
-
-
-def split(logits: Expr, empty: EmptyRows, sink: Expr | None = None, underflows: bool = False) -> Parts:
-    """Separate the mask from the score. ``empty`` is what a row of nothing but -inf gives (``nan`` or ``zero``); a row of finite
-    fills gives the same where its exponentials underflow."""
-    score, mask, fills = _split(logits)
-    if sink is not None:  # it takes all the weight of a row on which everything else is hidden
-        return Parts(score, mask, "zero", None)
-    if mask is E.TRUE or underflows:
-        return Parts(score, mask, empty, None)
-    rows, program = _empty_row(logits, mask, fills, empty)
-    return Parts(score, mask, rows, program)
-
-
-def _is_fill(x: Expr) -> bool:
-    return x.is_const and x.kind == "float" and x.value <= HIDDEN
-
-
-def _split(x: Expr) -> tuple[Expr, Expr, list[float]]:
-    """x as (score, visible, fills): where ``visible`` is false, x is at most one of the fills plus a real logit."""
-    if x.op == "where":
-        c, a, b = x.args
-        if _is_fill(b):
-            score, mask, fills = _split(a)
-            return score, E.all_of(c, mask), [*fills, float(b.value)]
-        if _is_fill(a):
-            score, mask, fills = _split(b)
-            return score, E.all_of(E.negate(c), mask), [*fills, float(a.value)]
-        return x, E.TRUE, []
-    if x.op == "add":
-        parts = [_split(a) for a in x.args]
-        return E.add(E.FZERO, *(p[0] for p in parts)), E.all_of(*(p[1] for p in parts)), [f for p in parts for f in p[2]]
-    if x.op == "mul" and x.args[0].is_const and x.args[0].value > 0 and len(x.args) == 2:
-        score, mask, fills = _split(x.args[1])
-        return E.mul(x.args[0], score), mask, [f * x.args[0].value for f in fills]
-    if x.op == "max" and any(_is_fill(a) for a in x.args):
-        # clamping from below at a hidden value: a hidden key stays hidden, and a visible one is above
-        (other,) = [a for a in x.args if not _is_fill(a)]
-        if not _is_finite(_split(other)[0]):
-            return x, E.TRUE, []
-        score, mask, fills = _split(other)
-        clamp = max(float(a.value) for a in x.args if a.is_const)
-        return score, mask, [max(f, clamp) for f in fills]
-    return x, E.TRUE, []
-
-
-def _is_finite(score: Expr) -> bool:
-    """Whether no constant and no tensor in it can make a score infinite."""
-    return not any((e.is_const and e.kind == "float" and math.isinf(e.value)) or (e.op == "load" and e.kind == "float") for e in E.postorder(score))
-
-
-def _empty_row(logits: Expr, mask: Expr, fills: list[float], empty: EmptyRows) -> tuple[EmptyRows, Expr | None]:
-    """What the original computes on a row where ``mask`` is false for every key."""
-    if all(math.isinf(f) for f in fills):
-        return empty, None
-    program = _where_hidden(logits, mask)
-    if program.is_const and math.isinf(program.value):
-        return empty, None
-    if _same_for_all_keys(program):
-        return "uniform", None
-    return "program", program
-
-
-def _where_hidden(x: Expr, mask: Expr) -> Expr:
-    """``x`` under the assumption that ``mask`` is false."""
-    if x.op == "where":
-        c, a, b = x.args
-        if c is mask:
-            return b
-        if E.negate(c) is mask:
-            return a
-        return x
-    if x.op == "add":
-        parts = [_where_hidden(a, mask) for a in x.args]
-        swallowing = [p for p in parts if p.is_const and p.value <= ABSORBS]
-        if swallowing and all(p.is_const or not _may_hide(p) for p in parts):
-            return E.add(*swallowing)
-        return E.add(*parts)
-    if x.op in ("mul", "max") and any(a.is_const for a in x.args):
-        parts = [_where_hidden(a, mask) for a in x.args]
-        return E.mul(*parts) if x.op == "mul" else E.maximum(*parts)
-    return x
-
-
-def _may_hide(x: Expr) -> bool:
-    return (x.op == "where" and any(_is_fill(a) for a in x.args[1:])) or any(_may_hide(a) for a in x.args)
-
-
-def _same_for_all_keys(x: Expr) -> bool:
-    return x.is_const or not any(v.op == "score" or (v.op == "var" and v.value == "k") for v in x.leaves)
+from attnopt.ir.spec import Alignment, Dims, Load, Traits
 
 
 def traits(score: Expr, mask: Expr, dims: Dims, loads: tuple[Load, ...], sink: Expr | None = None) -> Traits:
@@ -180,8 +71,9 @@ def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...], causal: Alignment | 
     """A sum of slope(h) * position(k), positions up to what is the same for all keys of a row.
 
     A position is k itself, k - q, |k - q| where no key after the query is seen, or a running count of the visible keys (zero on hidden ones allowed).
+    It is the same one in all terms.
     """
-    found = False
+    positions: set[frozenset[Expr]] = set()
     for a in bias.args if bias.op == "add" else (bias,):
         if d.k not in a.variables:
             continue
@@ -194,8 +86,8 @@ def _is_alibi(bias: Expr, d: Dims, loads: tuple[Load, ...], causal: Alignment | 
             return False
         if not ((len(moving) == 1 and _is_position(moving[0], d, causal)) or _is_counted_position(moving, d, loads)):
             return False
-        found = True
-    return found
+        positions.add(frozenset(x for f in moving for x in f.leaves if x.op == "load"))
+    return len(positions) == 1
 
 
 def _is_position(x: Expr, d: Dims, causal: Alignment | None) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnopt.analysis import classify, views
+from attnopt.analysis import classify, views, visible
 from attnopt.analysis import nodes as N
 from attnopt.analysis.site import AttentionSite, Operand
 from attnopt.analysis.views import Index
@@ -20,7 +20,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.dims import product
 from attnopt.ir.expr import Expr
 from attnopt.ir.index import IndexMap, View
-from attnopt.ir.spec import AttentionSpec, Dims, EmptyRows, Load
+from attnopt.ir.spec import AttentionSpec, Dims, Load, Weightless
 
 
 class Refusal(Exception):
@@ -43,7 +43,7 @@ class RawSite:
     k: tuple[fx.Node, Index]
     v: tuple[fx.Node, Index]
     logits: Expr
-    empty: EmptyRows
+    empty: Weightless
     dropout: float
     region: frozenset[fx.Node]
     sink: Expr | None = None
@@ -130,7 +130,7 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
             axes = ", ".join(f"an axis of size {x.extent}" for x in sorted(stray, key=lambda x: str(x.value)))
             text = f"the {what} of {N.said(node)} depends on {axes}; supported are batch, head{', query and key' if dims.k in allowed else ' and query'}."
             raise Refusal("AO206", text, node)
-    parts = classify.split(logits, raw.empty, sink, raw.underflows)
+    parts = visible.split(logits, raw.empty, sink, raw.underflows)
     (score, mask, empty_score, sink), loads = _slots((parts.score, parts.mask, parts.empty_score, sink))
     assert score is not None and mask is not None
     infos = tuple(Load(_load_name(n), N.kind(n) if N.is_tensor(n) else "float", "cumsum" if N.op_name(n) == "aten::cumsum" else "") for n in loads)
@@ -140,6 +140,7 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
         mask=mask,
         empty_rows=parts.empty_rows,
         empty_score=empty_score,
+        weightless=parts.weightless,
         sink=sink,
         loads=infos,
         dropout=raw.dropout,
@@ -170,7 +171,8 @@ def _variables(index: Sequence[Expr]) -> set[Expr]:
 
 
 def _splits(lead: Sequence[Expr], exprs: Sequence[Expr]) -> dict[Expr, tuple[Expr, Expr]]:
-    """Axes that are read only as ``v // d`` and ``v % d``, as two variables each."""
+    """Axes that are read only as ``v // d`` and ``v % d``, as two variables each. Of several divisors, the one that most others divide:
+    batches of four heads that share two are read by four and by two."""
     divisors: dict[Expr, set[Expr]] = {}
     seen: set[Expr] = set()
     stack = list(exprs)
@@ -184,10 +186,10 @@ def _splits(lead: Sequence[Expr], exprs: Sequence[Expr]) -> dict[Expr, tuple[Exp
             divisors.setdefault(x.args[0], set()).add(x.args[1])
     out: dict[Expr, tuple[Expr, Expr]] = {}
     for v, ds in divisors.items():
-        for d in sorted(ds, key=lambda e: e.key):
-            if E.mod(_extent(v), d) is E.ZERO:
-                out[v] = (E.var(f"{v.value}h", E.floordiv(_extent(v), d)), E.var(f"{v.value}l", d))
-                break
+        fitting = [d for d in sorted(ds, key=lambda e: e.key) if E.mod(_extent(v), d) is E.ZERO]
+        if fitting:
+            d = max(fitting, key=lambda d: sum(E.mod(d, other) is E.ZERO for other in fitting))
+            out[v] = (E.var(f"{v.value}h", E.floordiv(_extent(v), d)), E.var(f"{v.value}l", d))
     return out
 
 

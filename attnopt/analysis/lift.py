@@ -7,6 +7,7 @@ itself: always right, only slower. Rules stand in ``RULES`` (pointwise ones in `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,12 +42,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 class Lifter:
     """Lifts nodes of one graph. ``constants`` gives the value of a ``get_attr`` node that may be folded, else None.
 
-    ``written`` holds the nodes whose memory is written in place later: they are read as they stand, never recomputed.
+    ``written`` holds the nodes whose memory is written in place later: they are read as they stand, never recomputed. ``double`` says
+    that expressions will be computed in float64: what the graph rounds to less is then read as well.
     """
 
-    def __init__(self, constants: Callable[[fx.Node], torch.Tensor | None] = lambda _: None, written: frozenset[fx.Node] = frozenset()) -> None:
+    def __init__(self, constants: Callable[[fx.Node], torch.Tensor | None] = lambda _: None, written: frozenset[fx.Node] = frozenset(), double: bool = False) -> None:
         self.constants = constants
         self.written = written
+        self.double = double
         self.folded: set[fx.Node] = set()
         """get_attr nodes whose values became part of an expression."""
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
@@ -99,13 +102,19 @@ class Lifter:
                 args = N.arguments(node)
                 extents = N.shape(node)
                 result = POINTWISE[name](args, lambda x: self.operand(x, index, extents), N.value(node).dtype)
-                if result is not None:
+                if result is not None and not self._is_rounded(result, N.value(node).dtype):
                     return to_dtype(result, N.value(node).dtype)
             elif name in RULES:
                 result = RULES[name](self, node, N.arguments(node), index)
-                if result is not None:
+                if result is not None and not self._is_rounded(result, N.value(node).dtype):
                     return to_dtype(result, N.value(node).dtype)
         return E.load(node, tuple(E.ZERO if n is E.ONE else i for i, n in zip(index, N.shape(node), strict=True)), N.kind(node))
+
+    def _is_rounded(self, x: Expr, dtype: torch.dtype) -> bool:
+        """Whether the graph rounds ``x`` to ``dtype`` where the expression would keep more digits."""
+        if not self.double or not dtype.is_floating_point or dtype is torch.float64:
+            return False
+        return any(e.kind == "float" and not _is_exact(e, dtype) for e in E.postorder(x))
 
     def is_nonnegative_constant(self, x: Expr) -> bool:
         """Whether ``x`` is read from a constant table without a negative entry; the table is then noted as folded."""
@@ -123,6 +132,18 @@ class Lifter:
         if formula is not None:
             self.folded.add(node)
         return formula
+
+
+_EXACT = {"load", "float", "where", "min", "max", "abs"}
+
+
+def _is_exact(e: Expr, dtype: torch.dtype) -> bool:
+    """Whether the operation at ``e`` gives the same number in ``dtype`` as in float64, for operands that are elements of ``dtype``."""
+    if e.is_const:
+        return math.isnan(e.value) or float(torch.tensor(e.value, dtype=torch.float64).to(dtype)) == e.value
+    if e.op == "mul" and len(e.args) == 2 and e.args[0].is_const:
+        return abs(math.frexp(e.args[0].value)[0]) == 0.5  # a power of two
+    return e.op in _EXACT
 
 
 def to_dtype(x: Expr, dtype: torch.dtype) -> Expr:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnopt.analysis.visible import only_shows
 from attnopt.ir import expr as E
 from attnopt.ir.bounds import nonnegative
 from attnopt.ir.expr import Expr
@@ -96,8 +97,8 @@ def _tightest(offsets: tuple[Expr, ...]) -> Expr | None:
 
 
 def _is_key_padding(c: Expr, d: Dims) -> bool:
-    """A condition on (b, k) that a tensor decides."""
-    return c.variables <= {d.b, d.k} and d.k in c.variables and any(x.op == "load" for x in c.leaves)
+    """A condition on (b, k) that a tensor decides; a bias that is only known not to hide may be any bias."""
+    return c.variables <= {d.b, d.k} and d.k in c.variables and any(x.op == "load" for x in c.leaves) and not only_shows(c)
 
 
 def _is_document(c: Expr, d: Dims) -> bool:

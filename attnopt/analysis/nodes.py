@@ -74,6 +74,21 @@ def kind(node: fx.Node) -> E.Kind:
     return kind_of(value(node).dtype)
 
 
+def attribute(node: fx.Node) -> object:
+    """What a get_attr node stands for; None where the graph's module has it no more."""
+    found: object = node.graph.owning_module
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a node is a parameter of the model: by its value or, where torch.compile made it an input, by the name that it has there."""
+    if node.op == "placeholder":
+        return "_parameters_" in str(node.target)
+    return node.op == "get_attr" and isinstance(attribute(node), torch.nn.Parameter)
+
+
 def axis(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 

@@ -15,8 +15,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.analysis import anchors as A
-from attnopt.analysis import classify, views
 from attnopt.analysis import nodes as N
+from attnopt.analysis import views, visible
 from attnopt.analysis.bodies import bodies, left_inside
 from attnopt.analysis.contraction import Contraction, contraction
 from attnopt.analysis.layout import RawSite, Refusal, arrange
@@ -25,7 +25,7 @@ from attnopt.analysis.scores import find_scores, of_tuple, output_index, variabl
 from attnopt.analysis.site import AttentionSite, Rejection
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.spec import EmptyRows
+from attnopt.ir.spec import Weightless
 
 Constants = Callable[[fx.Node], torch.Tensor | None]
 
@@ -59,8 +59,9 @@ class _Finder:
         self.written = written
         self.anchors = {a.probs: a for a in A.find(graph)}
 
-    def lifter(self) -> Lifter:
-        return Lifter(self.constants, self.written)
+    def lifter(self, of: fx.Node) -> Lifter:
+        """For an attention that computes in the precision of ``of``."""
+        return Lifter(self.constants, self.written, N.value(of).dtype is torch.float64)
 
     # -------------------------------------------------------------------------------------------- softmax
 
@@ -154,7 +155,7 @@ class _Finder:
         if p.form.alpha is not E.FONE or p.form.addend is not None:
             what = N.said(p.form.addend) if p.form.addend is not None else f"the factor {p.form.alpha}"
             raise Refusal("AO204", f"the product of probabilities and values adds another tensor or a factor: {what}; supported is the product alone.", p.form.node)
-        lifter = self.lifter()
+        lifter = self.lifter(p.values)
         qk = find_scores(lifter, anchor, p.index, key)
         logits = lifter.lift(anchor.logits, p.index, qk.hook(lifter))
         sink = self._sink(lifter, anchor, p, start, qk.form.node)
@@ -166,7 +167,7 @@ class _Finder:
         k, k_scale = without_scale(*k)
         if q_scale * k_scale != 1.0:
             logits = E.substitute(logits, {E.score(): E.mul(E.const(q_scale * k_scale), E.score())})
-        empty: EmptyRows = "zero" if p.zeroed or anchor.empty == "zero" else "nan"
+        empty: Weightless = "zero" if p.zeroed or anchor.empty == "zero" else "nan"
         raw = RawSite(p.output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region), sink, anchor.underflows, qk.form.node)
         inside = [of_tuple(x.value) for e in (logits, sink) if e is not None for x in e.leaves if x.op == "load" and x.value in region]
         if inside:
@@ -205,11 +206,11 @@ class _Finder:
                 "supported is to leave out one logit beside the scores.",
                 p.form.node,
             )
-        return None if sink.is_const and sink.value <= classify.HIDDEN else E.as_float(sink)
+        return None if sink.is_const and sink.value <= visible.HIDDEN else E.as_float(sink)
 
     def _no_product(self, anchor: A.Anchor) -> Refusal:
         users = list(anchor.probs.users)
-        lifter = self.lifter()
+        lifter = self.lifter(anchor.logits)
         index = tuple(E.ZERO if n is E.ONE else E.var("k" if i == anchor.axis else f"i{i}", n) for i, n in enumerate(N.shape(anchor.logits)))
         try:
             find_scores(lifter, anchor, index, index[anchor.axis])
@@ -247,8 +248,8 @@ class _Finder:
         for p in products:
             if p.below is None:
                 continue
-            below = self.lifter().lift(p.below, views.broadcast(p.out, N.shape(p.below)))
-            expected = self.lifter().lift(anchor.denominator, tuple(E.ZERO if i == anchor.axis else x for i, x in enumerate(p.index)))  # type: ignore[arg-type]
+            below = self.lifter(p.values).lift(p.below, views.broadcast(p.out, N.shape(p.below)))
+            expected = self.lifter(p.values).lift(anchor.denominator, tuple(E.ZERO if i == anchor.axis else x for i, x in enumerate(p.index)))  # type: ignore[arg-type]
             if below is expected:
                 out.append(p)
         if not out:
@@ -294,7 +295,7 @@ class _Finder:
             factor = N.scalar(scale)
         if factor is None:
             raise Refusal("AO208", f"scale is {_number(scale)}, which is only known when the graph runs; supported is a constant.", node)
-        lifter = self.lifter()
+        lifter = self.lifter(q)
         logits = E.mul(factor, E.score())
         hidden = E.const(float("-inf"))
         if args.get("is_causal"):

@@ -5,7 +5,8 @@ For batch b, query head h, query q and key k, with ``s = sum_d Q[b, h, q, d] * K
     o[b, h, q, :] = sum_k softmax_k(score(s, b, h, q, k) where mask(b, h, q, k)) * V[b, h // groups, k, :]
 
 On a row in which ``mask`` leaves no key, ``empty_rows`` says what is computed instead: ``nan`` and ``zero`` are the
-values of the output row, ``uniform`` is the average of all values, ``program`` is the softmax of ``empty_score`` over all keys.
+values of the output row, ``uniform`` is the average of all values, ``program`` is the softmax of ``empty_score`` over all keys. Where that
+is -inf for every key too, the row is what ``weightless`` says.
 
 ``sink`` is the logit of one more key, for which there is no value (an attention sink): it takes a part of each row's
 weight, ``exp(sink(b, h, q))`` in the softmax's sum. With a sink a row without a visible key is zero.
@@ -29,6 +30,7 @@ from attnopt.ir.serial import decode, encode
 
 Alignment = Literal["top_left", "bottom_right"]
 EmptyRows = Literal["uniform", "nan", "zero", "program"]
+Weightless = Literal["nan", "zero"]
 Window = tuple[int | None, int | None]
 
 
@@ -120,6 +122,8 @@ class AttentionSpec:
     mask: Expr = E.TRUE
     empty_rows: EmptyRows = "nan"
     empty_score: Expr | None = None
+    weightless: Weightless = "nan"
+    """What a row gives whose ``empty_score`` is -inf for every key; with ``empty_rows`` other than ``program`` it says nothing."""
     sink: Expr | None = None
     loads: tuple[Load, ...] = ()
     sizes: tuple[str, ...] = ()
@@ -163,6 +167,11 @@ class AttentionSpec:
     @property
     def sinks(self) -> bool:
         return self.sink is not None
+
+    @property
+    def zero_without_weight(self) -> bool:
+        """Whether a row of nothing but -inf is zero, and not NaN."""
+        return self.sink is not None or (self.weightless if self.empty_rows == "program" else self.empty_rows) == "zero"
 
     @property
     def groups(self) -> int:
@@ -261,6 +270,7 @@ class AttentionSpec:
                 "nodes": nodes,
                 "roots": where,
                 "empty_rows": self.empty_rows,
+                "weightless": self.weightless,
                 "loads": [[x.name, x.kind, x.origin] for x in self.loads],
                 "sizes": list(self.sizes),
                 "dropout": self.dropout,
@@ -299,6 +309,7 @@ def _parse(text: str) -> AttentionSpec:
         mask=mask,
         empty_rows=data["empty_rows"],
         empty_score=empty_score,
+        weightless=data.get("weightless", "nan"),
         sink=sink,
         loads=tuple(Load(*x) for x in data["loads"]),
         sizes=tuple(data["sizes"]),

@@ -85,6 +85,8 @@ def _partial(e: Expr, i: int, g: Tensor, table: Mapping[Expr, Value], env: Env) 
     if e.op == "div":
         return g / xs[1] if i == 0 else -g * y / xs[1]
     if e.op in ("min", "max"):
+        if any(a.is_const for a in e.args):  # a clamp, which passes on the whole gradient at its bound
+            return g * (xs[i] == y).to(g.dtype)
         # as torch does: two equal operands share
         return g * ((xs[i] == y).to(g.dtype) / (1 + (xs[0] == xs[1]).to(g.dtype)))
     if e.op == "pow":

@@ -6,6 +6,7 @@ score. Integers are int64; floats are float32, or float64 where the query is flo
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +74,10 @@ def as_tensor(x: Value, kind: E.Kind, env: Env) -> Tensor:
     """``x`` as a tensor of the kind's dtype; numbers become tensors without axes."""
     if isinstance(x, Tensor):
         return x
-    return torch.full((), x, dtype=_dtype(kind, env), device=env.device)
+    dtype = _dtype(kind, env)
+    if isinstance(x, float) and abs(x) > torch.finfo(dtype).max:
+        x = math.copysign(math.inf, x)  # twice the least number, say; torch refuses to round it itself
+    return torch.full((), x, dtype=dtype, device=env.device)
 
 
 def _dtype(kind: E.Kind, env: Env) -> torch.dtype:
@@ -156,6 +160,10 @@ def _node(e: Expr, table: Mapping[Expr, Value], env: Env) -> Value:
         # small operands first, so that they meet the large ones once; the score last, since large terms beside it may cancel
         order = sorted(zip(e.args, args, strict=True), key=lambda x: (E.score() in x[0].leaves, _size(x[1])))
         return reduce(_FOLDS[op], [x for _, x in order])
+    if op in ("min", "max") and e.kind == "float" and any(not isinstance(x, Tensor) for x in args) and any(isinstance(x, Tensor) for x in args):
+        x, bound = (args[0], args[1]) if isinstance(args[0], Tensor) else (args[1], args[0])
+        assert isinstance(x, Tensor) and not isinstance(bound, Tensor)
+        return x.clamp(max=bound) if op == "min" else x.clamp(min=bound)  # whose gradient at the bound is whole
     tensors = [as_tensor(x, y.kind, env) for x, y in zip(args, e.args, strict=True)]
     if op in _UNARY:
         return _UNARY[op](tensors[0])

@@ -191,15 +191,20 @@ class _Problem:
             elif (tile.k0, tile.k1) != (0, self.k.shape[2]):
                 return self.tile(Tile(tile.b0, tile.b1, tile.q0, tile.q1, 0, self.k.shape[2]), keep)
         lse = torch.logsumexp(score, -1)
+        zero = empty if spec.zero_without_weight else None
         if empty is not None:
-            instead: Value = 0.0
+            instead = score.new_zeros(())
             if second and spec.empty_score is not None:
-                (instead,), more = evaluate((spec.empty_score,), env, keep)
+                (value,), more = evaluate((spec.empty_score,), env, keep)
                 table = {**table, **more}
-            score = torch.where(empty, as_tensor(instead, "float", env), score)
+                instead = as_tensor(value, "float", env)
+                if zero is not None:
+                    zero = zero & (instead.expand(shape).amax(-1, keepdim=True) == -torch.inf)
+                    instead = torch.where(zero, 0.0, instead)
+            score = torch.where(empty, instead, score)
         p = torch.softmax(score, -1)
-        if empty is not None and spec.empty_rows == "zero":
-            p = torch.where(empty, 0.0, p)
+        if zero is not None:
+            p = torch.where(zero, 0.0, p)
         return _Scored(p, lse, *env.ranges["k"], env, table, visible, empty)
 
     def into_programs(self, t: _Scored, ds: Tensor, into: Sequence[Tensor | None]) -> Tensor | None:

@@ -184,7 +184,10 @@ class _Call:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         env.score = q @ k.transpose(-1, -2)
         (score,), _ = evaluate((spec.empty_score,), env)
-        p = torch.softmax(as_tensor(score, "float", env).expand(env.score.shape), -1)
+        logits = as_tensor(score, "float", env).expand(env.score.shape)
+        p = torch.softmax(logits, -1)
+        if spec.zero_without_weight:
+            p = torch.where(logits.amax(-1, keepdim=True) == -torch.inf, 0.0, p)
         return (p @ v).to(self.v.dtype)
 
 

@@ -32,15 +32,8 @@ def _operator(node: fx.Node) -> str:
     if node.op == "placeholder":
         return "input"
     if node.op == "get_attr":
-        return "parameter" if isinstance(_attribute(node), torch.nn.Parameter) else "buffer"
+        return "parameter" if N.is_parameter(node) else "buffer"
     return N.op_name(node) or str(getattr(node.target, "__name__", node.target))
-
-
-def _attribute(node: fx.Node) -> object:
-    found: object = node.graph.owning_module
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return found
 
 
 def _example(value: torch.Tensor) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.spec import AttentionSpec, Dims, EmptyRows, Load, Traits
+from attnopt.ir.spec import AttentionSpec, Dims, EmptyRows, Load, Traits, Weightless
 
 Shape = tuple[int, int, int, int, int, int, int]
 """B, Hq, Hkv, Sq, Skv, D, Dv."""
@@ -49,6 +49,7 @@ class Case:
     loads: Callable[[Shape], list[Tensor]] = lambda shape: []
     empty_rows: EmptyRows = "nan"
     empty_score: Callable[[Dims, Expr], Expr] | None = None
+    weightless: Weightless = "nan"
     naive_empty: Callable[[Tensor, Tensor, Tensor, list[Tensor]], Tensor] | None = None
     sink: Callable[[Dims], Expr] | None = None
     naive_sink: Callable[[Tensor, list[Tensor]], Tensor] | None = None
@@ -74,6 +75,7 @@ class Case:
             mask=mask,
             empty_rows=self.empty_rows,
             empty_score=None if self.empty_score is None else self.empty_score(d, s),
+            weightless=self.weightless,
             sink=None if self.sink is None else self.sink(d),
             loads=tuple(Load(f"load{i}", kinds[x.dtype]) for i, x in enumerate(tensors)),
             sizes=tuple(self.sizes),
@@ -116,6 +118,8 @@ class Case:
         p = torch.softmax(score, -1)
         if self.empty_rows == "zero":
             p = torch.where(empty, 0.0, p)
+        if self.weightless == "zero":
+            p = torch.where((score == -math.inf).all(-1, keepdim=True), 0.0, p)
         return p @ v, lse
 
 
@@ -235,6 +239,28 @@ CASES = [
         empty_rows="program",
         empty_score=lambda d, s: E.add(E.mul(E.const(0.5), s), E.mul(E.const(0.1), E.as_float(d.k))),
         naive_empty=lambda s, i, j, L: 0.5 * s + 0.1 * j.double(),
+    ),
+    *(
+        Case(
+            f"padding-program-weightless-{weightless}",
+            mask=lambda d: E.all_of(causal(d), padding(d)),
+            naive_mask=lambda i, j, L: (j <= i) & L[0][:, None, None, :],
+            loads=left_padding,
+            empty_rows="program",
+            empty_score=lambda d, s: E.where(E.ge(d.q, E.const(3)), E.add(E.mul(E.const(0.5), s), E.where(causal(d), E.FZERO, E.const(-math.inf))), E.const(-math.inf)),
+            naive_empty=lambda s, i, j, L: torch.where((i >= 3) & (j <= i), 0.5 * s, -math.inf),
+            weightless=weightless,
+        )
+        for weightless in ("nan", "zero")
+    ),
+    Case(
+        "padding-program-beyond-float32",
+        mask=lambda d: E.all_of(causal(d), padding(d)),
+        naive_mask=lambda i, j, L: (j <= i) & L[0][:, None, None, :],
+        loads=left_padding,
+        empty_rows="program",
+        empty_score=lambda d, s: E.add(E.mul(E.const(0.5), s), E.where(E.lt(d.k, E.const(30)), E.FZERO, E.const(-6e38))),
+        naive_empty=lambda s, i, j, L: torch.where(j < 30, 0.5 * s, -math.inf),
     ),
     Case(
         "causal-left-padding-uniform",

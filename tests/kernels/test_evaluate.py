@@ -94,3 +94,22 @@ def test_unkept_values_are_dropped() -> None:
     assert set(table) == {root}
     _, kept = evaluate((root,), env(), keep=True)
     assert len(kept) == len(list(E.postorder(root)))
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_clamp_passes_on_the_whole_gradient_at_its_bound(recording: bool) -> None:
+    """As torch.clamp does, where torch.maximum would share it with the bound."""
+    shape = (1, 1, 1, 3, 3, 1, 4)
+    case = Case("clamp", shape, score=lambda d, s: E.maximum(E.add(s, E.load(0, (d.k,), "float")), E.const(0.0)), loads=lambda sh: [torch.zeros(3)])
+    v = torch.randn(1, 1, 3, 4)
+    q, k, bias = torch.zeros(1, 1, 3, 1), torch.ones(1, 1, 3, 1), torch.zeros(3, requires_grad=True)
+    want = torch.softmax((q @ k.mT + bias).clamp(min=0.0), -1) @ v
+    grad = torch.randn_like(want)
+    (expected,) = torch.autograd.grad(want, bias, grad)
+    if recording:
+        o, _ = reference.attention(q, k, v, [bias], [], case.spec())
+        (got,) = torch.autograd.grad(o, bias, grad)
+    else:
+        with torch.no_grad():
+            (got,) = reference.gradients(grad, q, k, v, [bias], [], case.spec(), 0, [False, False, False, True])
+    torch.testing.assert_close(got, expected)

@@ -135,6 +135,13 @@ def test_local_and_global() -> None:
     assert seen(E.any_of(band(), E.lt(k, E.ONE), E.lt(q, E.ONE))).global_tokens
 
 
+def test_a_bias_that_does_not_hide_is_no_padding() -> None:
+    """Of a bias of numbers it is only known which of them would hide a key; another comparison is the model's own."""
+    bias = E.load(0, (b, k), "float")
+    assert not seen(E.lt(E.const(-3e4), bias)).key_padding and not seen(E.lt(E.const(-1e3), bias)).key_padding
+    assert seen(E.le(E.const(-3e4), bias)).key_padding and seen(E.lt(E.const(0.5), bias)).key_padding
+
+
 def test_a_table_of_numbers_is_no_table_of_blocks() -> None:
     at = (h, E.floordiv(q, E.const(4)), E.floordiv(k, E.const(4)))
     assert seen(E.load(0, at, "bool")).blocks == (4, 4)

@@ -96,7 +96,8 @@ class Slopes(Bias):
         if self.slopes == "computed":
             slope = "(2.0 ** -torch.arange(1, H + 1))"
         else:
-            slope = e.state(f"2.0 ** -torch.arange(1, {H + 1})", "slopes", self.slopes == "parameter")
+            learned = self.slopes == "parameter"
+            slope = e.state(f"2.0 ** -torch.arange(1, {H + 1})", "learned_slopes" if learned else "slopes", learned)
         if self.position == "count":
             mask = e.input("pad_l_k", ("B", "T"), "zero or one")
             return f"({slope}[:, None, None] * (({mask}.cumsum(-1) - 1) * {mask})[:, None, None, :]).to(w.dtype)"

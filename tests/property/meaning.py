@@ -19,6 +19,8 @@ from property.steps import Hide
 
 HIDDEN = -3e4
 """A logit at or below this hides its key."""
+VANISHED = -1e3
+"""The same where exponentials are taken of the logits as they stand: this one is zero."""
 UNCLEAR = -5e2
 """Between the two a key has no weight beside others, and whether it counts as hidden is a matter of words."""
 
@@ -39,15 +41,12 @@ class Meaning:
     """[B, H, S, Dv]. Rows without a visible key hold whatever float64 gives."""
     sink: np.ndarray | None
     """[H], a logit that takes weight and has no value."""
-
-    @property
-    def visible(self) -> np.ndarray:
-        return self.logits > HIDDEN
+    hidden: float = HIDDEN
 
     @property
     def clear(self) -> bool:
         """Whether each logit either hides its key for good or is an ordinary number."""
-        return not bool(((self.logits > HIDDEN) & (self.logits < UNCLEAR)).any())
+        return not bool(((self.logits > self.hidden) & (self.logits < UNCLEAR)).any())
 
     @property
     def empty(self) -> np.ndarray:
@@ -84,7 +83,7 @@ def meaning(program: Program, module: nn.Module, inputs: tuple[Tensor, ...], siz
             total = total + np.exp(sink[:, None, None] - peak)
         p = e / total
         output = np.einsum("bhqk,bhkd->bhqd", p, v)
-    return Meaning(w, q, k, v, raw, logits, output, sink)
+    return Meaning(w, q, k, v, raw, logits, output, sink, VANISHED if program.softmax == "exp over sum" and program.call is None and sink is None else HIDDEN)
 
 
 def _operands(program: Program, t: dict[str, np.ndarray], sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

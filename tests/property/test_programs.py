@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import attnopt
-from property.judge import NotCaptured, Wrong, check
+from property.judge import NotCaptured, Wrong, check, may_stay_in_the_score
 from property.program import Program
 from property.strategies import programs
 
@@ -55,6 +55,9 @@ def run(number: int, which: int, tally: Counter[str]) -> list[str]:
         except Wrong as wrong:
             tally[wrong.kind] += 1
             failures.append(f"{wrong}\n{program}")
+        except Exception as error:  # noqa: BLE001 - whatever a program makes attnopt raise is a finding, and the others are judged as well
+            tally["crash"] += 1
+            failures.append(f"crash: {type(error).__name__}: {error}\n{program}")
 
     one()
     return failures
@@ -66,6 +69,8 @@ def optimized(program: Program) -> None:
     with torch.no_grad():
         fast = attnopt.optimize(module, inputs, dynamic_shapes="auto" if program.dynamic else "static")
         report = fast.attnopt_report
+        if [s.status for s in report.sites] == ["reverted"] and program.softmax == "exp over sum" and may_stay_in_the_score(program):
+            return  # 0/0 in the original, which is a limit (docs/limits.md)
         if [s.status for s in report.sites] != ["replaced"] or not report.verdict.passed:
             raise Wrong("verification", str(report))
         want, got = module(*inputs), fast(*inputs)

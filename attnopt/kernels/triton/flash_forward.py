@@ -185,7 +185,7 @@ class _Writer:
         lines = [
             f'tl.store(LSE + head.to(tl.int64) * Sq + offs_m, tl.where(l_i > 0.0, {natural}, float("-inf")), mask=offs_m < Sq)',
             *(self.retry() if self.retries else []),
-            f"acc = tl.where((l_i == 0.0)[:, None], {literal(0.0 if self.spec.empty_rows == 'zero' or self.sink is not None else math.nan)}, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])",
+            f"acc = tl.where((l_i == 0.0)[:, None], {literal(0.0 if self.spec.zero_without_weight else math.nan)}, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])",
         ]
         return [
             *lines,
