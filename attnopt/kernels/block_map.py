@@ -34,6 +34,15 @@ class BlockMap:
     BLOCK_M: int
     BLOCK_N: int
 
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """Rows from one batch to the next and from one head to the next, 0 where they share a row, and the length of a row.
+
+        The row of batch b, head h and block m is b * places[0] + h * places[1] + m.
+        """
+        B, H, rows, listed = self.indices.shape
+        return (H * rows if B > 1 else 0), (rows if H > 1 else 0), listed
+
 
 def axes(mask: Expr) -> tuple[bool, bool]:
     """Whether a mask depends on the batch, and on the head."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from attnopt.config import disabled_backends
 from attnopt.errors import BackendError
 from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels.block_map import BlockMap
 
 
 class BackendRefusal(BackendError):
@@ -40,9 +41,9 @@ class Setting:
 Forward = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int], tuple[Tensor, Tensor]]
 """q, k, v, loads, sizes, spec, seed -> (o, lse). lse is float32 [B, Hq, Sq]: the natural logarithm of the sum of exp(score) over the
 visible keys (and the sink), -inf on rows without any. ``seed``, in [0, 2**62), decides what dropout drops."""
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, Sequence[bool]], list[Tensor]
-]
+Mapped = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, BlockMap], tuple[Tensor, Tensor]]
+"""As ``Forward``, with the map of the spec's mask for the sizes of ``Backend.block_sizes``."""
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, Sequence[bool]], list[Tensor]]
 """grad [B, Hq, Sq, Dv], q, k, v, o, lse, loads, sizes, spec, seed, needs -> gradients of q, k, v and the loads, in this order, for
 those that ``needs`` (one flag each) asks for, each in its tensor's dtype."""
 
@@ -68,6 +69,10 @@ class Backend:
     """None, or why ``backward`` cannot compute the gradients of this attention there."""
     recomputes: bool = False
     """Whether ``backward`` reads neither o nor lse, so that it can follow a backend without ``forward``."""
+    block_sizes: Callable[[AttentionSpec, Setting], tuple[int, int] | None] = lambda spec, setting: None
+    """(BLOCK_M, BLOCK_N) of the map of blocks that ``mapped`` takes; None for an attention for which it takes none."""
+    mapped: Mapped | None = None
+    """As ``forward``, with a map worked out before, for several attentions at once. Without one ``run`` works it out itself."""
     generator: str | None = None
     """By which random numbers its dropout goes (None: it has no dropout). Backends that name the same generator drop the same
     probabilities for the same seed, so the backward of one can follow the forward of the other."""
@@ -172,6 +177,11 @@ def _preference(spec: AttentionSpec, setting: Setting) -> tuple[str, ...]:
     return ("sdpa", "reference")
 
 
+def block_sizes(kernel: str, spec: AttentionSpec, *, device: torch.device | str, dtype: torch.dtype) -> tuple[int, int] | None:
+    """(BLOCK_M, BLOCK_N) of the map of blocks that this backend takes for an attention; None where it takes none."""
+    return _BACKENDS[kernel].block_sizes(spec, Setting(torch.device(device).type, dtype))
+
+
 def resolve(kernel: str, spec: AttentionSpec, device: str, dtype: torch.dtype) -> Backend:
     """The backend that runs a call. As ``choose``, which a graph's author asked before; the tensors may have moved since."""
     name, _ = choose(spec, device=device, dtype=dtype, backend=kernel)
@@ -195,9 +205,7 @@ def _run_reference(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], siz
     return reference.attention(q, k, v, loads, sizes, spec)[0]
 
 
-def _train_reference(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int
-) -> tuple[Tensor, Tensor]:
+def _train_reference(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor]:
     o, lse = reference.attention(q, k, v, loads, sizes, spec, seed)
     return o, lse.float()
 
@@ -244,6 +252,20 @@ def _run_triton(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes:
     return launch.attention(q, k, v, loads, sizes, spec)[0]
 
 
+def _triton_block_sizes(spec: AttentionSpec, setting: Setting) -> tuple[int, int] | None:
+    from attnopt.kernels.triton import launch
+
+    return launch.block_sizes(spec, setting.device, setting.dtype)
+
+
+def _run_triton_mapped(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int, blocks: BlockMap
+) -> tuple[Tensor, Tensor]:
+    from attnopt.kernels.triton import launch
+
+    return launch.attention(q, k, v, loads, sizes, spec, blocks)
+
+
 register(
     Backend(
         "reference",
@@ -266,4 +288,14 @@ register(
         run=sdpa.attention,
     )
 )
-register(Backend("triton", available=_triton_available, accepts=_triton_accepts, why=_triton_why, run=_run_triton))
+register(
+    Backend(
+        "triton",
+        available=_triton_available,
+        accepts=_triton_accepts,
+        why=_triton_why,
+        run=_run_triton,
+        block_sizes=_triton_block_sizes,
+        mapped=_run_triton_mapped,
+    )
+)

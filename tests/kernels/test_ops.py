@@ -33,7 +33,8 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, grad: bool = False)
 def test_importing_registers_the_operator() -> None:
     assert ops.__doc__
     assert str(attention.default._schema) == (
-        'attnopt::attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel="reference") -> Tensor'
+        'attnopt::attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel="reference", '
+        "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[]) -> Tensor"
     )
 
 
