@@ -8,9 +8,10 @@ from torch import Tensor
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import Dims
+from attnopt.kernels.varlen import pack
 from tests.kernels.cases import SMALL, Case, Shape, causal, documents, padding, some_padding
 
-LONG: Shape = (2, 2, 1, 150, 150, 16, 16)
+LONG: Shape = (2, 2, 1, 100, 100, 16, 16)
 
 
 def _at(t: Tensor, i: Tensor) -> Tensor:
@@ -40,6 +41,12 @@ def sentences(shape: Shape) -> list[Tensor]:
     return [torch.where(torch.arange(shape[4]) < shape[4] - 9, ids, -1)]
 
 
+def packed(shape: Shape) -> list[Tensor]:
+    """Which keys each packed query sees: sequences of 9, 0, 30 and 50 queries, the window 20 keys to the left; the rest is unused."""
+    packing = pack(torch.tensor([0, 9, 9, 39, 89]), queries=shape[3], causal=True, window=(20, None))
+    return [packing.first, packing.stop]
+
+
 def same_document(d: Dims) -> Expr:
     return E.eq(E.load(0, (d.b, d.q), "int"), E.load(0, (d.b, d.k), "int"))
 
@@ -48,7 +55,7 @@ MASK_CASES = [
     Case("padding-long", shape=LONG, mask=padding, naive_mask=lambda i, j, L: L[0][:, None, None, :], loads=some_padding, empty_rows="zero"),
     Case(
         "padding-by-lengths",
-        shape=(3, 4, 2, 37, 150, 16, 16),
+        shape=(3, 4, 2, 37, 110, 16, 16),
         mask=lambda d: E.lt(d.k, E.load(0, (d.b,), "int")),
         naive_mask=lambda i, j, L: j < L[0][:, None, None, None],
         loads=lengths,
@@ -74,6 +81,14 @@ MASK_CASES = [
         mask=lambda d: E.all_of(causal(d), same_document(d), E.lt(E.sub(d.q, d.k), E.const(40)), E.ge(E.load(0, (d.b, d.k), "int"), E.ZERO)),
         naive_mask=lambda i, j, L: (j <= i) & (i - j < 40) & (_at(L[0], i) == _at(L[0], j)) & (_at(L[0], j) >= 0),
         loads=sentences,
+        empty_rows="zero",
+    ),
+    Case(
+        "packed",
+        shape=(1, *LONG[1:]),
+        mask=lambda d: E.all_of(E.ge(d.k, E.load(0, (d.q,), "int")), E.lt(d.k, E.load(1, (d.q,), "int"))),
+        naive_mask=lambda i, j, L: (j >= L[0][:, None]) & (j < L[1][:, None]),
+        loads=packed,
         empty_rows="zero",
     ),
     Case(
@@ -125,7 +140,7 @@ MASK_CASES = [
         shape=LONG,
         mask=lambda d: E.all_of(causal(d), E.load(0, (E.sub(d.q, d.k),), "bool")),
         naive_mask=lambda i, j, L: (j <= i) & L[0][(i - j).clamp(min=0)],
-        loads=lambda sh: [(torch.arange(sh[4]) < 20) | (torch.arange(sh[4]) >= 90)],
+        loads=lambda sh: [(torch.arange(sh[4]) < 20) | (torch.arange(sh[4]) >= 70)],
     ),
     Case(
         "threshold-of-a-float",
@@ -136,3 +151,5 @@ MASK_CASES = [
         empty_rows="uniform",
     ),
 ]
+
+MASKS = {c.name: c for c in MASK_CASES}

@@ -12,9 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.block_map_op import mask_alone
 from tests.kernels.by_blocks import ByBlocks, install
-from tests.kernels.mask_cases import MASK_CASES
+from tests.kernels.mask_cases import MASKS
 
-MASKS = {c.name: c for c in MASK_CASES}
 block_map = torch.ops.attnopt.block_map
 
 
