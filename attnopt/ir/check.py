@@ -47,6 +47,11 @@ def _attention(module: fx.GraphModule, node: fx.Node) -> str | None:
     q, k, v = (a.meta["val"] for a in node.args[:3] if isinstance(a, fx.Node))
     if not q.dim() == k.dim() == v.dim() == 4:
         return f"operands of rank {q.dim()}, {k.dim()}, {v.dim()}; all must be 4"
+    given = [a is not None for a in (node.kwargs.get("counts"), node.kwargs.get("indices"))]
+    block_sizes = node.kwargs.get("block_sizes") or ()
+    assert isinstance(block_sizes, (list, tuple))
+    if given != [len(block_sizes) == 2] * 2:
+        return "a map of blocks is counts, indices and two block sizes, all or none of them"
     for program in spec.programs:
         for x in program.leaves:
             if x.op == "load" and (x.value >= len(loads) or len(x.args) != loads[x.value].meta["val"].dim()):

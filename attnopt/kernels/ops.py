@@ -1,7 +1,9 @@
 """The operator ``attnopt::attention``, by which an attention stands in a graph. Importing this module registers it.
 
-It needs neither Triton nor a GPU. Two more operators serve its gradient: ``attention_for_training`` also returns the seed
-of its dropout, and ``attention_backward`` computes the probabilities again, tile by tile, so memory stays linear.
+It needs neither Triton nor a GPU. Two more operators serve its gradient: ``attention_for_training`` also returns lse and the seed
+of its dropout, and ``attention_backward`` computes the probabilities again from them, tile by tile, so memory stays linear.
+A map of blocks (``attnopt::block_map``) may come with a call, so that one serves all attentions with the same mask; without it a
+kernel that wants one makes its own.
 """
 
 from __future__ import annotations
@@ -14,21 +16,25 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels import block_map_op as _block_map_op  # registers attnopt::block_map
 from attnopt.kernels import linear as _linear  # registers attnopt::merged_linear
-from attnopt.kernels import reference
-from attnopt.kernels.registry import Backend, resolve
+from attnopt.kernels.block_map import BlockMap
+from attnopt.kernels.registry import Backend, Backward, resolve, resolve_backward
 from attnopt.kernels.tiling import empty_output
 
-assert _linear is not None
+assert _linear is not None and _block_map_op is not None
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel"
+_MAP = "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[]"
+"""A ``BlockMap`` as a graph passes it: the results of ``attnopt::block_map``, and [BLOCK_M, BLOCK_N]."""
 _LIBRARY = torch.library.Library("attnopt", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
 
-_LIBRARY.define(f'attention({_ARGUMENTS}="reference") -> Tensor', tags=_TAGS)
-_LIBRARY.define(f"attention_for_training({_ARGUMENTS}) -> (Tensor o, Tensor seed)", tags=_TAGS)
+_LIBRARY.define(f'attention({_ARGUMENTS}="reference", {_MAP}) -> Tensor', tags=_TAGS)
+_LIBRARY.define(f"attention_for_training({_ARGUMENTS}, {_MAP}) -> (Tensor o, Tensor lse, Tensor seed)", tags=_TAGS)
 _LIBRARY.define(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, Tensor seed, bool[] needs) -> Tensor[]",
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor[] loads, SymInt[] sizes, str spec, str kernel, "
+    "Tensor seed, bool[] needs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -40,30 +46,86 @@ def _prepare(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[A
     return parsed, resolve(kernel, parsed, device, dtype)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
-    parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
-    if parsed.dropout:
-        # From the default CPU generator, which torch.manual_seed sets and activation checkpointing restores; no device waits.
-        seed = torch.randint(1 << 62, (), dtype=torch.int64)
-        return reference.attention(q, k, v, loads, sizes, parsed, int(seed))[0], seed
-    return backend.run(q, k, v, loads, sizes, parsed), torch.zeros((), dtype=torch.int64)
+@lru_cache(maxsize=4096)
+def _prepare_backward(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[AttentionSpec, Backward]:
+    parsed = AttentionSpec.from_json(spec)
+    return parsed, resolve_backward(kernel, parsed, device, dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
+def _seed() -> Tensor:
+    """From the default CPU generator, which torch.manual_seed sets and activation checkpointing restores; no device waits."""
+    return torch.randint(1 << 62, (), dtype=torch.int64)
+
+
+def _blocks(counts: Tensor | None, indices: Tensor | None, block_sizes: Sequence[int]) -> BlockMap | None:
+    return None if counts is None or indices is None else BlockMap(counts, indices, block_sizes[0], block_sizes[1])
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str = "reference",
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_sizes: Sequence[int] = (),
+) -> Tensor:
     with torch.no_grad():
-        return _run(q, k, v, loads, sizes, spec, kernel)[0]
+        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
+        blocks = _blocks(counts, indices, block_sizes)
+        if blocks is not None and backend.mapped is not None:
+            return backend.mapped(q, k, v, loads, sizes, parsed, int(_seed()) if parsed.dropout else 0, blocks)[0]
+        if not parsed.dropout:
+            return backend.run(q, k, v, loads, sizes, parsed)
+        assert backend.forward is not None, f"{backend.name} took an attention with dropout, and has no forward that draws it"
+        return backend.forward(q, k, v, loads, sizes, parsed, int(_seed()))[0]
 
 
-def _attention_for_training(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
+def _attention_for_training(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str,
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_sizes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        return _run(q, k, v, loads, sizes, spec, kernel)
+        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
+        blocks = _blocks(counts, indices, block_sizes)
+        seed = _seed() if parsed.dropout else torch.zeros((), dtype=torch.int64)
+        if blocks is not None and backend.mapped is not None:
+            return *backend.mapped(q, k, v, loads, sizes, parsed, int(seed), blocks), seed
+        if backend.forward is None:
+            # its backward is one that reads no lse: see registry.choose_backward
+            lse = torch.full(q.shape[:3], torch.nan, dtype=torch.float32, device=q.device)
+            return backend.run(q, k, v, loads, sizes, parsed), lse, seed
+        return *backend.forward(q, k, v, loads, sizes, parsed, int(seed)), seed
 
 
 def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, seed: Tensor, needs: Sequence[bool]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str,
+    seed: Tensor,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     with torch.no_grad():
-        return reference.gradients(grad, q, k, v, loads, sizes, AttentionSpec.from_json(spec), int(seed), needs)
+        parsed, backward = _prepare_backward(spec, kernel, q.device.type, q.dtype)
+        return backward(grad, q, k, v, o, lse, loads, sizes, parsed, int(seed), needs)
 
 
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -74,17 +136,51 @@ _LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutog
 # ------------------------------------------------------------------------------------------------ shapes only
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str = "reference",
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_sizes: Sequence[int] = (),
+) -> Tensor:
     torch._check(q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v must have 4 axes [B, H, S, D]")
     return empty_output(q, v)
 
 
-def _fake_for_training(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
-    return _fake(q, k, v, loads, sizes, spec, kernel), torch.empty((), dtype=torch.int64)
+def _fake_for_training(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str,
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_sizes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _fake(q, k, v, loads, sizes, spec), lse, torch.empty((), dtype=torch.int64)
 
 
 def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, seed: Tensor, needs: Sequence[bool]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str,
+    seed: Tensor,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in zip((q, k, v, *loads), needs, strict=True) if need]
 
@@ -96,39 +192,67 @@ for _name, _shapes in (("attention", _fake), ("attention_for_training", _fake_fo
 # ------------------------------------------------------------------------------------------------ gradients
 
 
+_Map = tuple[Tensor | None, Tensor | None, Sequence[int]]
+
+
 class _Training(torch.autograd.Function):
     """``attention_for_training`` with its gradient. Written by hand: ``torch.library.register_autograd`` takes no symbolic sizes in a list."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, sizes: Sequence[int], spec: str, kernel: str, q: Tensor, k: Tensor, v: Tensor, *loads: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, keyset: Any, sizes: Sequence[int], spec: str, kernel: str, blocks: _Map, q: Tensor, k: Tensor, v: Tensor, *loads: Tensor
+    ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             below = keyset & torch._C._after_autograd_keyset
-            o, seed = torch.ops.attnopt.attention_for_training.default.redispatch(below, q, k, v, list(loads), sizes, spec, kernel)
-        ctx.sizes, ctx.spec = sizes, spec
-        ctx.save_for_backward(q, k, v, seed, *loads)
-        ctx.mark_non_differentiable(seed)
-        return o, seed
+            o, lse, seed = torch.ops.attnopt.attention_for_training.default.redispatch(below, q, k, v, list(loads), sizes, spec, kernel, *blocks)
+        ctx.sizes, ctx.spec, ctx.kernel = sizes, spec, kernel
+        ctx.save_for_backward(q, k, v, o, lse, seed, *loads)
+        ctx.mark_non_differentiable(lse, seed)
+        return o, lse, seed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, seed, *loads = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[4:])
-        found = iter(torch.ops.attnopt.attention_backward(grads[0], q, k, v, loads, ctx.sizes, ctx.spec, seed, needs))
-        return None, None, None, None, *(next(found) if need else None for need in needs)
+        q, k, v, o, lse, seed, *loads = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[5:])
+        found = iter(torch.ops.attnopt.attention_backward(grads[0], q, k, v, o, lse, loads, ctx.sizes, ctx.spec, ctx.kernel, seed, needs))
+        return None, None, None, None, None, *(next(found) if need else None for need in needs)
 
 
 def _autograd_for_training(
-    keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
-) -> tuple[Tensor, Tensor]:
-    return _Training.apply(keyset, sizes, spec, kernel, q, k, v, *loads)  # type: ignore[no-any-return]
+    keyset: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str,
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_sizes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _Training.apply(keyset, sizes, spec, kernel, (counts, indices, block_sizes), q, k, v, *loads)  # type: ignore[no-any-return]
 
 
-def _autograd(keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
+def _autograd(
+    keyset: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str = "reference",
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_sizes: Sequence[int] = (),
+) -> Tensor:
     """With gradients to compute the training operator takes over; without, the graph keeps ``attention`` itself."""
+    arguments = (q, k, v, loads, sizes, spec, kernel, counts, indices, block_sizes)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *loads)):
-        return torch.ops.attnopt.attention_for_training.default(q, k, v, loads, sizes, spec, kernel)[0]  # type: ignore[no-any-return]
+        return torch.ops.attnopt.attention_for_training.default(*arguments)[0]  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.attnopt.attention.default.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, loads, sizes, spec, kernel)  # type: ignore[no-any-return]
+        return torch.ops.attnopt.attention.default.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)  # type: ignore[no-any-return]
 
 
 _LIBRARY.impl("attention", _autograd, "Autograd", with_keyset=True)

@@ -24,10 +24,11 @@ from attnopt.passes.lower import Lower
 from attnopt.passes.merge_projections import MergeProjections
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
+from attnopt.passes.share_block_maps import ShareBlockMaps
 from attnopt.remarks import Remark
 from attnopt.report import Site
 
-NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "lower", "cleanup")
+NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
 """Every pass, in order."""
 _REQUIRED = ("canonicalize",)
 
@@ -54,7 +55,7 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset()) -> 
     for n in config.disable_passes:
         if n in _REQUIRED:
             raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in NAMES if x not in _REQUIRED)}.")
-    everything: list[Pass] = [Canonicalize(), JoinProducts(), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend), Lower(), Cleanup()]
+    everything: list[Pass] = [Canonicalize(), JoinProducts(), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend), ShareBlockMaps(), Lower(), Cleanup()]
     return [p for p in everything if p.name not in config.disable_passes]
 
 

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.triton import launch
+from attnopt.kernels.triton.flash_forward import MAP_TENSORS
 from tests.kernels.cases import BY_NAME, Case, causal, softcap, window
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -35,6 +36,8 @@ def signature(spec: AttentionSpec, dtype: torch.dtype) -> tuple[dict[str, str], 
     for i, name in enumerate(source.arguments):
         if name in ("Q", "K", "V", "O", "LSE"):
             types[name] = f"*{NAMES[dtype] if name != 'LSE' else 'fp32'}"
+        elif name in MAP_TENSORS:
+            types[name] = "*i32"
         elif re.fullmatch(r"L\d+", name):
             types[name] = {"bool": "*u8", "int": "*i64", "float": "*fp32"}[kinds[int(name[1:])]]
         elif name in ("Q_s3", "K_s3", "V_s3", "O_s3"):

@@ -19,7 +19,9 @@ import triton.runtime.interpreter as interpreter
 
 from attnopt.kernels.triton import launch
 from tests.kernels.cases import BY_NAME, Case
+from tests.kernels.mask_cases import MASKS
 from tests.kernels.operations import OPERATION_CASES
+from tests.kernels.poison import poisoned
 
 TOLERANCE = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
 
@@ -42,8 +44,11 @@ def upcast_products() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+EVERY: dict[str, Case] = BY_NAME | MASKS | OPERATION_CASES
+
+
 def run(name: str, dtype: str) -> dict[str, object]:
-    case: Case = BY_NAME.get(name) or OPERATION_CASES[name]
+    case = EVERY[name]
     q, k, v, loads = case.tensors(getattr(torch, dtype))
     want, want_lse = case.naive(q, k, v, loads)
     o, lse = launch.attention(q, k, v, loads, list(case.sizes.values()), case.spec())
@@ -51,7 +56,12 @@ def run(name: str, dtype: str) -> dict[str, object]:
     torch.testing.assert_close(o.double(), want, atol=tolerance, rtol=tolerance, equal_nan=True)
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-5)
     assert o.transpose(1, 2).is_contiguous() and o.dtype == q.dtype
-    return {"ok": True}
+    c = launch.config(q.shape[3], v.shape[3], q.shape[2], q.dtype, launch.SHARED_MEMORY_SM90, False)
+    hidden = poisoned(case, q, k, v, loads, c.BLOCK_N) if name in MASKS else None
+    if hidden is not None:
+        again, _ = launch.attention(q, *hidden, loads, list(case.sizes.values()), case.spec())
+        assert torch.equal(again.nan_to_num(7.0), o.nan_to_num(7.0)), "NaN leaks from keys that no query sees"
+    return {"ok": True, "poisoned": hidden is not None}
 
 
 def main() -> None:

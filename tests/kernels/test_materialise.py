@@ -71,8 +71,11 @@ def test_blocks_are_skipped_and_whole_blocks_have_no_mask() -> None:
     ]
     whole = text.split("range(whole_lo, whole_hi")[1].split("for start")[0]
     assert "tl.where(m_new" in whole and ">= 0" not in whole and "key_inside" not in whole
-    padded = generate(BY_NAME["causal-left-padding-uniform"].spec()).text
-    assert padded.count("in tl.range(lo, hi, BLOCK_N)") == 1
+    padded = generate(BY_NAME["padding-zero"].spec()).text
+    assert [line.strip() for line in padded.splitlines() if "in tl.range(" in line] == ["for i in tl.range(0, n_cut):", "for i in tl.range(n_cut, n):"]
+    cut, full = padded.split("range(0, n_cut)")[1].split("range(n_cut, n)")
+    assert "tl.load(L0" in cut and "key_inside" in cut
+    assert "tl.load(L0" not in full and "key_inside" not in full
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, grad: bool = False)
 def test_importing_registers_the_operator() -> None:
     assert ops.__doc__
     assert str(attention.default._schema) == (
-        'attnopt::attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel="reference") -> Tensor'
+        'attnopt::attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel="reference", '
+        "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[]) -> Tensor"
     )
 
 
@@ -46,6 +47,16 @@ def test_opcheck(name: str, grad: bool, kernel: str) -> None:
 
 def test_opcheck_of_the_training_operator() -> None:
     torch.library.opcheck(torch.ops.attnopt.attention_for_training.default, (*arguments("alibi-causal", grad=True), "reference"))
+
+
+@pytest.mark.parametrize("name", ["causal-GQA", "sinks-causal-GQA", "causal-bottom-right-empty-rows-zero"])
+def test_the_training_operator_gives_lse(name: str) -> None:
+    q, k, v, loads, sizes, spec = arguments(name, torch.float32, grad=True)
+    o, lse, _ = torch.ops.attnopt.attention_for_training(q, k, v, loads, sizes, spec, "reference")
+    want, want_lse = BY_NAME[name].naive(q, k, v, loads)
+    assert lse.dtype == torch.float32 and not lse.requires_grad and o.requires_grad
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(o.double(), want, atol=1e-5, rtol=1e-5)
 
 
 @KERNELS

@@ -19,16 +19,21 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import AttnoptError, BackendError
+from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
+from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.materialise import load_tensors, materialise
+from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
-from attnopt.kernels.triton.flash_forward import CONSTEXPRS, TENSORS, Source, generate
+from attnopt.kernels.triton.flash_forward import CONSTEXPRS, MAP_PLACES, MAP_TENSORS, TENSORS, Source, generate
 
 MAX_HEAD_DIM = 256
 SHARED_MEMORY_SM90 = 227 * 1024
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MANY = 1 << 20
+"""More queries than any block has."""
 
 
 def interpreted() -> bool:
@@ -69,6 +74,8 @@ def why(spec: AttentionSpec) -> str:
 
 def bounds_words(spec: AttentionSpec) -> str:
     t = spec.traits
+    if programs_of(spec).rest is not E.TRUE:
+        return "skips the blocks that the mask hides"
     return "skips blocks outside of the window" if t.window != (None, None) else "skips blocks above the diagonal" if t.causal else ""
 
 
@@ -162,6 +169,17 @@ def config(D: int, Dv: int, Sq: int, dtype: torch.dtype, shared_memory: int, hea
     return Config(BLOCK_M, c.BLOCK_N, min(c.num_warps, max(4, BLOCK_M * 8 // c.BLOCK_M)), c.num_stages)
 
 
+def block_sizes(spec: AttentionSpec, device: str, dtype: torch.dtype) -> tuple[int, int] | None:
+    """(BLOCK_M, BLOCK_N) of the map of blocks that the kernel of ``spec`` walks over; None where it takes none."""
+    source = kernel_for(spec).source
+    d = spec.dims
+    if not source.mapped or not (d.D.is_const and d.Dv.is_const):
+        return None
+    memory = shared_memory(torch.cuda.current_device()) if device == "cuda" else SHARED_MEMORY_SM90
+    c = config(int(d.D.value), int(d.Dv.value), _MANY, dtype, memory, source.heavy)
+    return c.BLOCK_M, c.BLOCK_N
+
+
 @lru_cache(maxsize=64)
 def shared_memory(index: int) -> int:
     """Bytes of shared memory that a block of threads may ask for on CUDA device ``index``."""
@@ -173,10 +191,13 @@ def shared_memory(index: int) -> int:
 # ------------------------------------------------------------------------------------------------ the call
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, blocks: BlockMap | None = None
+) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
-    lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only. See ``refusal``.
+    lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only. See ``refusal``. ``blocks`` is the map
+    of the spec's mask for the sizes that ``block_sizes`` gives; without it, it is worked out here where the mask needs one.
     """
     reference.check_shapes(q, k, v, loads, spec)
     D, Dv = q.shape[3], v.shape[3]
@@ -188,9 +209,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: S
         return o.zero_(), lse.fill_(-torch.inf)
     values = bind_sizes(spec, sizes, q, k, v)
     kernel = kernel_for(spec)
-    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values)
     on_gpu = q.device.type == "cuda"
-    c = config(D, Dv, q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, kernel.source.heavy)
+    memory = shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90
+    c = config(D, Dv, q.shape[2], q.dtype, memory, kernel.source.heavy)
+    if kernel.source.mapped:
+        whole = config(D, Dv, _MANY, q.dtype, memory, kernel.source.heavy)
+        if blocks is not None and (blocks.BLOCK_M, blocks.BLOCK_N) == (whole.BLOCK_M, whole.BLOCK_N):
+            c = whole
+        else:  # none, or one for another device or dtype: the tensors have moved since it was asked for
+            blocks = block_map(spec.mask, loads, values, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
+    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values, blocks)
     programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         kernel.function[(programs,)](*arguments, **constants(D, Dv, c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
@@ -204,7 +232,16 @@ def constants(D: int, Dv: int, c: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def bind(
-    source: Source, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int]
+    source: Source,
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    blocks: BlockMap | None,
 ) -> list[Any]:
     """The kernel's arguments, in the order of ``source.arguments``."""
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
@@ -217,7 +254,10 @@ def bind(
         values.update({f"L{slot}_s{d}": n for d, n in enumerate(x.stride())})
         values.update({f"L{slot}_n{d}": n for d, n in enumerate(x.shape)})
     values.update(Hq=q.shape[1], groups=q.shape[1] // k.shape[1], Sq=q.shape[2], Skv=k.shape[2])
-    limits = bounds(spec, sizes)
-    values.update(LEFT=limits.left, RIGHT=limits.right)
+    if blocks is None:
+        limits = bounds(spec, sizes)
+        values.update(LEFT=limits.left, RIGHT=limits.right)
+    else:
+        values.update(zip((*MAP_TENSORS, *MAP_PLACES), (blocks.counts, blocks.indices, *blocks.places), strict=True))
     values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
     return [values[name] for name in source.arguments]
