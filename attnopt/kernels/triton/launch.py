@@ -24,7 +24,8 @@ from attnopt.kernels import reference
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.materialise import Part, materialise
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
-from attnopt.kernels.triton.flash_forward import CONSTEXPRS, TENSORS, Source, generate
+from attnopt.kernels.triton.dropout import seed_words
+from attnopt.kernels.triton.flash_forward import CONSTEXPRS, Source, generate
 
 MAX_HEAD_DIM = 256
 SHARED_MEMORY_SM90 = 227 * 1024
@@ -53,8 +54,8 @@ def refusal(spec: AttentionSpec, device: str, dtype: torch.dtype) -> str | None:
         return f"its kernels run on cuda, and the tensors are on {device}"
     if dtype not in DTYPES:
         return f"it computes float16, bfloat16 and float32, and the query is {str(dtype).removeprefix('torch.')}"
-    if spec.dropout:
-        return f"it has no dropout, and this attention has dropout {spec.dropout:g}"
+    if spec.dropout >= 1.0:
+        return f"it keeps some of the weights, and this attention has dropout {spec.dropout:g}"
     for name, n in (("D", spec.dims.D), ("Dv", spec.dims.Dv)):
         if n.is_const and n.value > MAX_HEAD_DIM:
             return f"it has head sizes up to {MAX_HEAD_DIM}, and {name} is {n.value}"
@@ -178,10 +179,13 @@ def _constant_part(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[
     return part.tensor(dict(shape), (), dict(sizes), device)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
-    lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only. See ``refusal``.
+    lse is in float32, natural logarithm, -inf on rows without a visible key. With ``spec.dropout``, ``seed`` in [0, 2**62) decides
+    what is dropped. See ``refusal``; ``launch_backward`` has the gradients.
     """
     reference.check_shapes(q, k, v, loads, spec)
     D, Dv = q.shape[3], v.shape[3]
@@ -193,7 +197,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: S
         return o.zero_(), lse.fill_(-torch.inf)
     values = bind_sizes(spec, sizes, q, k, v)
     kernel = kernel_for(spec)
-    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values)
+    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values, seed)
     on_gpu = q.device.type == "cuda"
     c = config(D, Dv, q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, kernel.source.heavy)
     programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
@@ -209,12 +213,31 @@ def constants(D: int, Dv: int, c: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def bind(
-    source: Source, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int]
+    source: Source,
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    seed: int = 0,
 ) -> list[Any]:
     """The kernel's arguments, in the order of ``source.arguments``."""
+    values = argument_values(spec, source.parts, {"Q": q, "K": k, "V": v, "O": o}, q, k, loads, sizes)
+    values.update(seed_words(seed), LSE=lse)
+    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
+    return [values[name] for name in source.arguments]
+
+
+def argument_values(
+    spec: AttentionSpec, parts: Sequence[Part], given: Mapping[str, Tensor], q: Tensor, k: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """What every kernel may be given, by name: the tensors ``given`` and the loads, each with its strides, sizes and bounds."""
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
     tensors = [x.view(torch.uint8) if x.dtype == torch.bool else x for x in loads]
-    for part in source.parts:
+    for part in parts:
         if part.constant:
             needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
             tensors.append(_constant_part(part, tuple(shape.items()), needed, q.device))
@@ -222,15 +245,14 @@ def bind(
             tensors.append(part.tensor(shape, loads, sizes, q.device))
         if tensors[-1].dtype == torch.bool:
             tensors[-1] = tensors[-1].view(torch.uint8)
-    values: dict[str, Any] = dict(zip(TENSORS, (q, k, v, o, lse), strict=True))
-    for name, x in zip(TENSORS[:4], (q, k, v, o), strict=True):
+    values: dict[str, Any] = dict(given)
+    for name, x in given.items():
         values.update({f"{name}_s{d}": n for d, n in enumerate(x.stride())})
     for slot, x in enumerate(tensors):
         values[f"L{slot}"] = x
         values.update({f"L{slot}_s{d}": n for d, n in enumerate(x.stride())})
         values.update({f"L{slot}_n{d}": n for d, n in enumerate(x.shape)})
-    values.update(Hq=q.shape[1], groups=q.shape[1] // k.shape[1], Sq=q.shape[2], Skv=k.shape[2])
+    values.update(B=q.shape[0], Hq=q.shape[1], groups=q.shape[1] // k.shape[1], Sq=q.shape[2], Skv=k.shape[2])
     limits = bounds(spec, sizes)
     values.update(LEFT=limits.left, RIGHT=limits.right)
-    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
-    return [values[name] for name in source.arguments]
+    return values
