@@ -14,7 +14,7 @@ Loads read per query or per key are summed beside dQ and dK. All recompute weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from textwrap import indent
 from typing import Literal
@@ -24,7 +24,7 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import HELPERS, Emitter
 from attnopt.kernels.materialise import Part
-from attnopt.kernels.programs import LOG2E, programs_of
+from attnopt.kernels.programs import LOG2E, Programs, programs_of
 from attnopt.kernels.slopes import LoadSlope, slopes_of
 from attnopt.kernels.triton.dropout import DROPOUT, SEED, keep, scaled
 
@@ -45,7 +45,8 @@ def load_tile(p, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.conste
     return x
 """
 
-BLOCKS = ("D", "DV", "BLOCK_D", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "PRECISION")
+BLOCKS = ("D", "DV", "BLOCK_D", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "PRECISION", "EARLY")
+"""Compiled in. EARLY: the product of dO and V starts before the weights are computed, which takes registers."""
 Which = Literal["main", "empty"]
 
 
@@ -100,7 +101,28 @@ def generate(spec: AttentionSpec, needs: frozenset[int] = frozenset()) -> Backwa
 
 
 def _loop(start: str, stop: str, step: str, lines: Iterable[str]) -> list[str]:
-    return [f"for start in tl.range({start}, {stop}, {step}):", *_block(lines)]
+    return [f"for start in tl.range({start}, {stop}, {step}):", f"    start = tl.multiple_of(start, {step})", *_block(lines)]
+
+
+def _masked_ends(step: str) -> list[str]:
+    """Of [lo, hi), the blocks before whole_lo and from whole_hi on are cut by the mask or the last index."""
+    return [f"before = tl.cdiv(tl.maximum(tl.minimum(whole_lo, hi) - lo, 0), {step})", "behind_lo = tl.maximum(whole_lo, whole_hi)", f"behind = tl.cdiv(tl.maximum(hi - behind_lo, 0), {step})"]
+
+
+def _walk(p: Programs, step: str, body: Callable[[bool], list[str]]) -> list[str]:
+    """Over [lo, hi): the blocks at both ends with the mask, and those that every index of the tile sees whole without."""
+    if p.rest is not E.TRUE:
+        return _loop("lo", "hi", step, body(True))
+    ends = [f"start = tl.multiple_of(tl.where(i < before, lo + i * {step}, behind_lo + (i - before) * {step}), {step})"]
+    return ["for i in tl.range(0, before + behind):", *_block([*ends, *body(True)]), *_loop("whole_lo", "whole_hi", step, body(False))]
+
+
+_NUMBERS = {"const", "var", "sym", "score", "load", "add", "mul", "where", "tanh", "sigmoid", "abs", "min", "max", "float", "exp"}
+
+
+def _is_number(score: Expr) -> bool:
+    """Whether the score of a query of zeros is a number, whatever the program reads for it: it takes no root, logarithm or quotient."""
+    return all(e.op in _NUMBERS or e.kind != "float" for e in E.postorder(score))
 
 
 def _block(lines: Iterable[str]) -> list[str]:
@@ -138,13 +160,14 @@ class _Kernel:
         limits = (("LEFT",) if p.left else ()) + (("RIGHT",) if p.right else ())
         sizes = tuple(f"size{i}" for i in range(len(em.sizes)))
         unspecialised = ("B", "Hq", "groups", "Sq", "Skv", *extents, *limits, *sizes, *(SEED if self.spec.dropout else ()))
-        arguments = (*self.tensors, *self.row_arrays(), *loads, *strides, *unspecialised)
+        arguments = (*self.tensors, *self.row_arrays(), "ROWS", *loads, *strides, *unspecialised)
         head = f"@triton.jit(do_not_specialize={list(unspecialised)!r})\ndef {self.name}(\n    {', '.join(arguments)},\n"
         head += "    " + ", ".join(f"{c}: tl.constexpr" for c in BLOCKS) + ",\n):\n"
         return KernelText(self.name, arguments, unspecialised, tuple(em.sizes), head + indent("\n".join(self.body()) + "\n", "    "))
 
     def row_arrays(self) -> tuple[str, ...]:
-        """Arrays [B, Hq, Sq] in float32 that every kernel knows."""
+        """Arrays [B, Hq, ROWS] in float32 that every kernel knows. ROWS is Sq rounded up, so that no block reads beyond; BASE is infinite
+        behind the last query, and weights are 0 there."""
         p = self.programs
         return ("BASE", "DELTA", *(() if p.folded else ("SHIFT",)), *(("EMPTY", "EMPTY_SHIFT") if p.retries else ()))
 
@@ -183,14 +206,13 @@ class _Kernel:
         width = "dv" if tensor in ("V", "DO", "O", "DV_OUT") else "d"
         block, features = ("[None, :]", "[:, None]") if transposed else ("[:, None]", "[None, :]")
         index = f"tl.arange(0, BLOCK_{along.upper()}){block}" if within else f"offs_{along}{block}"
-        return f"{index}.to(tl.int64) * {tensor}_s2 + offs_{width}{features} * {tensor}_s3"
+        wide = "" if within else ".to(tl.int64)"
+        return f"{index}{wide} * {tensor}_s2 + offs_{width}{features} * {tensor}_s3"
 
-    def row_values(self, masked: bool, which: Which = "main") -> list[str]:
-        """What normalises the weights of the rows ``offs_m``."""
+    def row_values(self, first: str, which: Which = "main") -> list[str]:
+        """What normalises the weights of BLOCK_M rows from ``first``. Apart from ``offs_m``, which then need not wait for these loads."""
         names = {"main": ["base", "delta"] + ([] if self.programs.folded else ["shift"]), "empty": ["empty", "empty_shift", "delta"]}[which]
-        other = {"base": ', other=float("inf")', "empty": ', other=float("inf")'}
-        guard = lambda x: f", mask=offs_m < Sq{other.get(x, ', other=0.0')}" if masked else ""  # noqa: E731
-        return [f"{x} = tl.load({x.upper()} + head.to(tl.int64) * Sq + offs_m{guard(x)})" for x in names]
+        return [f"{x} = tl.load({x.upper()} + head.to(tl.int64) * ROWS + {first} + tl.arange(0, BLOCK_M))" for x in names]
 
     # ---- one pair of blocks
 
@@ -205,12 +227,16 @@ class _Kernel:
         lines = em.all_lines(roots) if all_nodes else em.in_loop(roots, masked)
         lines.append(f"x = {self.spread(program)}")
         if masked or which == "empty":
-            inside = ["row_inside", "key_inside"] if all_nodes else ["row_inside" if self.inner == "q" else "key_inside"]
+            # a row behind the last has weights exp2(score - inf) = 0, if only its score is a number
+            inside = ["row_inside"] if self.inner == "q" and not (which == "main" and _is_number(p.score)) else []
+            inside += ["key_inside"] if self.inner == "k" else []
             if which == "empty":
                 inside.append(f'(empty{self.row} < float("inf"))')
             elif p.mask is not E.TRUE:
                 inside.insert(0, f"({em.names[p.mask]})")
-            lines += [f"visible = {' & '.join(inside)}", 'x = tl.where(visible, x, float("-inf"))']
+            self.visible = bool(inside)
+            if inside:
+                lines += [f"visible = {' & '.join(inside)}", 'x = tl.where(visible, x, float("-inf"))']
         scale = "" if p.folded else f" * {LOG2E}"
         base, shift = ("base", "" if p.folded else f" - shift{self.row}") if which == "main" else ("empty", f" - empty_shift{self.row}")
         lines.append(f"p = tl.exp2((x - {base}{self.row}){scale}{shift})" if scale or shift else f"p = tl.exp2(x - {base}{self.row})")
@@ -227,11 +253,15 @@ class _Kernel:
 
     def score_gradient(self, which: Which, masked: bool) -> list[str]:
         """``ds`` from the weights ``p`` and ``dp``, the gradient of the weights after dropout."""
-        lines = [f"dp = {scaled('dp', self.spec.dropout)}"] if self.spec.dropout else []
-        lines.append(f"ds = p * (dp - delta{self.row})")
-        if masked or which == "empty":
+        lines = [f"ds = p * ({scaled('dp', self.spec.dropout)} - delta{self.row})" if self.spec.dropout else "ds = p * dp"]
+        if (masked or which == "empty") and self.visible:
             lines.append("ds = tl.where(visible, ds, 0.0)")
         return lines
+
+    def weight_gradient(self, product: str) -> str:
+        """``dp``, the gradient of the weights, from which delta is taken at once: the product starts with it, which costs nothing."""
+        start = "" if self.spec.dropout else f", tl.zeros({self.shape}, tl.float32) - delta{self.row}"
+        return f"dp = tl.dot({product}{start}, input_precision=PRECISION)"
 
     def raw_gradient(self, which: Which) -> str:
         """The gradient of the raw product, but for a constant factor."""
@@ -272,7 +302,7 @@ class _Rows(_Kernel):
     def body(self) -> list[str]:
         p = self.programs
         lines = [
-            "tiles = tl.cdiv(Sq, BLOCK_M)",
+            "tiles = tl.cdiv(ROWS, BLOCK_M)",
             "head = tl.program_id(0) // tiles",
             "b = head // Hq",
             "h = head % Hq",
@@ -283,9 +313,9 @@ class _Rows(_Kernel):
             *self.head_pointers("Q", "K", "O", "DO"),
             *self.tile("b_o", "O", "m", True),
             *self.tile("b_do", "DO", "m", True),
-            "p_row = head.to(tl.int64) * Sq + offs_m",
-            "tl.store(DELTA + p_row, tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1), mask=offs_m < Sq)",
-            "lse = tl.load(LSE + p_row, mask=offs_m < Sq, other=0.0)",
+            "p_row = head.to(tl.int64) * ROWS + offs_m",
+            "tl.store(DELTA + p_row, tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1))",
+            'lse = tl.load(LSE + head.to(tl.int64) * Sq + offs_m, mask=offs_m < Sq, other=float("inf"))',
             f"base = lse{f' * {LOG2E}' if p.folded else ''}",
         ]
         if self.spec.empty_rows == "zero" or self.spec.sink is not None:
@@ -296,7 +326,7 @@ class _Rows(_Kernel):
             lines += self.normalise_again()
         if p.retries:
             lines += self.empty_rows()
-        return [*lines, "tl.store(BASE + p_row, base, mask=offs_m < Sq)"]
+        return [*lines, "tl.store(BASE + p_row, base)"]
 
     def walk(self, lines: Sequence[str]) -> list[str]:
         """Over all keys, with the raw product ``s``."""
@@ -322,7 +352,7 @@ class _Rows(_Kernel):
                     f"total += tl.sum(tl.exp2((x - lse[:, None]) * {LOG2E}), 1)",
                 ]
             ),
-            "tl.store(SHIFT + p_row, tl.where(large & (total > 0.0), tl.log2(tl.where(total > 0.0, total, 1.0)), 0.0), mask=offs_m < Sq)",
+            "tl.store(SHIFT + p_row, tl.where(large & (total > 0.0), tl.log2(tl.where(total > 0.0, total, 1.0)), 0.0))",
         ]
 
     def empty_rows(self) -> list[str]:
@@ -350,8 +380,8 @@ class _Rows(_Kernel):
             # a row that sees keys, all with score -inf, is not empty: its weights are NaN, as softmax has it
             "hidden = hidden & (seen == 0)",
             'base = tl.where(hidden, float("inf"), base)',
-            'tl.store(EMPTY + p_row, tl.where(hidden, m_i, float("inf")), mask=offs_m < Sq)',
-            "tl.store(EMPTY_SHIFT + p_row, tl.where(hidden, tl.log2(tl.where(l_i > 0.0, l_i, 1.0)), 0.0), mask=offs_m < Sq)",
+            'tl.store(EMPTY + p_row, tl.where(hidden, m_i, float("inf")))',
+            "tl.store(EMPTY_SHIFT + p_row, tl.where(hidden, tl.log2(tl.where(l_i > 0.0, l_i, 1.0)), 0.0))",
         ]
 
 
@@ -399,6 +429,7 @@ class _Keys(_Kernel):
         if p.rest is E.TRUE:
             lines.append(f"whole_lo = {'tl.cdiv(tl.maximum(last - RIGHT, 0), BLOCK_M) * BLOCK_M' if p.right else 'lo'}")
             lines.append(f"whole_hi = {'tl.maximum(tl.minimum(first + LEFT + 1, Sq), 0)' if p.left else 'Sq'} // BLOCK_M * BLOCK_M")
+            lines += _masked_ends("BLOCK_M")
         return lines
 
     def head(self) -> list[str]:
@@ -406,20 +437,14 @@ class _Keys(_Kernel):
         p = self.programs
         lines = ["h = h_kv * groups + g", "head = b * Hq + h", *self.head_pointers("Q", "DO"), *self.emitter.before_loop()]
         lines += [f"c{i} = tl.zeros((BLOCK_N,), tl.float32)" for i in range(len(self.sums))]
-        if p.rest is not E.TRUE:
-            lines += _loop("lo", "hi", "BLOCK_M", self.step(True))
-        else:
-            if p.right:
-                lines += _loop("lo", "tl.minimum(whole_lo, hi)", "BLOCK_M", self.step(True))
-            lines += _loop("whole_lo", "whole_hi", "BLOCK_M", self.step(False))
-            lines += _loop("tl.maximum(whole_lo, whole_hi)", "hi", "BLOCK_M", self.step(True))
+        lines += _walk(p, "BLOCK_M", self.step)
         if p.retries:
-            seen = [*self.query_lines("start"), *self.row_values(True, "empty")]
+            seen = [*self.query_lines("start"), *self.row_values("start", "empty")]
             lines += _loop("0", "Sq", "BLOCK_M", [*seen, 'if tl.min(empty, 0) < float("inf"):', *_block(self.pair(True, "empty"))])
         return lines + [f"tl.store(C{i} + head.to(tl.int64) * Skv + offs_n, c{i}, mask=offs_n < Skv)" for i in range(len(self.sums))]
 
     def step(self, masked: bool) -> list[str]:
-        return ["start = tl.multiple_of(start, BLOCK_M)", *self.query_lines("start"), *self.row_values(masked), *self.pair(masked, "main")]
+        return [*self.query_lines("start"), *self.row_values("start"), *self.pair(masked, "main")]
 
     def pair(self, masked: bool, which: Which) -> list[str]:
         p = f"{scaled('p', self.spec.dropout)}" if self.spec.dropout else "p"
@@ -428,10 +453,13 @@ class _Keys(_Kernel):
             *self.tile("b_qt", "Q", "m", masked, transposed=True, first="start"),
             *self.tile("b_do", "DO", "m", masked, first="start"),
             "s = tl.dot(b_k, b_qt, input_precision=PRECISION)",
+            "if EARLY:",
+            f"    {self.weight_gradient('b_v, tl.trans(b_do)')}",
             *self.weights(which, masked),
             *self.kept("first"),
             f"dv = tl.dot(({p}).to(b_do.dtype), b_do, dv, input_precision=PRECISION)",
-            "dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)",
+            "if not EARLY:",
+            f"    {self.weight_gradient('b_v, tl.trans(b_do)')}",
             *self.score_gradient(which, masked),
             *self.add_sums(which, "c", 1),
         ]
@@ -469,7 +497,7 @@ class _Queries(_Kernel):
             "# [BLOCK_M, BLOCK_D]",
             *self.tile("b_q", "Q", "m", True),
             *self.tile("b_do", "DO", "m", True),
-            *self.row_values(True),
+            *self.row_values("first"),
             "wide = tl.full((), 0, tl.int64)  # a loop's index with it is 64 bits wide",
             f"r_k = {self.offsets('K', 'n', True, within=True)}",
             f"r_v = {self.offsets('V', 'n', True, within=True)}",
@@ -479,7 +507,7 @@ class _Queries(_Kernel):
             *self.loops(),
         ]
         if p.retries:
-            lines += [*self.row_values(True, "empty"), 'if tl.min(empty, 0) < float("inf"):', *_block(_loop("0", "Skv", "BLOCK_N", self.step(True, "empty")))]
+            lines += [*self.row_values("first", "empty"), 'if tl.min(empty, 0) < float("inf"):', *_block(_loop("0", "Skv", "BLOCK_N", self.step(True, "empty")))]
         lines.append(
             f"tl.store(p_dq + {self.offsets('DQ', 'm', False)}, ({self.times_constant('dq')}).to(DQ.dtype.element_ty), mask=(offs_m[:, None] < Sq) & (offs_d[None, :] < D))"
         )
@@ -489,25 +517,24 @@ class _Queries(_Kernel):
         """Keys [lo, hi) are seen by some query of the block; of these, [whole_lo, whole_hi) by every query."""
         p = self.programs
         lines = [f"lo = {'tl.maximum(first - LEFT, 0) // BLOCK_N * BLOCK_N' if p.left else '0'}", f"hi = {'tl.minimum(last + RIGHT + 1, Skv)' if p.right else 'Skv'}"]
-        if p.rest is not E.TRUE:
-            return lines + _loop("lo", "hi", "BLOCK_N", self.step(True, "main"))
-        lines.append(f"whole_lo = {'tl.cdiv(tl.maximum(last - LEFT, 0), BLOCK_N) * BLOCK_N' if p.left else 'lo'}")
-        lines.append(f"whole_hi = {'tl.maximum(tl.minimum(first + RIGHT + 1, Skv), 0)' if p.right else 'Skv'} // BLOCK_N * BLOCK_N")
-        if p.left:
-            lines += _loop("lo", "tl.minimum(whole_lo, hi)", "BLOCK_N", self.step(True, "main"))
-        lines += _loop("whole_lo", "whole_hi", "BLOCK_N", self.step(False, "main"))
-        return lines + _loop("tl.maximum(whole_lo, whole_hi)", "hi", "BLOCK_N", self.step(True, "main"))
+        if p.rest is E.TRUE:
+            lines.append(f"whole_lo = {'tl.cdiv(tl.maximum(last - LEFT, 0), BLOCK_N) * BLOCK_N' if p.left else 'lo'}")
+            lines.append(f"whole_hi = {'tl.maximum(tl.minimum(first + RIGHT + 1, Skv), 0)' if p.right else 'Skv'} // BLOCK_N * BLOCK_N")
+            lines += _masked_ends("BLOCK_N")
+        return lines + _walk(p, "BLOCK_N", self.step)
 
-    def step(self, masked: bool, which: Which) -> list[str]:
+    def step(self, masked: bool, which: Which = "main") -> list[str]:
         lines = [
-            "start = tl.multiple_of(start, BLOCK_N)",
             *self.key_lines("start"),
             "# [BLOCK_D, BLOCK_N]",
             *self.tile("b_kt", "K", "n", masked, transposed=True, first="start"),
             *self.tile("b_vt", "V", "n", masked, transposed=True, first="start"),
             "s = tl.dot(b_q, b_kt, input_precision=PRECISION)",
+            "if EARLY:",
+            f"    {self.weight_gradient('b_do, b_vt')}",
             *self.weights(which, masked),
-            "dp = tl.dot(b_do, b_vt, input_precision=PRECISION)",
+            "if not EARLY:",
+            f"    {self.weight_gradient('b_do, b_vt')}",
             *self.kept("start"),
             *self.score_gradient(which, masked),
             *self.add_sums(which, "r", 1),
@@ -557,7 +584,7 @@ class _Scores(_Kernel):
             lines.append("count = tl.where(tile_n * BLOCK_N + BLOCK_N - 1 < tile_m * BLOCK_M - LEFT, 0, count)")
         lines += ["for i in tl.range(0, count):", *_block([*self.place(), *self.pair("main")])]
         if self.load.empty is not E.FZERO:
-            seen = [*self.place(), *self.row_values(True, "empty"), 'if tl.min(empty, 0) < float("inf"):', *_block(self.pair("empty"))]
+            seen = [*self.place(), *self.row_values("first_row", "empty"), 'if tl.min(empty, 0) < float("inf"):', *_block(self.pair("empty"))]
             lines += ["for i in tl.range(0, rounds):", *_block(seen)]
         if banded:
             place = "G + tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_N) + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]"
@@ -572,7 +599,8 @@ class _Scores(_Kernel):
             "h = first_h + i // steps % heads",
             "h_kv = h // groups",
             "head = b * Hq + h",
-            *self.query_lines("(tile_m + i % steps) * BLOCK_M"),
+            "first_row = (tile_m + i % steps) * BLOCK_M",
+            *self.query_lines("first_row"),
             *self.key_lines("(tile_n + i % steps) * BLOCK_N"),
         ]
 
@@ -580,14 +608,14 @@ class _Scores(_Kernel):
         slope = self.load.score if which == "main" else self.load.empty
         return [
             *self.head_pointers("Q", "K", "V", "DO"),
-            *(self.row_values(True) if which == "main" else []),
+            *(self.row_values("first_row") if which == "main" else []),
             *self.tile("b_q", "Q", "m", True),
             *self.tile("b_kt", "K", "n", True, transposed=True),
             *self.tile("b_do", "DO", "m", True),
             *self.tile("b_vt", "V", "n", True, transposed=True),
             "s = tl.dot(b_q, b_kt, input_precision=PRECISION)",
             *self.weights(which, True, all_nodes=True),
-            "dp = tl.dot(b_do, b_vt, input_precision=PRECISION)",
+            self.weight_gradient("b_do, b_vt"),
             *self.kept("(tile_n + i % steps) * BLOCK_N"),
             *self.score_gradient(which, True),
             f"acc += ds{'' if slope is E.FONE else f' * {self.emitter.names[slope]}'}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,10 @@ from attnopt.kernels.tiling import bind_sizes, may_be_empty
 from attnopt.kernels.triton.dropout import seed_words
 from attnopt.kernels.triton.flash_backward import BLOCKS, BackwardSource, KernelText, generate
 from attnopt.kernels.triton.launch import SHARED_MEMORY_SM90, Config, argument_values, import_source, power_of_two, shared_memory
+
+
+ROUND = 128
+"""Arrays with an element per query are a multiple of this long; so are blocks of queries, or they divide it."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,23 @@ def kernels_for(spec: AttentionSpec, needs: frozenset[int]) -> Kernels:
 
 
 @dataclass(frozen=True)
+class Blocks(Config):
+    """Block sizes and launch options of one backward kernel."""
+
+    early: bool = False
+    """Whether the product of dO and V starts before the weights are computed."""
+
+
+@dataclass(frozen=True)
 class BackwardConfig:
     """Block sizes of each kernel."""
 
-    rows: Config
-    keys: Config
-    queries: Config
-    scores: Config
+    rows: Blocks
+    keys: Blocks
+    queries: Blocks
+    scores: Blocks
 
-    def of(self, name: str) -> Config:
+    def of(self, name: str) -> Blocks:
         return self.scores if name.startswith("backward_scores") else {"backward_rows": self.rows, "backward_keys": self.keys, "backward_queries": self.queries}[name]
 
 
@@ -63,27 +75,27 @@ def config(D: int, Dv: int, Sq: int, Skv: int, dtype: torch.dtype, shared_memory
     width = max(power_of_two(D), power_of_two(Dv))
     large = shared_memory >= 200 * 1024  # sm_90 has 227 KiB, sm_80 163 KiB
     if dtype == torch.float32:
-        small = Config(16, 16, 4, 1)
-        c = BackwardConfig(Config(16, 16, 4, 1), small, small, small)
+        small = Blocks(16, 16, 4, 1)
+        c = BackwardConfig(Blocks(16, 16, 4, 1), small, small, small)
     elif width <= 64:
-        c = BackwardConfig(Config(64, 64, 4, 1), Config(64, 128, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 2))
+        c = BackwardConfig(Blocks(64, 64, 4, 1), Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2))
     elif width <= 128:
-        keys = Config(64, 128, 8, 2) if large else Config(32, 128, 8, 2)
-        c = BackwardConfig(Config(64, 64, 4, 1), keys, Config(128, 64, 8, 2), Config(64, 64, 8, 2))
+        keys = Blocks(64, 128, 8, 2) if large else Blocks(32, 128, 8, 2)
+        c = BackwardConfig(Blocks(64, 64, 4, 1), keys, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2))
     else:
-        c = BackwardConfig(Config(32, 64, 8, 1), Config(32, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 32, 8, 1))
+        c = BackwardConfig(Blocks(32, 64, 8, 1), Blocks(32, 64, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1))
     m, n = power_of_two(Sq), power_of_two(Skv)
     square = min(c.scores.BLOCK_M, max(m, n))
-    return BackwardConfig(_cut(c.rows, m, n), _cut(c.keys, m, n), _cut(c.queries, m, n), Config(square, square, c.scores.num_warps, c.scores.num_stages))
+    return BackwardConfig(_cut(c.rows, m, n), _cut(c.keys, m, n), _cut(c.queries, m, n), replace(c.scores, BLOCK_M=square, BLOCK_N=square))
 
 
-def _cut(c: Config, m: int, n: int) -> Config:
-    return Config(min(c.BLOCK_M, m), min(c.BLOCK_N, n), c.num_warps, c.num_stages)
+def _cut(c: Blocks, m: int, n: int) -> Blocks:
+    return replace(c, BLOCK_M=min(c.BLOCK_M, m), BLOCK_N=min(c.BLOCK_N, n))
 
 
-def constants(D: int, Dv: int, c: Config, dtype: torch.dtype) -> dict[str, Any]:
+def constants(D: int, Dv: int, c: Blocks, dtype: torch.dtype) -> dict[str, Any]:
     """The values of a kernel's ``BLOCKS``."""
-    values = (D, Dv, power_of_two(D), power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, "ieee" if dtype == torch.float32 else "tf32")
+    values = (D, Dv, power_of_two(D), power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, "ieee" if dtype == torch.float32 else "tf32", c.early)
     return dict(zip(BLOCKS, values, strict=True))
 
 
@@ -158,7 +170,8 @@ class _Run:
         self.values = argument_values(spec, kernels.source.parts, {"Q": q, "K": k, "V": v, "DO": grad}, q, k, loads, sizes)
         self.values.update(seed_words(seed))
         names = ["BASE", "DELTA", *(["SHIFT"] if kernels.source.shifts else []), *(["EMPTY", "EMPTY_SHIFT"] if kernels.source.retries else [])]
-        self.values.update({name: torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for name in names})
+        rows = -(-self.Sq // ROUND) * ROUND
+        self.values.update({name: torch.empty((self.B, self.Hq, rows), dtype=torch.float32, device=q.device) for name in names}, ROWS=rows)
 
     def launch(self, kernel: KernelText, programs: int) -> None:
         c = self.config.of(kernel.name)
@@ -176,7 +189,7 @@ class _Run:
     def rows(self, o: Tensor, lse: Tensor) -> None:
         self.give(O=o)
         self.values["LSE"] = lse.contiguous()
-        self.launch(self.kernels.source.rows, -(-self.Sq // self.config.rows.BLOCK_M) * self.B * self.Hq)
+        self.launch(self.kernels.source.rows, -(-self.values["ROWS"] // self.config.rows.BLOCK_M) * self.B * self.Hq)
 
     def keys(self, source: BackwardSource) -> tuple[Tensor, Tensor]:
         dk, dv = torch.empty_like(self.k), torch.empty_like(self.v)
@@ -246,8 +259,8 @@ class _Run:
         (value,), table = evaluate((sink,), env, keep=True)
         weight = torch.exp(as_tensor(value, "float", env) - lse.unsqueeze(3))
         if self.kernels.source.shifts:
-            weight = weight * torch.exp2(-self.values["SHIFT"].unsqueeze(3))
-        pull_back(sink, -weight * self.values["DELTA"].unsqueeze(3), table, env, into)
+            weight = weight * torch.exp2(-self.values["SHIFT"][:, :, : self.Sq, None])
+        pull_back(sink, -weight * self.values["DELTA"][:, :, : self.Sq, None], table, env, into)
 
 
 def along_diagonals(bands: Tensor) -> Tensor:
