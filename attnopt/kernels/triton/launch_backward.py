@@ -67,23 +67,26 @@ class BackwardConfig:
         return self.scores if name.startswith("backward_scores") else {"backward_rows": self.rows, "backward_keys": self.keys, "backward_queries": self.queries}[name]
 
 
-def config(D: int, Dv: int, Sq: int, Skv: int, dtype: torch.dtype, shared_memory: int) -> BackwardConfig:
+def config(source: BackwardSource, D: int, Dv: int, Sq: int, Skv: int, dtype: torch.dtype, shared_memory: int) -> BackwardConfig:
     """Block sizes for heads of D and Dv on a device with ``shared_memory`` bytes per block of threads.
 
-    No choice spills on sm_80 and sm_90 (``tests/kernels/test_compile.py``).
+    With no choice does a loop spill on sm_80 or sm_90 (``tests/kernels/test_compile.py``).
     """
     width = max(power_of_two(D), power_of_two(Dv))
     large = shared_memory >= 200 * 1024  # sm_90 has 227 KiB, sm_80 163 KiB
     if dtype == torch.float32:
-        small = Blocks(16, 16, 4, 1)
-        c = BackwardConfig(Blocks(16, 16, 4, 1), small, small, small)
+        both = Blocks(32, 32, 8, 1) if width <= 128 else Blocks(16, 16, 8, 1)
+        c = BackwardConfig(Blocks(16, 16, 4, 1), both, both, Blocks(16, 16, 4, 1))
     elif width <= 64:
-        c = BackwardConfig(Blocks(64, 64, 4, 1), Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2))
+        keys, queries = (Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)) if large and not source.dense else (Blocks(32, 128, 8, 3), Blocks(128, 32, 4, 3))
+        c = BackwardConfig(Blocks(64, 64, 4, 1), keys, queries, Blocks(64, 64, 4, 2))
     elif width <= 128:
-        keys = Blocks(64, 128, 8, 2) if large else Blocks(32, 128, 8, 2)
-        c = BackwardConfig(Blocks(64, 64, 4, 1), keys, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2))
+        keys = Blocks(32, 64, 8, 2) if source.dense else Blocks(64, 128, 8, 2) if large and not source.curved else Blocks(64, 64, 8, 2)
+        queries = Blocks(128, 64, 8, 2) if large and not source.dense else Blocks(64, 64, 8, 2)
+        c = BackwardConfig(Blocks(64, 64, 4, 1), keys, queries, Blocks(64, 64, 8, 2))
     else:
-        c = BackwardConfig(Blocks(32, 64, 8, 1), Blocks(32, 64, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1))
+        keys = Blocks(32, 64, 8, 2) if large and not source.dense else Blocks(32, 32, 8, 2)
+        c = BackwardConfig(Blocks(32, 32, 8, 1), keys, Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1))
     m, n = power_of_two(Sq), power_of_two(Skv)
     square = min(c.scores.BLOCK_M, max(m, n))
     return BackwardConfig(_cut(c.rows, m, n), _cut(c.keys, m, n), _cut(c.queries, m, n), replace(c.scores, BLOCK_M=square, BLOCK_N=square))
@@ -166,7 +169,7 @@ class _Run:
         (self.B, self.Hq, self.Sq, self.D), (self.Skv, self.Dv) = q.shape, (k.shape[2], v.shape[3])
         self.Hkv = k.shape[1]
         limit = shared_memory(q.device.index or 0) if q.device.type == "cuda" else SHARED_MEMORY_SM90
-        self.config = choice or config(self.D, self.Dv, self.Sq, self.Skv, q.dtype, limit)
+        self.config = choice or config(kernels.source, self.D, self.Dv, self.Sq, self.Skv, q.dtype, limit)
         self.values = argument_values(spec, kernels.source.parts, {"Q": q, "K": k, "V": v, "DO": grad}, q, k, loads, sizes)
         self.values.update(seed_words(seed))
         names = ["BASE", "DELTA", *(["SHIFT"] if kernels.source.shifts else []), *(["EMPTY", "EMPTY_SHIFT"] if kernels.source.retries else [])]
