@@ -49,7 +49,7 @@ def pull_back(root: Expr, grad: Tensor, table: Mapping[Expr, Value], env: Env, i
         if e.op == "load":
             target = into[e.value]
             if target is not None:
-                _add_to_load(e, g, table, env, target)
+                add_to_load(e, g, table, env, target)
             continue
         for i, a in enumerate(e.args):
             if a in active:
@@ -106,8 +106,8 @@ def reduce_to(g: Tensor, like: Value) -> Tensor:
     return out.reshape(out.shape[lead:]).expand(shape)
 
 
-def _add_to_load(e: Expr, g: Tensor, table: Mapping[Expr, Value], env: Env, target: Tensor) -> None:
-    """Adds ``g`` to the elements of ``target`` that the load reads."""
+def add_to_load(e: Expr, g: Tensor, table: Mapping[Expr, Value], env: Env, target: Tensor) -> None:
+    """Adds ``g``, which has the shape of the load's value, to the elements of ``target`` that it reads. ``table`` holds the values of its indices."""
     there = access(e, table, Env(env.ranges, [target if i == e.value else x for i, x in enumerate(env.loads)], env.sizes, env.dtype, env.device))
     g = g.to(target.dtype)
     if there.gather is None:

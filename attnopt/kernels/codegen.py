@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from attnopt.ir import expr as E
 from attnopt.ir.bounds import nonnegative
@@ -91,10 +92,14 @@ def unsupported(programs: Iterable[Expr]) -> str | None:
 
 
 def literal(v: float | int | bool) -> str:
-    """A number as Triton reads it."""
-    if isinstance(v, float) and not math.isfinite(v):
-        return f'float("{v}")'
+    """A number as Triton reads it; a float that float32 does not hold is infinite, as it is there."""
+    if isinstance(v, float) and not abs(v) <= _GREATEST:
+        return f'float("{math.copysign(math.inf, v) if v == v else v}")'
     return repr(v)
+
+
+_GREATEST = 3.4028235677973366e38
+"""The bound from which a float rounds to infinity in float32."""
 
 
 @dataclass
@@ -102,11 +107,13 @@ class Emitter:
     """Names and lines for the programs of one kernel.
 
     ``clamped`` are the load slots whose computed indices may fall outside of the tensor in branches that are not taken.
+    ``inner`` is the index over which the kernel's loop runs: the key, or the query in a kernel whose tiles are [BLOCK_N, BLOCK_M].
     """
 
     programs: Sequence[Expr]
     clamped: frozenset[int]
     dialect: Dialect = TRITON
+    inner: Literal["q", "k"] = "k"
     names: dict[Expr, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,19 +138,22 @@ class Emitter:
     def needs_clamp(self, e: Expr, a: Expr) -> bool:
         return e.value in self.clamped and a.op != "var"
 
-    @staticmethod
-    def depends(e: Expr) -> str:
-        """``tile`` when it changes with the key, ``row`` with the query, otherwise ``scalar``."""
+    def depends(self, e: Expr) -> str:
+        """``tile`` when it changes with the loop's index, ``row`` with the other one, otherwise ``scalar``."""
         names = {x.value for x in e.leaves if x.op == "var"}
-        return "tile" if "k" in names or E.score() in e.leaves else "row" if "q" in names else "scalar"
+        return "tile" if self.inner in names or E.score() in e.leaves else "row" if names & {"q", "k"} else "scalar"
 
     def before_loop(self) -> list[str]:
-        """Assignments for all nodes that do not change with the key."""
+        """Assignments for all nodes that do not change with the loop's index."""
         return [f"{self.names[e]} = {self.source(e, False)}" for e in self.order if self._own(e) and self.depends(e) != "tile"]
 
     def in_loop(self, roots: Sequence[Expr], tail: bool) -> list[str]:
-        """Assignments in a loop over keys that compute ``roots``; ``tail`` where some keys may lie beyond the last."""
+        """Assignments in the loop that compute ``roots``; ``tail`` where some of its indices may lie beyond the last."""
         return [f"{self.names[e]} = {self.source(e, tail)}" for e in E.postorder(*roots) if self._own(e) and self.depends(e) == "tile"]
+
+    def all_lines(self, roots: Sequence[Expr]) -> list[str]:
+        """Assignments in a loop in which every index changes, and may lie beyond the last."""
+        return [f"{self.names[e]} = {self.source(e, True)}" for e in E.postorder(*roots) if self._own(e)]
 
     def _own(self, e: Expr) -> bool:
         return self._leaf(e) is None
@@ -206,7 +216,7 @@ class Emitter:
                 i = f"{ns}.minimum({ns}.maximum({self._tensor(a)}, 0), L{slot}_n{d} - 1)"
             address.append(f"{i} * L{slot}_s{d}" if a.is_const and not self.needs_clamp(e, a) else f"({i}).to({ns}.int64) * L{slot}_s{d}")
         names = {x.value for x in e.leaves if x.op == "var"}
-        inside = (["row_inside"] if "q" in names else []) + (["key_inside"] if "k" in names and tail else [])
+        inside = [name for v, name in (("q", "row_inside"), ("k", "key_inside")) if v in names and (tail or v != self.inner)]
         guard = f", mask={' & '.join(inside)}, other=0" if inside else ""
         x = f"{ns}.load({' + '.join(address)}{guard})"
         return {"float": f"{x}.to({ns}.float32)", "int": f"{x}.to({ns}.int64)", "bool": f"({x} != 0)"}[e.kind]

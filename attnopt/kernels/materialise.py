@@ -49,13 +49,18 @@ class Part:
         """How the kernel indexes its tensor."""
         return tuple(E.add(E.sub(variables["k"], variables["q"]), E.sub(QUERIES, E.ONE)) if a == "d" else variables[a] for a in self.axes)
 
-    def tensor(self, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Tensor:
-        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k."""
+    def env(self, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Env:
+        """Where ``expr`` is evaluated: distances lie along the last axis. ``shape`` gives the extents of b, h, q and k."""
         ranges = {name: (0, n) for name, n in shape.items() if "d" not in self.axes or name in "bh"}
         env = Env(ranges, loads, sizes, torch.float32, device)
-        extents = [shape.get(a, shape["q"] + shape["k"] - 1) for a in self.axes]
         if "d" in self.axes:
             env.known = {_DISTANCE: torch.arange(1 - shape["q"], shape["k"], device=device).view(1, 1, 1, -1)}
+        return env
+
+    def tensor(self, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k."""
+        env = self.env(shape, loads, sizes, device)
+        extents = [shape.get(a, shape["q"] + shape["k"] - 1) for a in self.axes]
         (value,), _ = evaluate((self.expr,), env)
         x = as_tensor(value, self.kind, env)
         x = x.view((1,) * (4 - x.dim()) + tuple(x.shape))
@@ -125,11 +130,19 @@ def _part(e: Expr) -> Part | None:
     if E.score() in e.leaves:
         return None
     names = {v.value: v for v in e.variables}
-    if "q" in names and "k" in names:
-        moved = E.substitute(e, {names["k"]: E.add(names["q"], _DISTANCE)})
-        left = {v.value for v in moved.variables}
-        if not left & {"q", "k"} and "b" not in left:
-            return Part(moved, ("h" if "h" in left else "") + "d", e.kind)
+    whole = by_distance(e)
+    if whole is not None:
+        return whole
     if e.op in _DECISIONS or e.op in FOREIGN:
         return Part(e, "".join(a for a in "bhqk" if a in names), e.kind)
     return None
+
+
+def by_distance(e: Expr) -> Part | None:
+    """``e`` as a function of the distance from query to key (and the head), or None where it is not one."""
+    names = {v.value: v for v in e.variables}
+    if not {"q", "k"} <= set(names):
+        return None
+    moved = E.substitute(e, {names["k"]: E.add(names["q"], _DISTANCE)})
+    left = {v.value for v in moved.variables}
+    return None if left & {"b", "q", "k"} else Part(moved, ("h" if "h" in left else "") + "d", e.kind)

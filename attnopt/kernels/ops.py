@@ -125,7 +125,10 @@ def _attention_backward(
 ) -> list[Tensor]:
     with torch.no_grad():
         parsed, backward = _prepare_backward(spec, kernel, q.device.type, q.dtype)
-        return backward(grad, q, k, v, o, lse, loads, sizes, parsed, int(seed), needs)
+        found = backward(grad, q, k, v, o, lse, loads, sizes, parsed, int(seed), needs)
+        # laid out as the tensors that they belong to: compilers rely on it
+        like = _fake_backward(grad, q, k, v, o, lse, loads, sizes, spec, kernel, seed, needs)
+        return [g if g.stride() == x.stride() else x.copy_(g) for g, x in zip(found, like, strict=True)]
 
 
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -182,7 +185,7 @@ def _fake_backward(
     seed: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in zip((q, k, v, *loads), needs, strict=True) if need]
+    return [torch.empty_like(x) for x, need in zip((q, k, v, *loads), needs, strict=True) if need]
 
 
 for _name, _shapes in (("attention", _fake), ("attention_for_training", _fake_for_training), ("attention_backward", _fake_backward)):

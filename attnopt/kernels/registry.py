@@ -164,7 +164,8 @@ def _backward_refusal(one: Backend, forward: Backend, spec: AttentionSpec, setti
 
 def _backward_preference(forward: str, spec: AttentionSpec, setting: Setting) -> tuple[str, ...]:
     """Backends from the fastest backward; a forward's own stands first, and ``reference``, which follows any, last."""
-    return tuple(dict.fromkeys((forward, "reference")))
+    generated = ("triton",) if setting.device == "cuda" else ()
+    return tuple(dict.fromkeys((forward, *generated, "reference")))
 
 
 def _preference(spec: AttentionSpec, setting: Setting) -> tuple[str, ...]:
@@ -263,7 +264,33 @@ def _run_triton_mapped(
 ) -> tuple[Tensor, Tensor]:
     from attnopt.kernels.triton import launch
 
-    return launch.attention(q, k, v, loads, sizes, spec, blocks)
+    return launch.attention(q, k, v, loads, sizes, spec, seed, blocks)
+
+
+def _train_triton(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int
+) -> tuple[Tensor, Tensor]:
+    from attnopt.kernels.triton import launch
+
+    return launch.attention(q, k, v, loads, sizes, spec, seed)
+
+
+def _differentiate_triton(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    seed: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    from attnopt.kernels.triton import launch_backward
+
+    return launch_backward.gradients(grad, q, k, v, o, lse, loads, sizes, spec, seed, needs)
 
 
 register(
@@ -297,5 +324,9 @@ register(
         run=_run_triton,
         block_sizes=_triton_block_sizes,
         mapped=_run_triton_mapped,
+        forward=_train_triton,
+        backward=_differentiate_triton,
+        accepts_backward=_triton_accepts,
+        generator="philox",
     )
 )

@@ -1,4 +1,5 @@
-"""Compiles generated kernels for a GPU that need not be there. Run as ``python -m tests.kernels.compiler ARCH '[[name, D, dtype, Sq], ...]'``."""
+"""Compiles generated kernels for a GPU that need not be there. Run as ``python -m tests.kernels.compiler ARCH '[[name, D, dtype, Sq], ...]'``,
+or with ``backward`` behind it for the kernels of the gradients."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +19,111 @@ from triton.compiler import ASTSource
 
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.triton import launch
+from attnopt.kernels.triton import launch, launch_backward
 from attnopt.kernels.triton.flash_forward import MAP_TENSORS
+from attnopt.kernels.triton.launch import Config
 from tests.kernels.cases import BY_NAME, Case, causal, softcap, window
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 EXTRA = {"softcap-window": Case("softcap-window", score=softcap, mask=lambda d: E.all_of(causal(d), window(d, 1023, None)))}
+OPERANDS = {"Q", "K", "V", "O", "DO", "DQ", "DK", "DV_OUT"}
+ROWS = {"LSE", "BASE", "DELTA", "SHIFT", "EMPTY", "EMPTY_SHIFT"}
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def signature(spec: AttentionSpec, dtype: torch.dtype) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """Types, constants and alignments of contiguous tensors, as a launch would find them."""
-    source = launch.kernel_for(spec).source
-    kinds = [x.kind for x in spec.loads] + [p.kind for p in source.parts]
+def signature(
+    arguments: Sequence[str], kinds: Sequence[str], dtype: torch.dtype
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Types, constants and alignments of contiguous tensors, as a launch would find them. ``kinds`` are those of the loads."""
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned: dict[tuple[int], list[list[Any]]] = {}
-    for i, name in enumerate(source.arguments):
-        if name in ("Q", "K", "V", "O", "LSE"):
-            types[name] = f"*{NAMES[dtype] if name != 'LSE' else 'fp32'}"
+    for i, name in enumerate(arguments):
+        if name in OPERANDS:
+            types[name] = f"*{NAMES[dtype]}"
         elif name in MAP_TENSORS:
             types[name] = "*i32"
+        elif name in ROWS or re.fullmatch(r"[GRC]\d*", name):
+            types[name] = "*fp32"
         elif re.fullmatch(r"L\d+", name):
             types[name] = {"bool": "*u8", "int": "*i64", "float": "*fp32"}[kinds[int(name[1:])]]
-        elif name in ("Q_s3", "K_s3", "V_s3", "O_s3"):
+        elif name.endswith("_s3") and name[:-3] in OPERANDS:
             types[name], constants[name] = "constexpr", 1
             continue
         else:
             types[name] = "i32"
-        if types[name].startswith("*") or re.search(r"_s\d", name):
+        if types[name].startswith("*") or re.search(r"_s\d", name) or name == "ROWS":
             aligned[(i,)] = [["tt.divisibility", 16]]
     return types, constants, aligned
 
 
-def compile_one(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> dict[str, Any]:
-    spec = (BY_NAME.get(name) or EXTRA[name]).spec()
-    dtype = getattr(torch, dtype_name)
+def spec_of(name: str) -> AttentionSpec:
+    if name.endswith("-dropout"):
+        return spec_of(name.removesuffix("-dropout")).replace(dropout=0.1)
+    return (BY_NAME.get(name) or EXTRA[name]).spec()
+
+
+def compile_kernel(arch: int, function: Any, arguments: Sequence[str], kinds: Sequence[str], dtype: torch.dtype, constexprs: dict[str, Any], c: Config) -> dict[str, Any]:
+    types, constants, aligned = signature(arguments, kinds, dtype)
+    types |= dict.fromkeys(constexprs, "constexpr")
+    source = ASTSource(fn=function, signature=types, constexprs=constants | constexprs, attrs=aligned)
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": c.num_warps, "num_stages": c.num_stages})
+    stack, hot = spills(done.asm["ptx"], arch)
+    return {"shared": done.metadata.shared, "spills": stack, "hot": hot}
+
+
+def compile_one(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> list[dict[str, Any]]:
+    spec, dtype = spec_of(name), getattr(torch, dtype_name)
     kernel = launch.kernel_for(spec)
     c = launch.config(D, D, Sq, dtype, SHARED[arch], kernel.source.heavy)
-    types, constants, aligned = signature(spec, dtype)
-    constants |= launch.constants(D, D, c, dtype)
-    types |= dict.fromkeys(launch.CONSTEXPRS, "constexpr")
-    source = ASTSource(fn=kernel.function, signature=types, constexprs=constants, attrs=aligned)
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": c.num_warps, "num_stages": c.num_stages})
-    return {"kernel": f"{name} D{D} {dtype_name} Sq{Sq} sm_{arch} {c}", "shared": done.metadata.shared, "spills": spills(done.asm["ptx"], arch)}
+    kinds = [x.kind for x in spec.loads] + [p.kind for p in kernel.source.parts]
+    found = compile_kernel(arch, kernel.function, kernel.source.arguments, kinds, dtype, launch.constants(D, D, c, dtype), c)
+    return [{"kernel": f"{name} D{D} {dtype_name} Sq{Sq} sm_{arch} {c}", **found}]
 
 
-def spills(ptx: str, arch: int) -> str:
-    """What the assembler says about the stack."""
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+def compile_backward(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> list[dict[str, Any]]:
+    """All kernels of a spec's gradients, those of its loads too."""
+    spec, dtype = spec_of(name), getattr(torch, dtype_name)
+    kernels = launch_backward.kernels_for(spec, frozenset(i for i, x in enumerate(spec.loads) if x.kind == "float"))
+    chosen = launch_backward.config(kernels.source, D, D, Sq, Sq, dtype, SHARED[arch])
+    kinds = [x.kind for x in spec.loads] + [p.kind for p in kernels.source.parts]
+    out = []
+    for k in (kernels.source.rows, kernels.source.keys, kernels.source.queries, *(k for _, k in kernels.source.scores)):
+        c = chosen.of(k.name)
+        found = compile_kernel(arch, kernels.functions[k.name], k.arguments, kinds, dtype, launch_backward.constants(D, D, c, dtype), c)
+        out.append({"kernel": f"{k.name} of {name} D{D} {dtype_name} Sq{Sq} sm_{arch} {c}", **found})
+    return out
+
+
+def binary(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def spills(ptx: str, arch: int) -> tuple[str, int]:
+    """What the assembler says about the stack, and how many instructions use it within loops of matrix products."""
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "kernel.ptx"
+        text, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         text.write_text(ptx)
         name = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
-        done = subprocess.run([assembler, "-v", f"--gpu-name={name}", text, "-o", Path(folder) / "kernel.cubin"], capture_output=True, text=True, check=True)
+        done = subprocess.run([binary("ptxas"), "-v", f"--gpu-name={name}", text, "-o", cubin], capture_output=True, text=True, check=True)
+        listing = subprocess.run([binary("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = re.search(r"\d+ bytes stack frame, \d+ bytes spill stores, \d+ bytes spill loads", done.stderr)
     assert found is not None, done.stderr
-    return found[0]
+    return found[0], hot_spills(listing)
+
+
+def hot_spills(listing: str) -> int:
+    """Local loads and stores in the innermost loops that hold matrix products."""
+    lines = listing.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line.strip()))}
+    jumps = [(labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"BRA\b.*`\((\.L_\w+)\)", line)) and labels.get(m[1], i) < i]
+    inner = [(a, b) for a, b in jumps if not any((c, d) != (a, b) and a <= c and d <= b for c, d in jumps)]
+    bodies = [lines[a:b] for a, b in inner]
+    with_products = [body for body in bodies if any("MMA" in x for x in body)]
+    return sum("LDL" in x or "STL" in x for body in with_products for x in body)
 
 
 if __name__ == "__main__":
     arch = int(sys.argv[1])
-    print(json.dumps([compile_one(arch, *k) for k in json.loads(sys.argv[2])]))
+    one = compile_backward if "backward" in sys.argv[3:] else compile_one
+    print(json.dumps([r for k in json.loads(sys.argv[2]) for r in one(arch, *k)]))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,22 +38,64 @@ MANY = [
 ]
 
 
-def check(arch: int, wanted: list[tuple[str, int, str, int]]) -> None:
+BACKWARD_FEW = [
+    ("causal-GQA", 128, "bfloat16", 4096),
+    ("alibi-causal", 64, "float16", 4096),
+    ("causal-GQA", 256, "bfloat16", 4096),
+]
+BACKWARD_MANY = [
+    *((name, D, "bfloat16", 4096) for name in ("full", "softcap-window", "documents-causal", "dense-bias", "causal-GQA-dropout") for D in (64, 80, 128, 192, 256)),
+    *((name, D, "bfloat16", 4096) for name in ("relative-buckets", "causal-left-padding-uniform", "sinks-causal-GQA", "per-head-scale") for D in (64, 128)),
+    *((name, D, "float32", 4096) for name in ("causal-GQA", "dense-bias") for D in (64, 128, 256)),
+    *(("causal-GQA", D, "bfloat16", 16) for D in (64, 128, 256)),
+]
+# What the compiler puts aside for the time of a loop is in nobody's way; within one, every round pays.
+OUTSIDE_OF_LOOPS = 512
+
+
+def compiled(arch: int, wanted: list[tuple[str, int, str, int]], *options: str) -> list[dict[str, Any]]:
     # a process of its own: the kernels of this one may be interpreted, and a compiler's memory is not given back
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiler", str(arch), json.dumps(wanted)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-m", "tests.kernels.compiler", str(arch), json.dumps(wanted), *options], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout)
+    results: list[dict[str, Any]] = json.loads(done.stdout)
+    for r in results:
+        assert 0 < r["shared"] <= LIMIT[arch], r
+    return results
+
+
+def check(arch: int, wanted: list[tuple[str, int, str, int]]) -> None:
+    results = compiled(arch, wanted)
     assert len(results) == len(wanted)
     for r in results:
         assert re.fullmatch(r"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", r["spills"]), r
-        assert 0 < r["shared"] <= LIMIT[arch], r
+
+
+def check_backward(arch: int, wanted: list[tuple[str, int, str, int]]) -> None:
+    results = compiled(arch, wanted, "backward")
+    assert len(results) >= 3 * len(wanted)
+    for r in results:
+        stored = re.search(r"(\d+) bytes spill stores", r["spills"])
+        assert stored is not None and int(stored[1]) <= OUTSIDE_OF_LOOPS, r
+        assert r["hot"] == 0, r
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_without_spills(arch: int) -> None:
     check(arch, FEW)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_gradients_compile_without_spills_in_loops(arch: int) -> None:
+    check_backward(arch, BACKWARD_FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", sorted({k[0] for k in BACKWARD_MANY}))
+def test_gradients_compile_without_spills_in_loops_in_all_sizes(name: str, arch: int) -> None:
+    check_backward(arch, [k for k in BACKWARD_MANY if k[0] == name])
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels import ops, reference, registry
-from attnopt.kernels.triton import launch
+from attnopt.kernels.triton import launch, launch_backward
 from attnopt.verify.budget import judge
+from tests.kernels import dropout_checks
 from tests.kernels.cases import BY_NAME, CASES, Case, Shape
 from tests.kernels.operations import OPERATION_CASES
 
@@ -124,5 +125,102 @@ def test_no_wait_for_the_device() -> None:
         with torch.no_grad():
             launch.attention(q, k, v, loads, [], spec)
             reference.attention(q, k, v, loads, [], spec)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+# Of the largest element of a gradient: weights and their gradients are rounded before the products.
+GRADIENTS = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def gradients(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Of q, k, v and the float loads, from the kernels; and from the formula in float64 (in float32 where that means another thing)."""
+    q, k, v, loads = case.tensors(dtype)
+    spec, sizes = case.spec(), list(case.sizes.values())
+    needs = [True] * 3 + [x.is_floating_point() for x in loads]
+    exact = torch.float64 if case.float64 else torch.float32
+    grad = torch.randn(*q.shape[:3], v.shape[3], generator=torch.Generator().manual_seed(1)).to(dtype)
+    wide = [x.to(exact) if x.is_floating_point() else x for x in (q, k, v, *loads)]
+    want = reference.gradients(grad.to(exact), wide[0], wide[1], wide[2], wide[3:], sizes, spec, 0, needs)
+    q, k, v, *loads = (x.cuda() for x in (q, k, v, *loads))
+    o, lse = launch.attention(q, k, v, loads, sizes, spec)
+    return launch_backward.gradients(grad.cuda(), q, k, v, o, lse, loads, sizes, spec, 0, needs), want
+
+
+def check_gradients(case: Case, dtype: torch.dtype) -> None:
+    got, want = gradients(case, dtype)
+    for a, b in zip(got, want, strict=True):
+        most = float(b.nan_to_num(0.0).abs().max())
+        torch.testing.assert_close(a.to(b.dtype).cpu(), b, atol=GRADIENTS[dtype] * max(most, 0.1), rtol=GRADIENTS[dtype], equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_gradients_of_case(case: Case, dtype: torch.dtype) -> None:
+    check_gradients(case, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("D", HEADS)
+@pytest.mark.parametrize(
+    "name", ["full", "causal-GQA", "window-both-sides", "alibi-causal", "softcap-causal", "causal-left-padding-uniform", "dense-bias", "relative-buckets"]
+)
+def test_gradients_of_head_sizes(name: str, D: int, dtype: torch.dtype) -> None:
+    groups = 1 if name == "relative-buckets" else 2
+    check_gradients(of_shape(BY_NAME[name], (2, 4, 4 // groups, 333, 333, D, D)), dtype)
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(64, 128), (128, 64), (192, 128), (40, 72)])
+def test_gradients_of_unequal_head_sizes(D: int, Dv: int) -> None:
+    check_gradients(of_shape(BY_NAME["causal-GQA"], (1, 4, 2, 200, 200, D, Dv)), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("Sq", "Skv"), [(1, 1000), (17, 513), (513, 17), (128, 128), (129, 1023)])
+@pytest.mark.parametrize("name", ["full", "causal-GQA", "reverse-causal", "relative-buckets", "sinks-causal-GQA"])
+def test_gradients_of_lengths(name: str, Sq: int, Skv: int) -> None:
+    check_gradients(of_shape(BY_NAME[name], (1, 4, 4, Sq, Skv, 64, 64)), torch.float16)
+
+
+@pytest.mark.parametrize("name", ["causal-GQA", "dense-bias", "relative-buckets", "alibi-causal"])
+def test_gradients_are_the_same_from_run_to_run(name: str) -> None:
+    case = of_shape(BY_NAME[name], (2, 4, 4, 500, 500, 64, 64))
+    first, _ = gradients(case, torch.bfloat16)
+    again, _ = gradients(case, torch.bfloat16)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", list(dropout_checks.CHECKS))
+def test_dropout(name: str) -> None:
+    dropout_checks.CHECKS[name]("cuda")
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "transposed", "expanded gradient"])
+def test_gradients_of_any_strides(layout: str) -> None:
+    case = of_shape(BY_NAME["causal-GQA"], (2, 4, 2, 150, 150, 64, 64))
+    q, k, v, _ = on_gpu(case, torch.float16)
+    spec = case.spec()
+    o, lse = launch.attention(q, k, v, [], [], spec)
+    grad = torch.ones((), device="cuda", dtype=torch.float16).expand(o.shape) if layout == "expanded gradient" else torch.randn_like(o)
+    want = launch_backward.gradients(grad.contiguous(), q, k, v, o, lse, [], [], spec, 0, [True] * 3)
+    axes = (2, 3) if layout == "transposed" else (1, 2)
+    q, k, v = (x.transpose(*axes).contiguous().transpose(*axes) for x in (q, k, v))
+    got = launch_backward.gradients(grad, q, k, v, o, lse, [], [], spec, 0, [True] * 3)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_the_backward_does_not_wait_for_the_device() -> None:
+    case = BY_NAME["causal-left-padding-uniform"]
+    q, k, v, loads = on_gpu(case, torch.float16)
+    spec = case.spec()
+    o, lse = launch.attention(q, k, v, loads, [], spec)
+    run = lambda: launch_backward.gradients(torch.ones_like(o), q, k, v, o, lse, loads, [], spec, 0, [True] * 3 + [False] * len(loads))  # noqa: E731
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")

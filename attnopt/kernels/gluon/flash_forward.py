@@ -385,7 +385,7 @@ class _Writer:
         c = self.config
         log = "gl.log2(gl.where(done_l > 0.0, done_l, 1.0))"
         natural = f"(done_m * {self.factor!r} + {log}) * {1 / LOG2E!r}" if self.programs.folded else f"done_m + {log} * {1 / LOG2E!r}"
-        dead = literal(0.0 if self.spec.empty_rows == "zero" or self.programs.sink is not None else math.nan)
+        dead = literal(0.0 if self.spec.zero_without_weight else math.nan)
         lines = [
             f"done_rows = done_first + me * {ROWS} + offs_m",
             f'gl.store(LSE + done_head.to(gl.int64) * Sq + done_rows, gl.where(done_l > 0.0, {natural}, float("-inf")), mask=done_rows < Sq)',

@@ -24,10 +24,11 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
-from attnopt.kernels.materialise import load_tensors, materialise
+from attnopt.kernels.materialise import Part, load_tensors, materialise
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
-from attnopt.kernels.triton.flash_forward import CONSTEXPRS, MAP_PLACES, MAP_TENSORS, TENSORS, Source, generate
+from attnopt.kernels.triton.dropout import seed_words
+from attnopt.kernels.triton.flash_forward import CONSTEXPRS, MAP_PLACES, MAP_TENSORS, Source, generate
 
 MAX_HEAD_DIM = 256
 SHARED_MEMORY_SM90 = 227 * 1024
@@ -58,8 +59,8 @@ def refusal(spec: AttentionSpec, device: str, dtype: torch.dtype) -> str | None:
         return f"its kernels run on cuda, and the tensors are on {device}"
     if dtype not in DTYPES:
         return f"it computes float16, bfloat16 and float32, and the query is {str(dtype).removeprefix('torch.')}"
-    if spec.dropout:
-        return f"it has no dropout, and this attention has dropout {spec.dropout:g}"
+    if spec.dropout >= 1.0:
+        return f"it keeps some of the weights, and this attention has dropout {spec.dropout:g}"
     for name, n in (("D", spec.dims.D), ("Dv", spec.dims.Dv)):
         if n.is_const and n.value > MAX_HEAD_DIM:
             return f"it has head sizes up to {MAX_HEAD_DIM}, and {name} is {n.value}"
@@ -192,12 +193,13 @@ def shared_memory(index: int) -> int:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, blocks: BlockMap | None = None
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int = 0, blocks: BlockMap | None = None
 ) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
-    lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only. See ``refusal``. ``blocks`` is the map
-    of the spec's mask for the sizes that ``block_sizes`` gives; without it, it is worked out here where the mask needs one.
+    lse is in float32, natural logarithm, -inf on rows without a visible key. With ``spec.dropout``, ``seed`` in [0, 2**62) decides
+    what is dropped. See ``refusal``; ``launch_backward`` has the gradients. ``blocks`` is the map of the spec's mask for the sizes
+    that ``block_sizes`` gives; without it, it is worked out here where the mask needs one.
     """
     reference.check_shapes(q, k, v, loads, spec)
     D, Dv = q.shape[3], v.shape[3]
@@ -218,7 +220,7 @@ def attention(
             c = whole
         else:  # none, or one for another device or dtype: the tensors have moved since it was asked for
             blocks = block_map(spec.mask, loads, values, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
-    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values, blocks)
+    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values, blocks, seed)
     programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         kernel.function[(programs,)](*arguments, **constants(D, Dv, c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
@@ -241,23 +243,32 @@ def bind(
     lse: Tensor,
     loads: Sequence[Tensor],
     sizes: Mapping[str, int],
-    blocks: BlockMap | None,
+    blocks: BlockMap | None = None,
+    seed: int = 0,
 ) -> list[Any]:
     """The kernel's arguments, in the order of ``source.arguments``."""
+    values = argument_values(spec, source.parts, {"Q": q, "K": k, "V": v, "O": o}, q, k, loads, sizes)
+    values.update(seed_words(seed), LSE=lse)
+    if blocks is not None:
+        values.update(zip((*MAP_TENSORS, *MAP_PLACES), (blocks.counts, blocks.indices, *blocks.places), strict=True))
+    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
+    return [values[name] for name in source.arguments]
+
+
+def argument_values(
+    spec: AttentionSpec, parts: Sequence[Part], given: Mapping[str, Tensor], q: Tensor, k: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """What every kernel may be given, by name: the tensors ``given`` and the loads, each with its strides, sizes and bounds."""
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
-    tensors = load_tensors(source.parts, shape, loads, sizes, q.device)
-    values: dict[str, Any] = dict(zip(TENSORS, (q, k, v, o, lse), strict=True))
-    for name, x in zip(TENSORS[:4], (q, k, v, o), strict=True):
+    tensors = load_tensors(parts, shape, loads, sizes, q.device)
+    values: dict[str, Any] = dict(given)
+    for name, x in given.items():
         values.update({f"{name}_s{d}": n for d, n in enumerate(x.stride())})
     for slot, x in enumerate(tensors):
         values[f"L{slot}"] = x
         values.update({f"L{slot}_s{d}": n for d, n in enumerate(x.stride())})
         values.update({f"L{slot}_n{d}": n for d, n in enumerate(x.shape)})
-    values.update(Hq=q.shape[1], groups=q.shape[1] // k.shape[1], Sq=q.shape[2], Skv=k.shape[2])
-    if blocks is None:
-        limits = bounds(spec, sizes)
-        values.update(LEFT=limits.left, RIGHT=limits.right)
-    else:
-        values.update(zip((*MAP_TENSORS, *MAP_PLACES), (blocks.counts, blocks.indices, *blocks.places), strict=True))
-    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
-    return [values[name] for name in source.arguments]
+    values.update(B=q.shape[0], Hq=q.shape[1], groups=q.shape[1] // k.shape[1], Sq=q.shape[2], Skv=k.shape[2])
+    limits = bounds(spec, sizes)
+    values.update(LEFT=limits.left, RIGHT=limits.right)
+    return values
