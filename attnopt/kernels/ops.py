@@ -1,7 +1,7 @@
 """The operator ``attnopt::attention``, by which an attention stands in a graph. Importing this module registers it.
 
-It needs neither Triton nor a GPU. Two more operators serve its gradient: ``attention_for_training`` also returns the seed
-of its dropout, and ``attention_backward`` computes the probabilities again, tile by tile, so memory stays linear.
+It needs neither Triton nor a GPU. Two more operators serve its gradient: ``attention_for_training`` also returns lse and the seed
+of its dropout, and ``attention_backward`` computes the probabilities again from them, tile by tile, so memory stays linear.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import linear as _linear  # registers attnopt::merged_linear
-from attnopt.kernels import reference
-from attnopt.kernels.registry import Backend, resolve
+from attnopt.kernels.registry import Backend, Backward, resolve, resolve_backward
 from attnopt.kernels.tiling import empty_output
 
 assert _linear is not None
@@ -26,9 +25,10 @@ _LIBRARY = torch.library.Library("attnopt", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
 
 _LIBRARY.define(f'attention({_ARGUMENTS}="reference") -> Tensor', tags=_TAGS)
-_LIBRARY.define(f"attention_for_training({_ARGUMENTS}) -> (Tensor o, Tensor seed)", tags=_TAGS)
+_LIBRARY.define(f"attention_for_training({_ARGUMENTS}) -> (Tensor o, Tensor lse, Tensor seed)", tags=_TAGS)
 _LIBRARY.define(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, Tensor seed, bool[] needs) -> Tensor[]",
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor[] loads, SymInt[] sizes, str spec, str kernel, "
+    "Tensor seed, bool[] needs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -40,30 +40,56 @@ def _prepare(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[A
     return parsed, resolve(kernel, parsed, device, dtype)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
-    parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
-    if parsed.dropout:
-        # From the default CPU generator, which torch.manual_seed sets and activation checkpointing restores; no device waits.
-        seed = torch.randint(1 << 62, (), dtype=torch.int64)
-        return reference.attention(q, k, v, loads, sizes, parsed, int(seed))[0], seed
-    return backend.run(q, k, v, loads, sizes, parsed), torch.zeros((), dtype=torch.int64)
+@lru_cache(maxsize=4096)
+def _prepare_backward(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[AttentionSpec, Backward]:
+    parsed = AttentionSpec.from_json(spec)
+    return parsed, resolve_backward(kernel, parsed, device, dtype)
+
+
+def _seed() -> Tensor:
+    """From the default CPU generator, which torch.manual_seed sets and activation checkpointing restores; no device waits."""
+    return torch.randint(1 << 62, (), dtype=torch.int64)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
     with torch.no_grad():
-        return _run(q, k, v, loads, sizes, spec, kernel)[0]
+        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
+        if not parsed.dropout:
+            return backend.run(q, k, v, loads, sizes, parsed)
+        assert backend.forward is not None, f"{backend.name} took an attention with dropout, and has no forward that draws it"
+        return backend.forward(q, k, v, loads, sizes, parsed, int(_seed()))[0]
 
 
-def _attention_for_training(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
+def _attention_for_training(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        return _run(q, k, v, loads, sizes, spec, kernel)
+        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
+        if backend.forward is None:
+            # its backward is one that reads no lse: see registry.choose_backward
+            lse = torch.full(q.shape[:3], torch.nan, dtype=torch.float32, device=q.device)
+            return backend.run(q, k, v, loads, sizes, parsed), lse, torch.zeros((), dtype=torch.int64)
+        seed = _seed() if parsed.dropout else torch.zeros((), dtype=torch.int64)
+        return *backend.forward(q, k, v, loads, sizes, parsed, int(seed)), seed
 
 
 def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, seed: Tensor, needs: Sequence[bool]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str,
+    seed: Tensor,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     with torch.no_grad():
-        return reference.gradients(grad, q, k, v, loads, sizes, AttentionSpec.from_json(spec), int(seed), needs)
+        parsed, backward = _prepare_backward(spec, kernel, q.device.type, q.dtype)
+        return backward(grad, q, k, v, o, lse, loads, sizes, parsed, int(seed), needs)
 
 
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -79,12 +105,26 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Seque
     return empty_output(q, v)
 
 
-def _fake_for_training(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str) -> tuple[Tensor, Tensor]:
-    return _fake(q, k, v, loads, sizes, spec, kernel), torch.empty((), dtype=torch.int64)
+def _fake_for_training(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _fake(q, k, v, loads, sizes, spec, kernel), lse, torch.empty((), dtype=torch.int64)
 
 
 def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, seed: Tensor, needs: Sequence[bool]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    kernel: str,
+    seed: Tensor,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in zip((q, k, v, *loads), needs, strict=True) if need]
 
@@ -100,26 +140,26 @@ class _Training(torch.autograd.Function):
     """``attention_for_training`` with its gradient. Written by hand: ``torch.library.register_autograd`` takes no symbolic sizes in a list."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, sizes: Sequence[int], spec: str, kernel: str, q: Tensor, k: Tensor, v: Tensor, *loads: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, keyset: Any, sizes: Sequence[int], spec: str, kernel: str, q: Tensor, k: Tensor, v: Tensor, *loads: Tensor) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             below = keyset & torch._C._after_autograd_keyset
-            o, seed = torch.ops.attnopt.attention_for_training.default.redispatch(below, q, k, v, list(loads), sizes, spec, kernel)
-        ctx.sizes, ctx.spec = sizes, spec
-        ctx.save_for_backward(q, k, v, seed, *loads)
-        ctx.mark_non_differentiable(seed)
-        return o, seed
+            o, lse, seed = torch.ops.attnopt.attention_for_training.default.redispatch(below, q, k, v, list(loads), sizes, spec, kernel)
+        ctx.sizes, ctx.spec, ctx.kernel = sizes, spec, kernel
+        ctx.save_for_backward(q, k, v, o, lse, seed, *loads)
+        ctx.mark_non_differentiable(lse, seed)
+        return o, lse, seed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, seed, *loads = ctx.saved_tensors
+        q, k, v, o, lse, seed, *loads = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[4:])
-        found = iter(torch.ops.attnopt.attention_backward(grads[0], q, k, v, loads, ctx.sizes, ctx.spec, seed, needs))
+        found = iter(torch.ops.attnopt.attention_backward(grads[0], q, k, v, o, lse, loads, ctx.sizes, ctx.spec, ctx.kernel, seed, needs))
         return None, None, None, None, *(next(found) if need else None for need in needs)
 
 
 def _autograd_for_training(
     keyset: Any, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _Training.apply(keyset, sizes, spec, kernel, q, k, v, *loads)  # type: ignore[no-any-return]
 
 

@@ -48,6 +48,16 @@ def test_opcheck_of_the_training_operator() -> None:
     torch.library.opcheck(torch.ops.attnopt.attention_for_training.default, (*arguments("alibi-causal", grad=True), "reference"))
 
 
+@pytest.mark.parametrize("name", ["causal-GQA", "sinks-causal-GQA", "causal-bottom-right-empty-rows-zero"])
+def test_the_training_operator_gives_lse(name: str) -> None:
+    q, k, v, loads, sizes, spec = arguments(name, torch.float32, grad=True)
+    o, lse, _ = torch.ops.attnopt.attention_for_training(q, k, v, loads, sizes, spec, "reference")
+    want, want_lse = BY_NAME[name].naive(q, k, v, loads)
+    assert lse.dtype == torch.float32 and not lse.requires_grad and o.requires_grad
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(o.double(), want, atol=1e-5, rtol=1e-5)
+
+
 @KERNELS
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_inputs_and_loads(name: str, kernel: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from attnopt.errors import BackendError
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import registry
-from attnopt.kernels.registry import BackendRefusal, choose
+from attnopt.kernels.registry import BackendRefusal, Setting, choose, choose_backward
 from tests.kernels.cases import BY_NAME, SMALL, dims
 
 
@@ -32,7 +34,7 @@ def test_auto_on_a_cpu(name: str, want: tuple[str, str]) -> None:
 
 def usable_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = registry.backends()["triton"]
-    monkeypatch.setitem(registry._BACKENDS, "triton", registry.Backend("triton", lambda: None, triton.accepts, triton.why, triton.run))
+    monkeypatch.setitem(registry._BACKENDS, "triton", replace(triton, available=lambda: None))
 
 
 @pytest.mark.parametrize(
@@ -102,3 +104,47 @@ def test_a_backend_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.register(registry.Backend("mine", lambda: None, lambda s, setting: "it refuses all", mine.why, mine.run))
     with pytest.raises(BackendRefusal, match="'mine' cannot compute this attention: it refuses all"):
         choose(spec("full"), device="cpu", dtype=torch.float32, backend="mine")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+TRAINING = Setting("cpu", torch.float32, training=True)
+
+
+def test_the_report_says_who_computes_the_gradients() -> None:
+    assert choose(spec("full"), device="cpu", dtype=torch.float32, training=True) == ("sdpa", "CPU flash, no mask tensor, backward by reference")
+    assert choose(spec("full"), device="cpu", dtype=torch.float32, backend="reference", training=True)[1].endswith("backward by reference")
+
+
+def test_a_forward_without_lse_is_followed_by_a_backward_that_reads_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = registry.backends()["reference"].backward
+    monkeypatch.setitem(registry._BACKENDS, "sdpa", replace(registry.backends()["sdpa"], forward=None, backward=gradients))
+    assert choose_backward("sdpa", spec("full"), TRAINING) == "reference"
+    monkeypatch.setitem(registry._BACKENDS, "sdpa", replace(registry.backends()["sdpa"], recomputes=True))
+    assert choose_backward("sdpa", spec("full"), TRAINING) == "sdpa"
+
+
+def test_a_backward_that_refuses_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = replace(registry.backends()["reference"], name="mine")
+    monkeypatch.setitem(registry._BACKENDS, "mine", mine)
+    assert choose_backward("mine", spec("full"), TRAINING) == "mine"
+    monkeypatch.setitem(registry._BACKENDS, "mine", replace(mine, accepts_backward=lambda s, setting: "it is too wide"))
+    assert choose_backward("mine", spec("full"), TRAINING) == "reference"
+
+
+def test_dropout_is_replayed_by_the_same_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = replace(registry.backends()["reference"], name="mine", backward=None)
+    monkeypatch.setitem(registry._BACKENDS, "mine", mine)
+    dropping = spec("full").replace(dropout=0.1)
+    assert choose_backward("mine", dropping, TRAINING) == "reference"
+    monkeypatch.setitem(registry._BACKENDS, "mine", replace(mine, generator="another"))
+    assert choose_backward("mine", spec("full"), TRAINING) == "reference"
+    with pytest.raises(BackendError, match="mine: it has no backward; reference: its dropout goes by other random numbers than that of mine"):
+        choose_backward("mine", dropping, TRAINING)
+
+
+def test_a_backward_that_is_switched_off_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNOPT_DISABLE", "reference")
+    with pytest.raises(BackendError, match="No backend can compute the gradients .* reference: switched off by ATTNOPT_DISABLE"):
+        choose_backward("sdpa", spec("full"), TRAINING)
+    assert "without a backward (No backend can compute" in choose(spec("full"), device="cpu", dtype=torch.float32, training=True)[1]
