@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,6 +64,19 @@ class Part:
             for a, n in zip("bhqk", (shape["b"], shape["h"], shape["q"], extents[-1] if extents else 1), strict=True)
         ]
         return x.expand(full).reshape(extents)
+
+
+def part_tensor(part: Part, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Tensor:
+    """``part.tensor``, computed once where it is the same for all tensors."""
+    if not part.constant:
+        return part.tensor(shape, loads, sizes, device)
+    needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
+    return _constant_part(part, tuple(shape.items()), needed, device)
+
+
+@lru_cache(maxsize=256)
+def _constant_part(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
+    return part.tensor(dict(shape), (), dict(sizes), device)
 
 
 def materialise(programs: Sequence[Expr], first_slot: int) -> tuple[tuple[Expr, ...], tuple[Part, ...]]:

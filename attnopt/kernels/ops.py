@@ -34,16 +34,16 @@ _LIBRARY.define(
 
 
 @lru_cache(maxsize=4096)
-def _prepare(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[AttentionSpec, Backend]:
+def _prepare(spec: str, kernel: str, device: str, dtype: torch.dtype, loads: tuple[torch.dtype, ...]) -> tuple[AttentionSpec, Backend]:
     """The spec, and who runs it: what a call would otherwise work out each time."""
     parsed = AttentionSpec.from_json(spec)
-    return parsed, resolve(kernel, parsed, device, dtype)
+    return parsed, resolve(kernel, parsed, device, dtype, loads)
 
 
 @lru_cache(maxsize=4096)
-def _prepare_backward(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[AttentionSpec, Backward]:
+def _prepare_backward(spec: str, kernel: str, device: str, dtype: torch.dtype, loads: tuple[torch.dtype, ...]) -> tuple[AttentionSpec, Backward]:
     parsed = AttentionSpec.from_json(spec)
-    return parsed, resolve_backward(kernel, parsed, device, dtype)
+    return parsed, resolve_backward(kernel, parsed, device, dtype, loads)
 
 
 def _seed() -> Tensor:
@@ -53,7 +53,7 @@ def _seed() -> Tensor:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str = "reference") -> Tensor:
     with torch.no_grad():
-        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
+        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
         if not parsed.dropout:
             return backend.run(q, k, v, loads, sizes, parsed)
         assert backend.forward is not None, f"{backend.name} took an attention with dropout, and has no forward that draws it"
@@ -64,7 +64,7 @@ def _attention_for_training(
     q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: str, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
+        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
         if backend.forward is None:
             # its backward is one that reads no lse: see registry.choose_backward
             lse = torch.full(q.shape[:3], torch.nan, dtype=torch.float32, device=q.device)
@@ -88,7 +88,7 @@ def _attention_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     with torch.no_grad():
-        parsed, backward = _prepare_backward(spec, kernel, q.device.type, q.dtype)
+        parsed, backward = _prepare_backward(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
         return backward(grad, q, k, v, o, lse, loads, sizes, parsed, int(seed), needs)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,8 @@ from attnopt.errors import AttnoptError, BackendError
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.codegen import unsupported
-from attnopt.kernels.materialise import Part, materialise
+from attnopt.kernels.device import cache_folder
+from attnopt.kernels.materialise import materialise, part_tensor
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton.flash_forward import CONSTEXPRS, TENSORS, Source, generate
 
@@ -73,12 +73,6 @@ def bounds_words(spec: AttentionSpec) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ modules
-
-
-def cache_folder() -> Path:
-    """Where generated modules are kept: ``ATTNOPT_CACHE_DIR``, or attnopt's folder in the user's cache."""
-    base = os.environ.get("ATTNOPT_CACHE_DIR")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnopt"
 
 
 def import_source(text: str) -> ModuleType:
@@ -173,11 +167,6 @@ def shared_memory(index: int) -> int:
 # ------------------------------------------------------------------------------------------------ the call
 
 
-@lru_cache(maxsize=256)
-def _constant_part(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
-    return part.tensor(dict(shape), (), dict(sizes), device)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
@@ -215,11 +204,7 @@ def bind(
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
     tensors = [x.view(torch.uint8) if x.dtype == torch.bool else x for x in loads]
     for part in source.parts:
-        if part.constant:
-            needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
-            tensors.append(_constant_part(part, tuple(shape.items()), needed, q.device))
-        else:
-            tensors.append(part.tensor(shape, loads, sizes, q.device))
+        tensors.append(part_tensor(part, shape, loads, sizes, q.device))
         if tensors[-1].dtype == torch.bool:
             tensors[-1] = tensors[-1].view(torch.uint8)
     values: dict[str, Any] = dict(zip(TENSORS, (q, k, v, o, lse), strict=True))
