@@ -331,7 +331,7 @@ register(
         run=flex.run,
         forward=flex.forward,
         backward=flex.backward,
-        accepts_backward=flex.refusal,
+        accepts_backward=flex.backward_refusal,
         recomputes=True,
     )
 )

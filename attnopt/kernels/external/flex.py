@@ -63,6 +63,13 @@ def refusal(spec: AttentionSpec, setting: Setting) -> str | None:
     return unsupported((spec.score, spec.mask))
 
 
+def backward_refusal(spec: AttentionSpec, setting: Setting) -> str | None:
+    """Why it cannot compute the gradients of ``spec`` there; None when it can."""
+    if setting.device != "cuda":
+        return f"its backward runs on cuda, and the tensors are on {setting.device}"
+    return refusal(spec, setting)
+
+
 def _may_be_minus_infinity(spec: AttentionSpec) -> bool:
     """Whether a score may be -inf though q and k are finite: it reads a float from a tensor, or holds an infinity."""
     return any((e.op == "load" and e.kind == "float") or (e.is_const and e.value == -float("inf")) for e in E.postorder(spec.score))
