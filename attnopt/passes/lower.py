@@ -13,7 +13,7 @@ from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.edit import ORIGINAL, Editor, aten
 from attnopt.passes.raise_attention import SITE
-from attnopt.passes.select_kernel import KERNEL
+from attnopt.passes.select_kernel import BACKWARD, KERNEL
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Lower:
             if kernel == "sdpa" and sdpa.is_one_call(spec):
                 _call_sdpa(module.graph, node, spec)
             else:
-                node.args = (*node.args[:6], kernel)
+                node.args = (*node.args[:6], "/".join(x for x in (kernel, node.meta.get(BACKWARD)) if x is not None))
             result.modified = True
         return result
 

@@ -6,11 +6,9 @@ import contextlib
 import hashlib
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +19,7 @@ from attnopt.errors import AttnoptError, BackendError
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.codegen import unsupported
-from attnopt.kernels.device import cache_folder
+from attnopt.kernels.device import cache_folder, write
 from attnopt.kernels.materialise import materialise, part_tensor
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton.flash_forward import CONSTEXPRS, TENSORS, Source, generate
@@ -83,11 +81,7 @@ def import_source(text: str) -> ModuleType:
     path = cache_folder() / "triton" / f"{name}.py"
     try:
         if not path.is_file() or path.read_text() != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # written beside and moved, so that another process never reads half of it
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as f:
-                f.write(text)
-            Path(f.name).replace(path)
+            write(path, text)
     except OSError as e:
         raise BackendError(
             f"The generated Triton kernel cannot be written to {path.parent}: {e.strerror}.", hint="ATTNOPT_CACHE_DIR names another folder"

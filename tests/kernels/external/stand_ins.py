@@ -116,7 +116,7 @@ def package_2() -> tuple[ModuleType, Recorder]:
         q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
-        seen.calls.append(dict(shape=tuple(q.shape), causal=causal, window=window_size, softcap=softcap, slopes=alibi_slopes, scale=softmax_scale))
+        seen.calls.append({"shape": tuple(q.shape), "causal": causal, "window": window_size, "softcap": softcap, "slopes": alibi_slopes, "scale": softmax_scale})
         out, lse = flash(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, empty_lse=math.inf)
         return (out, lse, None) if return_attn_probs else out
 
@@ -137,7 +137,7 @@ def package_3(early: bool = False) -> tuple[ModuleType, Recorder]:
     seen = Recorder()
 
     def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, return_attn_probs=False):  # type: ignore[no-untyped-def]
-        seen.calls.append(dict(shape=tuple(q.shape), causal=causal, window=window_size, softcap=softcap, scale=softmax_scale))
+        seen.calls.append({"shape": tuple(q.shape), "causal": causal, "window": window_size, "softcap": softcap, "scale": softmax_scale})
         out, lse = flash(q, k, v, softmax_scale, causal, window_size, softcap, empty_out=7.0)
         return (out, lse) if return_attn_probs else out
 
@@ -171,7 +171,7 @@ def package_4() -> tuple[ModuleType, Recorder]:
     pair = lambda left, right: (-1 if left is None else left, -1 if right is None else right)  # noqa: E731
 
     def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0, return_lse=False):  # type: ignore[no-untyped-def]
-        seen.calls.append(dict(shape=tuple(q.shape), causal=causal, window=window_size, softcap=softcap, scale=softmax_scale))
+        seen.calls.append({"shape": tuple(q.shape), "causal": causal, "window": window_size, "softcap": softcap, "scale": softmax_scale})
         out, lse = flash(q, k, v, softmax_scale, causal, pair(*window_size), softcap)
         return out, lse if return_lse else None
 

@@ -41,7 +41,7 @@ class StandIn:
         self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, compute_log_sumexp: bool, dropout_p: float = 0.0, is_causal: bool = False,
         return_debug_mask: bool = False, *, scale: float,
     ) -> tuple[Any, ...]:  # fmt: skip
-        self.calls.append(dict(causal=is_causal, lse=compute_log_sumexp, bias=None if attn_bias is None else tuple(attn_bias.shape)))
+        self.calls.append({"causal": is_causal, "lse": compute_log_sumexp, "bias": None if attn_bias is None else tuple(attn_bias.shape)})
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and k.shape[2] > 1 and dropout_p == 0.0
         s, _, values = self._parts(q, k, v, attn_bias, is_causal, scale)
         o = torch.empty_like(q[..., :1].expand(*q.shape[:3], v.shape[3]).contiguous()).copy_(torch.softmax(s, -1) @ values)
@@ -113,7 +113,7 @@ def test_forward(case: Case, stand_in: StandIn) -> None:
 
 def test_a_bias_is_handed_on_as_a_view(stand_in: StandIn) -> None:
     for case in BIASED:
-        q, k, v, loads = case.tensors(torch.float32)
+        q, k, _v, loads = case.tensors(torch.float32)
         found = cudnn.form(case.spec())
         assert isinstance(found, cudnn.Form) and found.bias is not None
         bias = cudnn.dense(found.bias, q, k, loads, {})
