@@ -194,7 +194,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(), dtype, *f.reads(q, k, loads, values))
-    lse = aux.lse
+    lse = aux.lse + f.source.shift if f.source.shift else aux.lse
     if may_be_huge(spec.score):
         lse = torch.where((lse > -torch.inf) & (lse < LEAST / 1.01), torch.finfo(torch.float32).min, lse)
     if may_be_empty(spec) or _may_be_minus_infinity(spec):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.affine import affine
+from attnopt.kernels.affine import capped
 from attnopt.kernels.codegen import literal
 from attnopt.kernels.materialise import Part, materialise
 
@@ -57,14 +57,17 @@ class FlexSource:
     """Whether the mask differs between batches."""
     per_head: bool
     """Whether the mask differs between heads."""
+    shift: float
+    """A constant in every score that is left out; lse lacks it."""
 
 
 def generate(spec: AttentionSpec) -> FlexSource:
     """The module for one spec, for any sizes and dtypes."""
-    plain = affine(spec.score)
     # The scale is an argument of FlexAttention's; a score that is more than scale * s + bias reads the product as it is.
-    score = spec.score if plain is None else E.score() if plain.bias is None else E.add(E.score(), plain.bias)
-    scale = 1.0 if plain is None else plain.scale
+    plain = capped(spec.score)
+    score, scale, shift = spec.score, 1.0, 0.0
+    if plain is not None and plain.softcap is None:
+        score, scale, shift = E.score() if plain.bias is None else E.add(E.score(), plain.bias), plain.scale, plain.shift
     (score, mask), parts = materialise((score, spec.mask), len(spec.loads))
     both = list(E.postorder(score, mask))
     slots = tuple(sorted({int(e.value) for e in both if e.op == "load"}))
@@ -90,7 +93,7 @@ def generate(spec: AttentionSpec) -> FlexSource:
         "",
     ]
     names = {str(v.value) for v in mask.variables}
-    return FlexSource("\n".join(text), slots, sizes, parts, "b" in names, "h" in names)
+    return FlexSource("\n".join(text), slots, sizes, parts, "b" in names, "h" in names, shift)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from attnopt.kernels.external import flex
 from attnopt.kernels.external.flex_source import generate
 from attnopt.kernels.registry import Setting
 from tests.kernels.cases import BY_NAME, CASES, Case
+from tests.kernels.external.test_flash_attn import MORE
 from tests.kernels.operations import OPERATION_CASES
 
 assert ops.__doc__  # the operator is registered
@@ -37,7 +38,7 @@ def check(case: Case, q: Tensor, k: Tensor, v: Tensor, loads: list[Tensor]) -> N
 
 
 @pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("case", [c for c in [*CASES, *OPERATION_CASES.values()] if c.name != "padding-program"], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in [*CASES, *MORE.values(), *OPERATION_CASES.values()] if c.name != "padding-program"], ids=lambda c: c.name)
 def test_forward(case: Case) -> None:
     assert flex.refusal(case.spec(), CPU) is None
     check(case, *case.tensors(torch.float32))
