@@ -88,6 +88,7 @@ class Functions:
     source: FlexSource
     attention: Callable[..., Any]
     make_mask: Callable[..., Any]
+    make_block_mask: Callable[..., Any]
 
     def reads(self, q: Tensor, k: Tensor, loads: Sequence[Tensor], sizes: dict[str, int]) -> list[Tensor]:
         """What both functions take last."""
@@ -102,20 +103,20 @@ def functions(spec: AttentionSpec) -> Functions:
     source = generate(spec)
     scope: dict[str, Any] = {}
     exec(compile(source.text, "<attnopt FlexAttention program>", "exec"), scope)
-    return Functions(source, scope["attention"], scope["make_mask"])
+    return Functions(source, scope["attention"], scope["make_mask"], scope["make_block_mask"])
+
+
+# Each spec has code of its own, so that many of them do not reach torch.compile's limit of recompilations of one function.
 
 
 @lru_cache(maxsize=1024)
-def compiled(spec: AttentionSpec) -> Callable[..., Any]:
-    """The compiled function of a spec. Each spec has code of its own, so that many of them do not reach torch.compile's limit of recompilations."""
+def _compiled_attention(spec: AttentionSpec) -> Callable[..., Any]:
     return torch.compile(functions(spec).attention, fullgraph=True)
 
 
-@lru_cache(maxsize=1)
-def _compiled_block_mask() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return torch.compile(create_block_mask)
+@lru_cache(maxsize=1024)
+def _compiled_block_mask(spec: AttentionSpec) -> Callable[..., Any]:
+    return torch.compile(functions(spec).make_block_mask)
 
 
 @lru_cache(maxsize=1024)
@@ -142,8 +143,6 @@ def block_mask(spec: AttentionSpec, q: Tensor, k: Tensor, loads: Sequence[Tensor
     """The block mask of the spec at these sizes; None where every query sees every key."""
     if spec.mask is E.TRUE:
         return None
-    from torch.nn.attention.flex_attention import create_block_mask
-
     f = functions(spec)
     B = q.shape[0] if f.source.batched else None
     H = q.shape[1] if f.source.per_head else None
@@ -154,8 +153,8 @@ def block_mask(spec: AttentionSpec, q: Tensor, k: Tensor, loads: Sequence[Tensor
         _masks.move_to_end(key)
         return kept.mask
     program = f.make_mask(dtype, *f.reads(q, k, loads, sizes))
-    make = _compiled_block_mask() if q.device.type == "cuda" else create_block_mask
-    mask = make(program, B, H, q.shape[2], k.shape[2], device=q.device)
+    make = _compiled_block_mask(spec) if q.device.type == "cuda" else f.make_block_mask
+    mask = make(program, B, H, q.shape[2], k.shape[2], q.device)
     _masks[key] = _Kept(mask, tuple((weakref.ref(x), x._version) for x in used))
     while len(_masks) > KEPT_MASKS:
         _masks.popitem(last=False)
@@ -190,7 +189,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict
     f = functions(spec)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     mask = block_mask(spec, q, k, loads, values, dtype)
-    run = compiled(spec) if q.device.type == "cuda" else f.attention
+    run = _compiled_attention(spec) if q.device.type == "cuda" else f.attention
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(), dtype, *f.reads(q, k, loads, values))

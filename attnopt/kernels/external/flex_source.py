@@ -1,8 +1,8 @@
 """Score and mask programs as the Python functions that FlexAttention traces: one assignment a node, on scalar tensors.
 
-The text of a module has two functions. ``attention`` takes q, k, v, a block mask and what the programs read, and calls
-FlexAttention with the score program as a function inside, so that each program is a code object of its own with its own compiled
-kernels. ``make_mask`` gives the mask program for the same tensors.
+The text of a module has three functions. ``attention`` takes q, k, v, a block mask and what the programs read, and calls
+FlexAttention with the score program as a function inside. ``make_mask`` gives the mask program for the same tensors, and
+``make_block_mask`` the block mask of that. Each program is thus code of its own with its own compiled kernels.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def generate(spec: AttentionSpec) -> FlexSource:
     call = f"flex_attention(q, k, v, score_mod={'None' if score is E.score() else 'score_mod'}, block_mask=block_mask, scale={scale!r}, enable_gqa=grouped, **options)"
     text = [
         "import torch",
-        "from torch.nn.attention.flex_attention import flex_attention",
+        "from torch.nn.attention.flex_attention import create_block_mask, flex_attention",
         "",
         "",
         f"def attention(q, k, v, block_mask, grouped, options, DTYPE{', ' + reads if reads else ''}):",
@@ -90,6 +90,10 @@ def generate(spec: AttentionSpec) -> FlexSource:
         "    def mask_mod(b, h, q, k):",
         *emitter.body(mask),
         "    return mask_mod",
+        "",
+        "",
+        "def make_block_mask(mask_mod, B, H, Sq, Skv, device):",
+        "    return create_block_mask(mask_mod, B, H, Sq, Skv, device=device)",
         "",
     ]
     names = {str(v.value) for v in mask.variables}
