@@ -1,4 +1,4 @@
-"""PyTorch's FlexAttention, given the spec's own score and mask programs: compiled on a GPU, eager on the CPU.
+"""PyTorch's FlexAttention, given the spec's own score and mask programs: compiled on a GPU, traced and run eagerly on the CPU.
 
 A mask that reads no tensor becomes a block mask once for its sizes; one that does, whenever those tensors are others or changed.
 Compiling takes seconds for each program, and on the CPU all scores are in memory, so ``auto`` does not choose it.
@@ -6,7 +6,6 @@ Compiling takes seconds for each program, and on the CPU all scores are in memor
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -83,7 +82,7 @@ def why(spec: AttentionSpec, setting: Setting) -> str:
 # ------------------------------------------------------------------------------------------------ functions of a spec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Functions:
     source: FlexSource
     attention: Callable[..., Any]
@@ -99,24 +98,25 @@ class Functions:
 
 
 @lru_cache(maxsize=1024)
-def functions(spec: AttentionSpec) -> Functions:
+def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False) -> Functions:
+    """The functions of a spec for q, k and v of ``dtype``, ``grad`` for a call that is differentiated.
+
+    They are code of their own for each: torch.compile recompiles one function a few times only, and lengths and batches take those.
+    """
     source = generate(spec)
     scope: dict[str, Any] = {}
     exec(compile(source.text, "<attnopt FlexAttention program>", "exec"), scope)
     return Functions(source, scope["attention"], scope["make_mask"], scope["make_block_mask"])
 
 
-# Each spec has code of its own, so that many of them do not reach torch.compile's limit of recompilations of one function.
+@lru_cache(maxsize=1024)
+def _compiled_attention(f: Functions, device: str) -> Callable[..., Any]:
+    return torch.compile(f.attention, fullgraph=True, backend="inductor" if device == "cuda" else "eager")
 
 
 @lru_cache(maxsize=1024)
-def _compiled_attention(spec: AttentionSpec) -> Callable[..., Any]:
-    return torch.compile(functions(spec).attention, fullgraph=True)
-
-
-@lru_cache(maxsize=1024)
-def _compiled_block_mask(spec: AttentionSpec) -> Callable[..., Any]:
-    return torch.compile(functions(spec).make_block_mask)
+def _compiled_block_mask(f: Functions) -> Callable[..., Any]:
+    return torch.compile(f.make_block_mask)
 
 
 @lru_cache(maxsize=1024)
@@ -143,7 +143,7 @@ def block_mask(spec: AttentionSpec, q: Tensor, k: Tensor, loads: Sequence[Tensor
     """The block mask of the spec at these sizes; None where every query sees every key."""
     if spec.mask is E.TRUE:
         return None
-    f = functions(spec)
+    f = functions(spec, q.dtype)
     B = q.shape[0] if f.source.batched else None
     H = q.shape[1] if f.source.per_head else None
     used = tuple(loads[int(x.value)] for x in sorted(spec.mask.leaves, key=lambda x: x.key) if x.op == "load")
@@ -153,7 +153,7 @@ def block_mask(spec: AttentionSpec, q: Tensor, k: Tensor, loads: Sequence[Tensor
         _masks.move_to_end(key)
         return kept.mask
     program = f.make_mask(dtype, *f.reads(q, k, loads, sizes))
-    make = _compiled_block_mask(spec) if q.device.type == "cuda" else f.make_block_mask
+    make = _compiled_block_mask(f) if q.device.type == "cuda" else f.make_block_mask
     mask = make(program, B, H, q.shape[2], k.shape[2], q.device)
     _masks[key] = _Kept(mask, tuple((weakref.ref(x), x._version) for x in used))
     while len(_masks) > KEPT_MASKS:
@@ -180,19 +180,19 @@ def forward(
     if _nothing(q, k, v):
         o, lse = reference.attention(q, k, v, loads, sizes, spec)
         return o, lse.float()
+    # FlexAttention refuses operands that require gradients on the CPU, in whatever grad mode
+    q, k, v, *loads = (x.detach() for x in (q, k, v, *loads))
     o, lse = _call(q, k, v, loads, bind_sizes(spec, sizes, q, k, v), spec)
     return as_bshd(o), lse.float()
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict[str, int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o in any layout, and lse; differentiable in grad mode."""
-    f = functions(spec)
+    f = functions(spec, q.dtype, torch.is_grad_enabled())
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     mask = block_mask(spec, q, k, loads, values, dtype)
-    run = _compiled_attention(spec) if q.device.type == "cuda" else f.attention
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(), dtype, *f.reads(q, k, loads, values))
+    run = _compiled_attention(f, q.device.type)
+    o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(), dtype, *f.reads(q, k, loads, values))
     lse = aux.lse + f.source.shift if f.source.shift else aux.lse
     if may_be_huge(spec.score):
         lse = torch.where((lse > -torch.inf) & (lse < LEAST / 1.01), torch.finfo(torch.float32).min, lse)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
@@ -61,6 +62,7 @@ class FlexSource:
     """A constant in every score that is left out; lse lacks it."""
 
 
+@lru_cache(maxsize=1024)
 def generate(spec: AttentionSpec) -> FlexSource:
     """The module for one spec, for any sizes and dtypes."""
     # The scale is an argument of FlexAttention's; a score that is more than scale * s + bias reads the product as it is.

@@ -26,6 +26,7 @@ CPU = Setting("cpu", torch.float32)
 def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention without Dynamo, which takes half a second a program; its forward only."""
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex, "_compiled_attention", lambda f, device: f.attention)
 
 
 def check(case: Case, q: Tensor, k: Tensor, v: Tensor, loads: list[Tensor]) -> None:
@@ -135,6 +136,17 @@ def test_what_it_refuses() -> None:
     assert flex.refusal(full, Setting("cuda", torch.bfloat16)) is None
     biased = Case("", score=BY_NAME["dense-bias"].score, mask=lambda d: BY_NAME["padding-zero"].mask(d), loads=BY_NAME["dense-bias"].loads, empty_rows="uniform")  # type: ignore[misc]
     assert "it cannot tell rows that see no key" in (flex.refusal(biased.spec(), CPU) or "")
+
+
+def test_operands_that_require_gradients() -> None:
+    """The operator hands on what it was given, and FlexAttention looks at the flags; the gradients are then the reference's."""
+    case = BY_NAME["causal-GQA"]
+    q, k, v, _ = case.tensors(torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    grad = torch.randn(q.shape, dtype=torch.float64)
+    got = torch.autograd.grad(torch.ops.attnopt.attention(*leaves, [], [], case.spec().to_json(), "flex"), leaves, grad)
+    for a, b in zip(got, torch.autograd.grad(case.naive(*leaves, [])[0], leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
 def test_its_backward_runs_on_a_gpu() -> None:
