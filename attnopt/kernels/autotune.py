@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from attnopt.errors import AttnoptError, BackendError
 from attnopt.ir import expr as E
@@ -182,12 +183,15 @@ def _key(spec: AttentionSpec, setting: Setting, example: Example, candidates: Se
 def _measure(spec: AttentionSpec, setting: Setting, example: Example, candidates: Sequence[str]) -> Times:
     where = torch.device(setting.device)
     times = Times()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if where.type == "cuda" else []), torch.no_grad():
+    cuda = [torch.cuda.current_device()] if where.type == "cuda" else []
+    # a graph is compiled with fake tensors, and these must be real
+    with unset_fake_temporarily(), torch.random.fork_rng(devices=cuda), torch.no_grad():
         q, k, v = (x.random(where) for x in (example.q, example.k, example.v))
         call = _Call(q, k, v, [x.random(where) for x in example.loads], example.sizes, spec)
         for name in candidates:
             one = registry.backends()[name]
-            run = partial(one.forward, *call, 0) if setting.training and one.forward is not None else partial(one.run, *call)
+            with_lse = setting.training or spec.dropout  # dropout is drawn by ``forward`` only
+            run = partial(one.forward, *call, 0) if with_lse and one.forward is not None else partial(one.run, *call)
             _time(name, run, where, times.forward, times.left_out)
         if setting.training:
             _measure_backward(call, setting, where, times)

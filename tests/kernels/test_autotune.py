@@ -151,7 +151,6 @@ def test_training_takes_the_fastest_pair_that_goes_together(monkeypatch: pytest.
     name, backward, why = choose("padding-zero", replace(CPU, training=True))
     assert (name, backward) == ("mine", "mine")
     assert why.startswith("mine, backward by mine, measured here: ") and why.endswith("x over reference/mine")
-    assert choose("padding-zero")[0] == "sdpa"
 
 
 def test_random_tensors_have_the_layout_of_the_example() -> None:
@@ -181,6 +180,16 @@ def test_a_model_is_measured_at_its_examples_sizes(cache: Path) -> None:
     assert json.loads(file.read_text())["of"]["shape"][:5] == [2, 3, 3, 64, 64]
     assert torch.equal(state, torch.random.get_rng_state()), "measuring draws no random numbers of the caller's"
     torch.testing.assert_close(optimized(*operands), Attention()(*operands))
+
+
+def test_a_function_that_is_compiled_is_measured_too() -> None:
+    """The compiler runs with fake tensors about; what is measured are real ones."""
+    slower("reference", 0.03)
+    operands = tuple(torch.randn(2, 3, 41, 16) for _ in range(3))
+    compiled = torch.compile(Attention(), backend="attnopt", options={"autotune": True, "inductor": False})
+    torch.testing.assert_close(compiled(*operands), Attention()(*operands))
+    (site,) = attnopt.compile_report(clear=True).sites
+    assert "measured here: " in site.why and "over reference" in site.why
 
 
 def test_on_the_meta_device_it_says_that_nothing_was_measured() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
@@ -123,7 +124,8 @@ def _asked(spec: AttentionSpec, setting: Setting, found: Form, training: bool) -
 @lru_cache(maxsize=1024)
 def probe(dtype: torch.dtype, D: int, Dv: int, heads: tuple[int, int], causal: bool, bias: bool, training: bool, switches: tuple[bool, bool]) -> str | None:
     """What torch says of such an attention on the current device; None when cuDNN takes it. ``switches`` are torch's own, for the cache."""
-    with torch.enable_grad():
+    # a graph is compiled with fake tensors, and torch must be asked with real ones
+    with unset_fake_temporarily(), torch.enable_grad():
         q, k, v = (
             torch.empty(1, n, PROBE_LENGTH, size, dtype=dtype, device="cuda", requires_grad=training)
             for n, size in ((heads[0], D), (heads[1], D), (heads[1], Dv))
