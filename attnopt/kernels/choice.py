@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from attnopt.config import disabled_backends
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
@@ -139,7 +140,11 @@ def _ranked(row: Row | None, others: Sequence[str], spec: AttentionSpec, backwar
 
 def figure(row: Row, name: str, spec: AttentionSpec, backward: bool) -> float | None:
     """The TFLOP/s of backend ``name`` in a row; None where it has none."""
-    return row.tflops.get(measured_name(name, spec, backward) if name == "flash_attn" else name)
+    if name != "flash_attn":
+        return row.tflops.get(name)
+    if name in disabled_backends() or not any(n.startswith(name) for n in row.tflops):  # then nothing needs to be imported
+        return None
+    return row.tflops.get(measured_name(name, spec, backward))
 
 
 def measured_name(name: str, spec: AttentionSpec, backward: bool = False) -> str:
@@ -194,6 +199,8 @@ def _backward_experience(forward: str, spec: AttentionSpec, setting: Setting) ->
 
 def _with_flash(*names: str) -> tuple[str, ...]:
     """FlashAttention 3 and 4 stand before cuDNN, which on Hopper and newer is faster than 2."""
+    if "flash_attn" in disabled_backends():  # then nothing needs to be imported to find out which it is
+        return (*names, "flash_attn")
     from attnopt.kernels.external import flash_attn
 
     at = names.index("cudnn") + (0 if flash_attn.newest() != 2 or device.capability()[0] < 9 else 1)

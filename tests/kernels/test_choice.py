@@ -112,6 +112,17 @@ def test_what_cannot_be_used_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name == "cudnn" and why.endswith("(not triton: switched off by ATTNOPT_DISABLE)") and "over" not in why
 
 
+def test_what_is_switched_off_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def imported(*_: Any) -> int:
+        raise AssertionError("FlashAttention was looked for")
+
+    monkeypatch.setattr(flash_attn, "newest", imported)
+    monkeypatch.setattr(flash_attn, "generation", imported)
+    monkeypatch.setenv("ATTNOPT_DISABLE", "flash_attn")
+    assert chosen(spec("full"), None)[0] == "cudnn"
+    assert chosen(spec("window-causal"), (8192, 8192))[0] == "triton"
+
+
 def test_backends_that_are_not_there_are_passed_over() -> None:
     assert "gluon" in choice.forward_order(spec(), Setting("cuda", torch.bfloat16)) and "gluon" not in registry.backends()
     assert chosen(spec("full"), None)[0] == "cudnn"
