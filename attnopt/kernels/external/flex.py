@@ -20,9 +20,10 @@ from attnopt.ir import expr as E
 from attnopt.ir.printing import render
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
-from attnopt.kernels.external.flex_source import LEAST, FlexSource, generate, may_be_huge, unsupported
+from attnopt.kernels.external.flex_source import LEAST, FlexSource, generate, unsupported
 from attnopt.kernels.external.sinks import with_sink
 from attnopt.kernels.materialise import QUERIES, part_tensor
+from attnopt.kernels.programs import may_be_huge
 from attnopt.kernels.tiling import as_bshd, bind_sizes, may_be_empty
 
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ class _Kept:
     mask: Any
     made_from: tuple[tuple[weakref.ref[Tensor], int], ...]
 
+    @staticmethod
+    def of(mask: Any, tensors: Sequence[Tensor]) -> _Kept:
+        return _Kept(mask, tuple((weakref.ref(x), x._version) for x in tensors))
+
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         return all(ref() is t and version == t._version for (ref, version), t in zip(self.made_from, tensors, strict=True))
 
@@ -148,14 +153,16 @@ def block_mask(spec: AttentionSpec, q: Tensor, k: Tensor, loads: Sequence[Tensor
     H = q.shape[1] if f.source.per_head else None
     used = tuple(loads[int(x.value)] for x in sorted(spec.mask.leaves, key=lambda x: x.key) if x.op == "load")
     key = (spec, B, H, q.shape[2], k.shape[2], tuple(sorted(sizes.items())), q.device, dtype, tuple(id(x) for x in used))
-    kept = _masks.get(key)
+    tells = not any(x.is_inference() for x in used)  # they do not count what is written to them
+    kept = _masks.get(key) if tells else None
     if kept is not None and kept.holds(used):
         _masks.move_to_end(key)
         return kept.mask
     program = f.make_mask(dtype, *f.reads(q, k, loads, sizes))
     make = _compiled_block_mask(f) if q.device.type == "cuda" else f.make_block_mask
     mask = make(program, B, H, q.shape[2], k.shape[2], q.device)
-    _masks[key] = _Kept(mask, tuple((weakref.ref(x), x._version) for x in used))
+    if tells:
+        _masks[key] = _Kept.of(mask, used)
     while len(_masks) > KEPT_MASKS:
         _masks.popitem(last=False)
     return mask
@@ -181,7 +188,7 @@ def forward(
         o, lse = reference.attention(q, k, v, loads, sizes, spec)
         return o, lse.float()
     # FlexAttention refuses operands that require gradients on the CPU, in whatever grad mode
-    q, k, v, *loads = (x.detach() for x in (q, k, v, *loads))
+    q, k, v, *loads = (x.detach() if x.requires_grad else x for x in (q, k, v, *loads))
     o, lse = _call(q, k, v, loads, bind_sizes(spec, sizes, q, k, v), spec)
     return as_bshd(o), lse.float()
 
@@ -237,7 +244,8 @@ def backward(
     if _nothing(q, k, v):
         return reference.gradients(grad, q, k, v, loads, sizes, spec, 0, needs)
     values = bind_sizes(spec, sizes, q, k, v)
-    leaves = [x.detach().requires_grad_(need) for x, need in zip((q, k, v, *loads), needs, strict=True)]
+    # what needs no gradient stays the same object, by which its block mask is known
+    leaves = [x.detach().requires_grad_() if need else x.detach() if x.requires_grad else x for x, need in zip((q, k, v, *loads), needs, strict=True)]
     with torch.enable_grad():
         again, _ = _call(leaves[0], leaves[1], leaves[2], leaves[3:], values, spec)
     wanted = [x for x in leaves if x.requires_grad]

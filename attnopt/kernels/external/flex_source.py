@@ -17,6 +17,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.affine import capped
 from attnopt.kernels.codegen import literal
 from attnopt.kernels.materialise import Part, materialise
+from attnopt.kernels.programs import may_be_huge
 
 LEAST = -2e38
 """Scores below it are taken for it (-inf aside): FlexAttention multiplies by log2(e), and float32's least number would become -inf."""
@@ -163,15 +164,6 @@ class _Emitter:
         ]
         x = f"L{e.value}[{', '.join(index)}]" if index else f"L{e.value}"
         return {"float": f"{x}.to(DTYPE)", "int": f"{x}.to(torch.int64)", "bool": f"({x} != 0)"}[e.kind]
-
-
-def may_be_huge(score: Expr) -> bool:
-    """Whether a score may be near float32's least number: it reads a float per key, or holds a literal of that size."""
-    for e in E.postorder(score):
-        per_key = e.op == "load" and e.kind == "float" and any(v.value == "k" for v in e.variables)
-        if per_key or (e.is_const and e.kind == "float" and abs(e.value) > 1e30):
-            return True
-    return False
 
 
 def unsupported(programs: Sequence[Expr]) -> str | None:

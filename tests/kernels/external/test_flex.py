@@ -110,6 +110,31 @@ def test_block_masks_are_kept_while_what_they_read_is_the_same() -> None:
 
 
 @pytest.mark.usefixtures("untraced")
+def test_a_call_keeps_the_mask_for_the_next_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["padding-zero"]
+    q, k, v, loads = case.tensors(torch.float32)
+    made = []
+    whole = flex._Kept.of
+    monkeypatch.setattr(flex._Kept, "of", staticmethod(lambda mask, tensors: made.append(mask) or whole(mask, tensors)))
+    for _ in range(3):
+        torch.ops.attnopt.attention(q, k, v, loads, [], case.spec().to_json(), "flex")
+    assert len(made) == 1
+
+
+@pytest.mark.usefixtures("untraced")
+def test_in_inference_mode() -> None:
+    """Tensors made there have no version by which a change would be seen."""
+    case = BY_NAME["padding-zero"]
+    with torch.inference_mode():
+        q, k, v, loads = case.tensors(torch.float32)
+        first = torch.ops.attnopt.attention(q, k, v, loads, [], case.spec().to_json(), "flex")
+        torch.testing.assert_close(first.double(), case.naive(q, k, v, loads)[0], atol=5e-6, rtol=5e-6)
+        loads[0][:, 3] = False
+        again = torch.ops.attnopt.attention(q, k, v, loads, [], case.spec().to_json(), "flex")
+        torch.testing.assert_close(again.double(), case.naive(q, k, v, loads)[0], atol=5e-6, rtol=5e-6)
+
+
+@pytest.mark.usefixtures("untraced")
 def test_kept_masks_are_few() -> None:
     spec = BY_NAME["window-causal"].spec()
     for n in range(20, 20 + 2 * flex.KEPT_MASKS):
