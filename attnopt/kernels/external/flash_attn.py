@@ -200,7 +200,7 @@ def forward(
             lse[:, :, rows] = -torch.inf
     if spec.sinks:
         o, lse = with_sink(o, lse, loads, values, spec)
-    return as_bshd(o), lse
+    return as_bshd(o), lse.contiguous()
 
 
 def backward(

@@ -190,7 +190,7 @@ def forward(
     # FlexAttention refuses operands that require gradients on the CPU, in whatever grad mode
     q, k, v, *loads = (x.detach() if x.requires_grad else x for x in (q, k, v, *loads))
     o, lse = _call(q, k, v, loads, bind_sizes(spec, sizes, q, k, v), spec)
-    return as_bshd(o), lse.float()
+    return as_bshd(o), lse.float().contiguous()
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict[str, int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
