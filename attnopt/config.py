@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from attnopt.errors import AttnoptError
 
+BACKENDS = ("auto", "cudnn", "flash_attn", "flex", "gluon", "reference", "sdpa", "triton")
+"""Names that ``backend`` may have; others can be registered. Held here too, where nothing heavy is imported."""
+
 
 @dataclass(frozen=True)
 class OptimizeConfig:
@@ -14,6 +17,8 @@ class OptimizeConfig:
 
     backend: str = "auto"
     """Kernel for every site: ``auto`` or a registered backend's name. A named backend never falls back in silence."""
+    autotune: bool = False
+    """With backend ``auto``: measure the backends that can on the example's shapes, instead of going by a table. Times are kept on disk."""
     disable_passes: tuple[str, ...] = ()
     """Names of passes to leave out."""
     print_ir_after: tuple[str, ...] = ()
@@ -30,6 +35,8 @@ class OptimizeConfig:
     """How many (mode, dtype, device, argument structure) variants of one module are captured before it raises."""
 
     def __post_init__(self) -> None:
+        if self.autotune and self.backend != "auto":
+            raise AttnoptError(f"autotune chooses the backend, and backend is {self.backend!r}; supported beside autotune is 'auto'.")
         if self.capture not in ("auto", "export", "dynamo"):
             raise AttnoptError(f"capture is {self.capture!r}; supported are 'auto', 'export' and 'dynamo'.")
 

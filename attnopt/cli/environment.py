@@ -12,7 +12,7 @@ import click
 
 from attnopt.config import disabled_backends
 
-_PACKAGES = ("attnopt", "torch", "triton", "transformers", "onnx", "onnxscript", "onnxruntime", "flash-attn", "flash-attn-4", "numpy")
+_PACKAGES = ("attnopt", "torch", "triton", "transformers", "onnx", "onnxscript", "onnxruntime", "flash-attn", "flash-attn-3", "flash-attn-4", "numpy")
 
 
 def env_command(as_json: bool) -> int:

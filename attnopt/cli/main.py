@@ -16,6 +16,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from attnopt.config import BACKENDS
 from attnopt.errors import AttnoptError
 
 POLICY, USAGE, BUG, INTERRUPTED = 1, 2, 101, 130
@@ -84,7 +85,8 @@ _run_options = _options(
 )
 _model_options = _options(click.argument("target", metavar="MODEL"), _run_options)
 _pass_options = _options(
-    click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Kernel for every attention; `attnopt env` lists them."),
+    click.option("--backend", default="auto", show_default=True, metavar="NAME", help=f"Kernel for every attention: {', '.join(BACKENDS)}; `attnopt env` says which can be used here."),
+    click.option("--autotune", is_flag=True, help="With --backend auto: measure the backends that can compute an attention, on its own shapes, and take the fastest."),
     click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
     click.option("--print-ir-after", multiple=True, metavar="NAME", help="Print the graph after a pass (or `all`) to standard error; repeatable."),
     click.option("--capture", type=click.Choice(["auto", "export", "dynamo"]), default="auto", show_default=True, help="How the graph is captured."),

@@ -71,20 +71,22 @@ class Part:
         return x.expand(full).reshape(extents)
 
 
+def part_tensor(part: Part, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Tensor:
+    """``part.tensor``, computed once where it is the same for all tensors."""
+    if not part.constant:
+        return part.tensor(shape, loads, sizes, device)
+    needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
+    return _constant_part(part, tuple(shape.items()), needed, device)
+
+
 @lru_cache(maxsize=256)
-def _constant(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
+def _constant_part(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
     return part.tensor(dict(shape), (), dict(sizes), device)
 
 
 def load_tensors(parts: Sequence[Part], shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:
     """The tensors of all load slots of a generated kernel: ``loads`` and then the parts, booleans as bytes."""
-    tensors = list(loads)
-    for part in parts:
-        if part.constant:
-            needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
-            tensors.append(_constant(part, tuple(shape.items()), needed, device))
-        else:
-            tensors.append(part.tensor(shape, loads, sizes, device))
+    tensors = [*loads, *(part_tensor(p, shape, loads, sizes, device) for p in parts)]
     return [x.view(torch.uint8) if x.dtype == torch.bool else x for x in tensors]
 
 

@@ -40,16 +40,16 @@ _LIBRARY.define(
 
 
 @lru_cache(maxsize=4096)
-def _prepare(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[AttentionSpec, Backend]:
+def _prepare(spec: str, kernel: str, device: str, dtype: torch.dtype, loads: tuple[torch.dtype, ...]) -> tuple[AttentionSpec, Backend]:
     """The spec, and who runs it: what a call would otherwise work out each time."""
     parsed = AttentionSpec.from_json(spec)
-    return parsed, resolve(kernel, parsed, device, dtype)
+    return parsed, resolve(kernel, parsed, device, dtype, loads)
 
 
 @lru_cache(maxsize=4096)
-def _prepare_backward(spec: str, kernel: str, device: str, dtype: torch.dtype) -> tuple[AttentionSpec, Backward]:
+def _prepare_backward(spec: str, kernel: str, device: str, dtype: torch.dtype, loads: tuple[torch.dtype, ...]) -> tuple[AttentionSpec, Backward]:
     parsed = AttentionSpec.from_json(spec)
-    return parsed, resolve_backward(kernel, parsed, device, dtype)
+    return parsed, resolve_backward(kernel, parsed, device, dtype, loads)
 
 
 def _seed() -> Tensor:
@@ -74,7 +74,7 @@ def _attention(
     block_sizes: Sequence[int] = (),
 ) -> Tensor:
     with torch.no_grad():
-        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
+        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
         blocks = _blocks(counts, indices, block_sizes)
         if blocks is not None and backend.mapped is not None:
             return backend.mapped(q, k, v, loads, sizes, parsed, int(_seed()) if parsed.dropout else 0, blocks)[0]
@@ -97,7 +97,7 @@ def _attention_for_training(
     block_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype)
+        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
         blocks = _blocks(counts, indices, block_sizes)
         seed = _seed() if parsed.dropout else torch.zeros((), dtype=torch.int64)
         if blocks is not None and backend.mapped is not None:
@@ -124,7 +124,7 @@ def _attention_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     with torch.no_grad():
-        parsed, backward = _prepare_backward(spec, kernel, q.device.type, q.dtype)
+        parsed, backward = _prepare_backward(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
         found = backward(grad, q, k, v, o, lse, loads, sizes, parsed, int(seed), needs)
         # laid out as the tensors that they belong to: compilers rely on it
         like = _fake_backward(grad, q, k, v, o, lse, loads, sizes, spec, kernel, seed, needs)

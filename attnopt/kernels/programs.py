@@ -57,7 +57,7 @@ def programs_of(spec: AttentionSpec) -> Programs:
     score, mask, empty, sink = (None if x is None else next(it) for x in given)
     assert score is not None and mask is not None
     # In base 2 from the start log2(e) folds into the scale; but a bias tensor may hold finfo.min, which would overflow.
-    folded = not _may_be_huge(score, empty)
+    folded = not may_be_huge(score, empty)
     if folded:
         score = E.mul(E.const(LOG2E), score)
         empty, sink = (None if x is None else E.mul(E.const(LOG2E), x) for x in (empty, sink))
@@ -65,7 +65,7 @@ def programs_of(spec: AttentionSpec) -> Programs:
     return Programs(score, mask, empty, sink, parts, folded, bool(limits.left), bool(limits.right), limits.rest)
 
 
-def _may_be_huge(*programs: Expr | None) -> bool:
+def may_be_huge(*programs: Expr | None) -> bool:
     """Whether a term may be as large as float32 allows: a float read per key, or a literal."""
     for e in E.postorder(*(p for p in programs if p is not None)):
         per_key = e.op == "load" and e.kind == "float" and any(v.value == "k" for v in e.variables)

@@ -15,6 +15,7 @@ from torch import Tensor
 from attnopt.config import disabled_backends
 from attnopt.errors import BackendError
 from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels import choice
 from attnopt.kernels.block_map import BlockMap
 
 
@@ -36,16 +37,24 @@ class Setting:
     dtype: torch.dtype
     training: bool = False
     """Whether gradients will be asked for."""
+    loads: tuple[torch.dtype, ...] | None = None
+    """The dtypes of the tensors that the spec reads; None where that is not known."""
+    lengths: tuple[int, int] | None = None
+    """Queries and keys of the example, by which speeds are looked up; None where they are not known."""
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int], tuple[Tensor, Tensor]]
 """q, k, v, loads, sizes, spec, seed -> (o, lse). lse is float32 [B, Hq, Sq]: the natural logarithm of the sum of exp(score) over the
 visible keys (and the sink), -inf on rows without any. ``seed``, in [0, 2**62), decides what dropout drops."""
-Mapped = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, BlockMap], tuple[Tensor, Tensor]]
-"""As ``Forward``, with the map of the spec's mask for the sizes of ``Backend.block_sizes``."""
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, Sequence[bool]], list[Tensor]]
+Backward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, Sequence[bool]], list[Tensor]
+]
 """grad [B, Hq, Sq, Dv], q, k, v, o, lse, loads, sizes, spec, seed, needs -> gradients of q, k, v and the loads, in this order, for
 those that ``needs`` (one flag each) asks for, each in its tensor's dtype."""
+
+
+Mapped = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, BlockMap], tuple[Tensor, Tensor]]
+"""As ``Forward``, with the map of the spec's mask for the sizes of ``Backend.block_sizes``."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Backend:
     """Gradients from what any ``forward`` gave; None: it has no backward pass."""
     accepts_backward: Callable[[AttentionSpec, Setting], str | None] = lambda spec, setting: None
     """None, or why ``backward`` cannot compute the gradients of this attention there."""
+    is_torch_call: Callable[[AttentionSpec], bool] = lambda spec: False
+    """Whether it stands in a graph as a call of PyTorch's own, which brings its own gradients."""
     recomputes: bool = False
     """Whether ``backward`` reads neither o nor lse, so that it can follow a backend without ``forward``."""
     block_sizes: Callable[[AttentionSpec, Setting], tuple[int, int] | None] = lambda spec, setting: None
@@ -104,13 +115,22 @@ def find(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def choose(spec: AttentionSpec, *, device: torch.device | str, dtype: torch.dtype, training: bool = False, backend: str = "auto") -> tuple[str, str]:
+def choose(
+    spec: AttentionSpec,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    training: bool = False,
+    backend: str = "auto",
+    loads: tuple[torch.dtype, ...] | None = None,
+    lengths: tuple[int, int] | None = None,
+) -> tuple[str, str]:
     """The backend for one attention, and why, as one phrase: ``("sdpa", "CPU flash, causal without a mask tensor")``.
 
-    A backend that is named is taken or refused, never replaced: ``BackendError`` where it is unknown or not usable here,
-    ``BackendRefusal`` where it cannot compute this attention.
+    ``loads`` and ``lengths`` as in ``Setting``. A backend that is named is taken or refused, never replaced: ``BackendError``
+    where it is unknown or not usable here, ``BackendRefusal`` where it cannot compute this attention.
     """
-    setting = Setting(torch.device(device).type, dtype, training)
+    setting = Setting(torch.device(device).type, dtype, training, loads, lengths)
     if backend != "auto":
         chosen = find(backend)
         reason = chosen.accepts(spec, setting)
@@ -118,40 +138,58 @@ def choose(spec: AttentionSpec, *, device: torch.device | str, dtype: torch.dtyp
             raise BackendRefusal(backend, reason)
         return backend, _why(chosen, spec, setting)
     passed: list[str] = []
-    for name in _preference(spec, setting):
-        one = _BACKENDS[name]
-        reason = "switched off by ATTNOPT_DISABLE" if name in disabled_backends() else one.available() or one.accepts(spec, setting)
+    order = [n for n in choice.forward_order(spec, setting) if n in _BACKENDS]
+    for i, name in enumerate(order):
+        reason = forward_refusal(name, spec, setting)
         if reason is None:
-            phrase = _why(one, spec, setting)
+            phrase = _why(_BACKENDS[name], spec, setting, order[i + 1 :])
             return name, phrase if not passed else f"{phrase} ({'; '.join(passed)})"
         passed.append(f"not {name}: {reason}")
     raise BackendError(f"No backend can compute this attention on {setting.device}: {'; '.join(passed)}.")
 
 
-def _why(chosen: Backend, spec: AttentionSpec, setting: Setting) -> str:
-    """What it does, and in training who computes the gradients."""
+def forward_refusal(name: str, spec: AttentionSpec, setting: Setting) -> str | None:
+    """Why backend ``name`` is not the one here; None when it can be."""
+    if name in disabled_backends():
+        return "switched off by ATTNOPT_DISABLE"
+    return _BACKENDS[name].available() or _BACKENDS[name].accepts(spec, setting)
+
+
+def _why(chosen: Backend, spec: AttentionSpec, setting: Setting, others: Sequence[str] = ()) -> str:
+    """What it does, how much faster than the next of ``others`` it was measured to be, and in training who computes the gradients."""
     phrase = chosen.why(spec, setting)
-    if not setting.training:
+    row = choice.row_for(spec, setting, "forward") if others else None
+    if row is not None:
+        known = [n for n in others if choice.figure(row, n, spec, backward=False) is not None and forward_refusal(n, spec, setting) is None]
+        phrase = ", ".join(x for x in (phrase, choice.comparison(row, chosen.name, known, spec, setting)) if x)
+    if not setting.training or chosen.is_torch_call(spec):
         return phrase
     try:
-        return f"{phrase}, backward by {choose_backward(chosen.name, spec, setting)}"
+        name = choose_backward(chosen.name, spec, setting)
     except BackendError as e:
         return f"{phrase}, without a backward ({e.message.rstrip('.')})"
+    row = choice.row_for(spec, setting, "backward")
+    known = [n for n in _BACKENDS if backward_refusal(n, chosen.name, spec, setting) is None] if row is not None else []
+    return ", ".join(x for x in (phrase, f"backward by {name}", choice.comparison(row, name, known, spec, setting, backward=True)) if x)
 
 
 def choose_backward(forward: str, spec: AttentionSpec, setting: Setting) -> str:
     """The backend whose ``backward`` follows the forward of backend ``forward``. ``BackendError`` where there is none."""
     passed: list[str] = []
-    for name in _backward_preference(forward, spec, setting):
-        reason = _backward_refusal(_BACKENDS[name], _BACKENDS[forward], spec, setting)
+    for name in choice.backward_order(forward, spec, setting):
+        if name not in _BACKENDS:
+            continue
+        reason = backward_refusal(name, forward, spec, setting)
         if reason is None:
             return name
         passed.append(f"{name}: {reason}")
     raise BackendError(f"No backend can compute the gradients of this attention on {setting.device} ({'; '.join(passed)}).")
 
 
-def _backward_refusal(one: Backend, forward: Backend, spec: AttentionSpec, setting: Setting) -> str | None:
-    if one.name in disabled_backends():
+def backward_refusal(name: str, after: str, spec: AttentionSpec, setting: Setting) -> str | None:
+    """Why the backward of backend ``name`` cannot follow the forward of ``after``; None when it can."""
+    one, forward = _BACKENDS[name], _BACKENDS[after]
+    if name in disabled_backends():
         return "switched off by ATTNOPT_DISABLE"
     if one.backward is None:
         return "it has no backward"
@@ -162,37 +200,31 @@ def _backward_refusal(one: Backend, forward: Backend, spec: AttentionSpec, setti
     return one.available() or one.accepts_backward(spec, setting)
 
 
-def _backward_preference(forward: str, spec: AttentionSpec, setting: Setting) -> tuple[str, ...]:
-    """Backends from the fastest backward; a forward's own stands first, and ``reference``, which follows any, last."""
-    generated = ("triton",) if setting.device == "cuda" else ()
-    return tuple(dict.fromkeys((forward, *generated, "reference")))
-
-
-def _preference(spec: AttentionSpec, setting: Setting) -> tuple[str, ...]:
-    """Backends from the fastest. Measured: torch's fused kernels win on what they take whole, on every device; on a CPU they
-    win with a mask as well (see ``benchmarks/``); on a GPU their mask is a dense tensor, and a generated kernel has none."""
-    if setting.device == "cuda" and not sdpa.takes_whole(spec):
-        return ("triton", "sdpa", "reference")
-    if setting.device == "cuda":
-        return ("sdpa", "triton", "reference")
-    return ("sdpa", "reference")
-
-
 def block_sizes(kernel: str, spec: AttentionSpec, *, device: torch.device | str, dtype: torch.dtype) -> tuple[int, int] | None:
     """(BLOCK_M, BLOCK_N) of the map of blocks that this backend takes for an attention; None where it takes none."""
-    return _BACKENDS[kernel].block_sizes(spec, Setting(torch.device(device).type, dtype))
+    return _BACKENDS[kernel.partition("/")[0]].block_sizes(spec, Setting(torch.device(device).type, dtype))
 
 
-def resolve(kernel: str, spec: AttentionSpec, device: str, dtype: torch.dtype) -> Backend:
-    """The backend that runs a call. As ``choose``, which a graph's author asked before; the tensors may have moved since."""
-    name, _ = choose(spec, device=device, dtype=dtype, backend=kernel)
+def resolve(kernel: str, spec: AttentionSpec, device: str, dtype: torch.dtype, loads: tuple[torch.dtype, ...] | None = None) -> Backend:
+    """The backend that runs a call. As ``choose``, which a graph's author asked before; the tensors may have moved since.
+
+    ``kernel`` is a backend's name, or two as ``forward/backward``.
+    """
+    name, _ = choose(spec, device=device, dtype=dtype, backend=kernel.partition("/")[0], loads=loads)
     return _BACKENDS[name]
 
 
-def resolve_backward(kernel: str, spec: AttentionSpec, device: str, dtype: torch.dtype) -> Backward:
-    """The backward pass that follows a call."""
-    forward = resolve(kernel, spec, device, dtype)
-    found = _BACKENDS[choose_backward(forward.name, spec, Setting(device, dtype, training=True))].backward
+def resolve_backward(kernel: str, spec: AttentionSpec, device: str, dtype: torch.dtype, loads: tuple[torch.dtype, ...] | None = None) -> Backward:
+    """The backward pass that follows a call: the second name of ``kernel``, or one that is chosen."""
+    forward = resolve(kernel, spec, device, dtype, loads)
+    setting = Setting(device, dtype, True, loads)
+    named = kernel.partition("/")[2]
+    if named:
+        find(named)
+        reason = backward_refusal(named, forward.name, spec, setting)
+        if reason is not None:
+            raise BackendRefusal(named, f"after the forward of {forward.name}, {reason}")
+    found = _BACKENDS[named or choose_backward(forward.name, spec, setting)].backward
     assert found is not None
     return found
 
@@ -200,6 +232,7 @@ def resolve_backward(kernel: str, spec: AttentionSpec, device: str, dtype: torch
 # ------------------------------------------------------------------------------------------------ the backends
 
 from attnopt.kernels import reference, sdpa  # noqa: E402  (they stand below the table that they enter)
+from attnopt.kernels.external import cudnn, flash_attn, flex  # noqa: E402
 
 
 def _run_reference(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
@@ -313,6 +346,7 @@ register(
         accepts=lambda spec, setting: sdpa.refusal(spec, setting.device),
         why=lambda spec, setting: sdpa.why(spec, setting.device),
         run=sdpa.attention,
+        is_torch_call=sdpa.is_one_call,
     )
 )
 register(
@@ -328,5 +362,42 @@ register(
         backward=_differentiate_triton,
         accepts_backward=_triton_accepts,
         generator="philox",
+    )
+)
+register(
+    Backend(
+        "cudnn",
+        available=cudnn.available,
+        accepts=cudnn.refusal,
+        why=lambda spec, setting: cudnn.why(spec),
+        run=cudnn.run,
+        forward=cudnn.forward,
+        backward=cudnn.backward,
+        accepts_backward=cudnn.backward_refusal,
+    )
+)
+register(
+    Backend(
+        "flash_attn",
+        available=flash_attn.available,
+        accepts=flash_attn.refusal,
+        why=lambda spec, setting: flash_attn.why(spec),
+        run=flash_attn.run,
+        forward=flash_attn.forward,
+        backward=flash_attn.backward,
+        accepts_backward=lambda spec, setting: flash_attn.refusal(spec, setting, backward=True),
+    )
+)
+register(
+    Backend(
+        "flex",
+        available=flex.available,
+        accepts=flex.refusal,
+        why=flex.why,
+        run=flex.run,
+        forward=flex.forward,
+        backward=flex.backward,
+        accepts_backward=flex.backward_refusal,
+        recomputes=True,
     )
 )

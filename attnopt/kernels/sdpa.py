@@ -47,9 +47,16 @@ def takes_whole(spec: AttentionSpec) -> bool:
     return form is not None and form.bias is None and (spec.mask is E.TRUE or _is_top_left(spec.mask)) and not spec.dropout and not spec.sinks
 
 
+def is_one_call(spec: AttentionSpec) -> bool:
+    """Whether PyTorch's operator with at most ``is_causal`` computes the spec, on every row: it then stands in the graph as that
+    call, with PyTorch's own gradients."""
+    causal = spec.mask is E.le(spec.dims.k, spec.dims.q)
+    return spec.is_plain and (spec.mask is E.TRUE or causal) and spec.dims.D is spec.dims.Dv
+
+
 def why(spec: AttentionSpec, device: str) -> str:
     """What of torch's will run, in a few words."""
-    name = {"cpu": "CPU flash", "cuda": "cuDNN or flash"}.get(device, "torch's own kernel")
+    name = {"cpu": "CPU flash", "cuda": "the fused kernel that PyTorch picks"}.get(device, "torch's own kernel")
     if not takes_whole(spec):
         return f"{name}, mask built tile by tile"
     return f"{name}, no mask tensor" if spec.mask is E.TRUE else f"{name}, causal without a mask tensor"

@@ -80,6 +80,13 @@ class Bounds:
         return inside and self.rest is E.TRUE
 
 
+    def empty_rows(self, Sq: int, Skv: int) -> tuple[int, int]:
+        """Queries before the first number and from the second on see no key, as far as the diagonal bounds say. For left + right >= 0."""
+        first = 0 if self.right is None else min(Sq, max(0, -self.right))
+        last = Sq if self.left is None else min(Sq, max(0, Skv + self.left))
+        return first, max(first, last)
+
+
 def bounds(spec: AttentionSpec, sizes: Mapping[str, int]) -> Bounds:
     """The diagonal bounds of the spec's mask, with sizes put in."""
     r: KeyRange = cached_key_range(spec.mask)
@@ -110,3 +117,8 @@ def empty_output(q: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> Tens
     """An output [B, Hq, Sq, Dv] laid out in memory as [B, Sq, Hq, Dv]: what the projection that follows reads."""
     B, Hq, Sq, _ = q.shape
     return v.new_empty((B, Sq, Hq, v.shape[3]), dtype=dtype).transpose(1, 2)
+
+
+def as_bshd(o: Tensor) -> Tensor:
+    """``o`` [B, H, S, D], laid out in memory as [B, S, H, D]; copied where it is not."""
+    return o.transpose(1, 2).contiguous().transpose(1, 2)

@@ -8,11 +8,12 @@ from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels import sdpa
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.edit import ORIGINAL, Editor, aten
 from attnopt.passes.raise_attention import SITE
-from attnopt.passes.select_kernel import KERNEL
+from attnopt.passes.select_kernel import BACKWARD, KERNEL
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,12 @@ class Lower:
         for node in attentions(module.graph):
             kernel = node.meta.get(KERNEL, ("reference", ""))[0]
             spec = spec_of(node)
-            if kernel == "sdpa" and _is_plain_call(spec):
+            if kernel == "sdpa" and sdpa.is_one_call(spec):
                 _call_sdpa(module.graph, node, spec)
             else:
-                node.args = (*node.args[:6], kernel)
+                node.args = (*node.args[:6], "/".join(x for x in (kernel, node.meta.get(BACKWARD)) if x is not None))
             result.modified = True
         return result
-
-
-def _is_plain_call(spec: AttentionSpec) -> bool:
-    """Whether PyTorch's operator with at most ``is_causal`` computes the spec, on every row."""
-    full = spec.mask is E.TRUE
-    causal = spec.mask is E.le(spec.dims.k, spec.dims.q)
-    return spec.is_plain and (full or causal) and spec.dims.D is spec.dims.Dv
 
 
 def _call_sdpa(graph: fx.Graph, node: fx.Node, spec: AttentionSpec) -> None:

@@ -55,7 +55,17 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset()) -> 
     for n in config.disable_passes:
         if n in _REQUIRED:
             raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in NAMES if x not in _REQUIRED)}.")
-    everything: list[Pass] = [Canonicalize(), JoinProducts(), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend), ShareBlockMaps(), Lower(), Cleanup()]
+    everything: list[Pass] = [
+        Canonicalize(),
+        JoinProducts(),
+        RaiseAttention(skip_sites),
+        GroupHeads(),
+        MergeProjections(),
+        SelectKernel(config.backend, config.autotune),
+        ShareBlockMaps(),
+        Lower(),
+        Cleanup(),
+    ]
     return [p for p in everything if p.name not in config.disable_passes]
 
 

@@ -18,6 +18,7 @@ from attnopt.cli.main import app, run
 from attnopt.errors import CaptureError
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec, Dims, Traits
+from attnopt.kernels import registry
 from attnopt.remarks import PAGES, NodeInfo, Remark
 from attnopt.report import Check, Report, Site, Verdict
 
@@ -197,6 +198,12 @@ def test_input_that_cannot_be_read(api: FakeApi, model: str, capsys: pytest.Capt
     assert "cannot be read" in refusal(capsys, "optimize", model, "--input", "y:float32")
 
 
+def test_autotune_is_handed_on(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["optimize", model, "--no-benchmark", "--autotune"]) == 0
+    assert api.calls[0][2]["config"].autotune is True
+    assert "autotune chooses the backend, and backend is 'reference'" in refusal(capsys, "optimize", model, "--autotune", "--backend", "reference")
+
+
 def test_unknown_backend(api: FakeApi, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no backend 'flahs'" in refusal(capsys, "optimize", model, "--backend", "flahs")
 
@@ -366,7 +373,14 @@ def test_env_gives_each_backend_or_its_reason(capsys: pytest.CaptureFixture[str]
     facts = json.loads(capsys.readouterr().out)
     assert facts["packages"]["torch"] and facts["backends"]["reference"] is None and "ATTNOPT_DISABLE" in facts["backends"]["sdpa"]
     assert run(["env"]) == 0
-    assert "backend reference" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert all(f"backend {name}" in text for name in registry.backends())
+
+
+def test_the_help_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["optimize", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in registry.backends()) and "--autotune" in text
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +21,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
+from attnopt.kernels.device import cache_folder, write
 from attnopt.kernels.materialise import Part, load_tensors, materialise
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
@@ -83,12 +81,6 @@ def bounds_words(spec: AttentionSpec) -> str:
 # ------------------------------------------------------------------------------------------------ modules
 
 
-def cache_folder() -> Path:
-    """Where generated modules are kept: ``ATTNOPT_CACHE_DIR``, or attnopt's folder in the user's cache."""
-    base = os.environ.get("ATTNOPT_CACHE_DIR")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnopt"
-
-
 def import_source(text: str) -> ModuleType:
     """The module of this text. Triton reads a kernel's source from its file, so it is written to one, named by its content."""
     name = f"attnopt_generated_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
@@ -97,11 +89,7 @@ def import_source(text: str) -> ModuleType:
     path = cache_folder() / "triton" / f"{name}.py"
     try:
         if not path.is_file() or path.read_text() != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # written beside and moved, so that another process never reads half of it
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as f:
-                f.write(text)
-            Path(f.name).replace(path)
+            write(path, text)
     except OSError as e:
         raise BackendError(
             f"The generated Triton kernel cannot be written to {path.parent}: {e.strerror}.", hint="ATTNOPT_CACHE_DIR names another folder"
