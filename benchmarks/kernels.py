@@ -1,0 +1,283 @@
+"""Attention kernels side by side in one process: attnopt's backends and every installed peer.
+
+For each cell (a shape and a variant) all are timed in turn, in rounds, on inputs that rotate so that each call finds a cold L2
+(``--l2 warm``: the second run on one set). Times are medians between CUDA events without what a call costs the host, which stands
+beside them. TFLOP/s count visible scores only: 2 * (D + Dv) for each, and 3.5 times that with the backward. The error is
+norm(result - truth) / norm(truth) against float64, on rows of two heads (backward: one KV head, the worst of o, dq, dk, dv).
+
+    python benchmarks/kernels.py [--cells forward,backward,variants] [--only REGEX] [--budget SECONDS]
+    python benchmarks/kernels.py --device cpu --quick
+
+Rows go to benchmarks/results/kernels.json after each cell, and replace rows of the same cell and backend there. A peer that
+cannot compute a cell, or fails, has a row that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import verdicts
+from cells import CELLS, Cell, Inputs, Truth, quick, sets_needed
+from common import RESULTS, provenance, save, show, stored
+from peers import PEERS, Cannot, Function, Ready
+from timing import Stopwatch, Timed, message
+from torch import Tensor
+
+from attnopt.errors import BackendError
+from attnopt.kernels import ops, registry
+
+assert ops.__doc__  # the operator is registered
+OURS = ("gluon", "triton", "cudnn", "sdpa", "auto")
+WRONG = 0.05
+"""An error from which a result is not the same function."""
+
+
+# ------------------------------------------------------------------------------------------------ ours
+
+
+def own(name: str, symbolic: bool) -> Callable[[Inputs], Ready]:
+    """A backend of attnopt's through its operator, as an optimized graph calls it."""
+
+    def prepare(inputs: Inputs) -> Ready:
+        cell, q = inputs.cell, inputs.sets[0][0]
+        spec = cell.spec(symbolic)
+        training = cell.direction != "forward"
+        try:
+            chosen, why = registry.choose(spec, device=q.device, dtype=q.dtype, training=training, backend=name)
+        except BackendError as e:
+            raise Cannot(str(e)) from e
+        text, loads, op = spec.to_json(), inputs.loads, torch.ops.attnopt.attention
+        return Ready(lambda q, k, v: op(q, k, v, loads, [], text, name), note=f"{chosen}: {why}" if name == "auto" else why)
+
+    return prepare
+
+
+# ------------------------------------------------------------------------------------------------ one cell
+
+
+class Lost(Exception):
+    """The CUDA context is gone, and with it this process."""
+
+
+@contextlib.contextmanager
+def patience(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError where the block takes longer (a compiler that does not come back)."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not ready after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def results(function: Function, inputs: Inputs, n: int) -> list[Tensor]:
+    """[o], or [o, dq, dk, dv]."""
+    q, k, v, grad = inputs.sets[n]
+    if inputs.cell.direction == "forward":
+        with torch.no_grad():
+            return [function(q, k, v)]
+    o = function(q, k, v)
+    return [o, *torch.autograd.grad(o, (q, k, v), grad)]
+
+
+def measure(cell: Cell, candidates: dict[str, Callable[[Inputs], Ready]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one cell."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    inputs = Inputs.of(cell, device, dtype, sets_needed(cell, cache) if device.type == "cuda" else 2, options.layout)
+    truth = Truth.of(inputs)
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[int], object]] = {}
+    for name, prepare in candidates.items():
+        row = rows[name] = {**describe(cell, options), "backend": name, "by": "attnopt" if name in options.ours else "peer", "status": "ok"}
+        try:
+            with patience(options.patience):
+                ready = prepare(inputs)
+                first = results(ready.function, inputs, 0)
+                row["error"] = truth.error(first)
+            row.update(mask_ms=ready.mask_ms, note=ready.note)
+            if name in options.ours:
+                row["repeatable"] = torch.equal(first[0], results(ready.function, inputs, 0)[0])
+            del first
+        except Cannot as e:
+            row.update(status="cannot", note=str(e))
+        except Exception as e:  # noqa: BLE001 - a peer may raise anything; its message stands in its row
+            row.update(status="failed", note=message(e))
+            alive(device, name, row, rows)
+        else:
+            if not row["error"] <= WRONG:
+                row.update(status="wrong", note=f"error {row['error']:.3g} against float64. {row['note']}".strip())
+                row["error"] = None if math.isnan(row["error"]) else row["error"]
+            calls[name] = lambda n, f=ready.function: results(f, inputs, n)
+    watch = Stopwatch(device, len(inputs.sets), options.seconds, cold=options.l2 == "cold")
+    for name, timed in watch.measure(calls).items():
+        if isinstance(timed, Timed):
+            rows[name].update(ms=timed.ms, tflops=inputs.flops / timed.ms / 1e9, quartiles=list(timed.quartiles), host_us=timed.host_us, runs=timed.runs)
+        else:
+            rows[name].update(status="failed", note=timed)
+            alive(device, name, rows[name], rows)
+    return list(rows.values())
+
+
+def alive(device: torch.device, name: str, row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    """Raises ``Lost`` where the failure took the device along."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as e:
+        raise Lost(name, row) from e
+
+
+def describe(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "kind": cell.group,
+        "direction": cell.direction,
+        "D": cell.D,
+        "Dv": cell.D,
+        "S": cell.S,
+        "B": cell.B,
+        "Hq": cell.Hq,
+        "Hkv": cell.Hkv,
+        "causal": cell.causal,
+        "variant": cell.variant_name,
+        "dtype": options.dtype,
+        "backend": "",
+        "ms": None,
+        "tflops": None,
+        "error": None,
+        "l2": options.l2 if options.device != "cpu" else None,
+        "cell": cell.name,
+        **options.provenance,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ all cells
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["kind"], row["cell"], row["dtype"], row["l2"], row["backend"]
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Old rows, with those of ``new`` in place of the same cell and backend."""
+    table = {key(r): r for r in old}
+    table.update({key(r): r for r in new})
+    return list(table.values())
+
+
+def table(group: str, rows: list[dict[str, Any]]) -> None:
+    """TFLOP/s by cell and backend; what cannot be done is a dash."""
+    names = [n for n in dict.fromkeys(r["backend"] for r in rows) if any(r["backend"] == n and r["ms"] for r in rows)]
+    if not names:
+        return
+    lines = []
+    for cell in dict.fromkeys(r["cell"] for r in rows):
+        found = {r["backend"]: r for r in rows if r["cell"] == cell}
+        lines.append({"cell": cell, **{n: (f"{found[n]['tflops']:.3g}" + ("!" if found[n]["status"] == "wrong" else "")) if n in found and found[n]["ms"] else None for n in names}})
+    show(f"{group}: TFLOP/s per visible score (! wrong result)", lines, lines=False)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", default="forward,backward,variants", help="groups, separated by commas")
+    parser.add_argument("--only", default="", help="a regular expression that the cell's name must contain")
+    parser.add_argument("--backends", default=",".join(OURS), help="attnopt's, by the names of the registry; 'all': every one of them but reference")
+    parser.add_argument("--peers", default=",".join(PEERS), help="names, separated by commas")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layout", default="bshd", choices=("bshd", "bhsd"), help="how q, k and v lie in memory; projections leave bshd")
+    parser.add_argument("--l2", default="cold", choices=("cold", "warm"))
+    parser.add_argument("--seconds", type=float, default=0.8, help="of timing for each cell")
+    parser.add_argument("--patience", type=int, default=90, help="seconds until a kernel has to be compiled and run once")
+    parser.add_argument("--budget", type=float, default=540, help="seconds after which no further cell is begun")
+    parser.add_argument("--static", action="store_true", help="specs with constant sizes, as capture with dynamic_shapes='static' finds them")
+    parser.add_argument("--with-flash-attn", action="store_true", help="let attnopt's auto take flash-attn where it is installed")
+    parser.add_argument("--quick", action="store_true", help="tiny cells, to see that everything runs")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
+    parser.add_argument("--leave-out", default="", help="CELL:BACKEND pairs, separated by semicolons")
+    parser.add_argument("--after", default="", help="go on after the cell of this number")
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    began = float(os.environ.get("ATTNOPT_BENCH_BEGAN", time.time()))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks/kernels.py times on a CUDA device, and PyTorch sees none; --device cpu --quick tries the script.")
+    if not options.with_flash_attn:
+        os.environ["ATTNOPT_DISABLE"] = ",".join(filter(None, (os.environ.get("ATTNOPT_DISABLE"), "flash_attn")))
+    known = [*registry.backends(), "auto"]
+    asked = [n for n in known if n != "reference"] if options.backends == "all" else options.backends.split(",")
+    options.ours, options.provenance = [n for n in asked if n in known], provenance()
+    if missing := [n for n in asked if n not in known]:
+        print(f"attnopt has no backend {', '.join(missing)} here; it has {', '.join(known)}")
+    candidates = {n: own(n, not options.static) for n in options.ours} | {n: PEERS[n] for n in options.peers.split(",") if n}
+    groups, left_out = options.cells.split(","), set(filter(None, options.leave_out.split(";")))
+    chosen = [c for c in (quick() if options.quick else CELLS) if c.group in groups and re.search(options.only, c.name)]
+    rows = stored(options.output)
+    done: list[dict[str, Any]] = []
+    print(f"{len(chosen)} cells on {options.provenance['device']}, L2 {options.l2}, commit {options.provenance['commit']}, {options.provenance['versions']}", flush=True)
+    for number, cell in enumerate(chosen):
+        if options.after and number <= int(options.after):
+            continue
+        if time.time() - began > options.budget:
+            print(f"stopped after {options.budget:.0f} s with {len(chosen) - number} cells to go, from number {number} ({cell.name}) on")
+            break
+        start = time.time()
+        here = {n: p for n, p in candidates.items() if f"{cell.name}:{n}" not in left_out}
+        try:
+            found = measure(cell, here, options)
+        except Lost as lost:
+            name, row = lost.args
+            rows = merged(rows, [{**row, "status": "failed", "note": f"{row['note']} (the device had to be opened again)"}])
+            save(options.output, rows)
+            again(number, f"{cell.name}:{name}", began)
+        except torch.OutOfMemoryError as e:
+            print(f"[{number}] {cell.name}: {message(e)}", flush=True)
+            continue
+        finally:
+            torch._dynamo.reset()
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+        rows, done = merged(rows, found), [*done, *found]
+        save(options.output, rows)
+        best = " ".join(f"{r['backend'].replace(' ', '-')}={r['ms']:.3f}" for r in found if r["ms"])
+        print(f"[{number}] {cell.name} {time.time() - start:.0f}s {best}", flush=True)
+    report([r for r in rows if r["kind"] in groups], done)
+
+
+def again(number: int, pair: str, began: float) -> None:
+    """Start over at this cell in a fresh process image, without the one that took the device along."""
+    print(f"[{number}] lost the device in {pair}; going on without it", flush=True)
+    os.environ["ATTNOPT_BENCH_BEGAN"] = str(began)
+    given = [a for a in sys.argv[1:] if not a.startswith(("--after=", "--leave-out="))]
+    before = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--leave-out=")), "")
+    os.execv(sys.executable, [sys.executable, sys.argv[0], *given, f"--after={number - 1}", f"--leave-out={before};{pair}"])
+
+
+def report(rows: list[dict[str, Any]], done: list[dict[str, Any]]) -> None:
+    for reason in dict.fromkeys(f"{r['backend']} {r['status']} {r['cell'] if r['status'] != 'cannot' else ''}: {r['note']}"[:180] for r in done if r["status"] != "ok"):
+        print(reason)
+    for group in dict.fromkeys(r["kind"] for r in rows):
+        table(group, [r for r in rows if r["kind"] == group])
+    verdicts.show_kernels(rows)
+
+
+if __name__ == "__main__":
+    main()
