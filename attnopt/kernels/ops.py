@@ -21,7 +21,7 @@ from attnopt.kernels.tiling import empty_output
 
 assert _linear is not None
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel"
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str backend"
 _LIBRARY = torch.library.Library("attnopt", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
 
