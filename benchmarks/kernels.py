@@ -15,14 +15,11 @@ cannot compute a cell, or fails, has a row that says why.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import re
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,8 @@ import verdicts
 from cells import CELLS, Cell, Inputs, Truth, quick, sets_needed
 from common import RESULTS, provenance, save, show, stored
 from peers import PEERS, Cannot, Function, Ready
-from timing import Stopwatch, Timed, message
+from running import Lost, add_options, again, alive, left_out, message, patience, spent
+from timing import Stopwatch, Timed
 from torch import Tensor
 
 from attnopt.errors import BackendError
@@ -64,26 +62,6 @@ def own(name: str, symbolic: bool) -> Callable[[Inputs], Ready]:
 
 
 # ------------------------------------------------------------------------------------------------ one cell
-
-
-class Lost(Exception):
-    """The CUDA context is gone, and with it this process."""
-
-
-@contextlib.contextmanager
-def patience(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError where the block takes longer (a compiler that does not come back)."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"not ready after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def results(function: Function, inputs: Inputs, n: int) -> list[Tensor]:
@@ -119,7 +97,7 @@ def measure(cell: Cell, candidates: dict[str, Callable[[Inputs], Ready]], option
             row.update(status="cannot", note=str(e))
         except Exception as e:  # noqa: BLE001 - a peer may raise anything; its message stands in its row
             row.update(status="failed", note=message(e))
-            alive(device, name, row, rows)
+            lost_row(options, row, device)
         else:
             if not row["error"] <= WRONG:
                 row.update(status="wrong", note=f"error {row['error']:.3g} against float64. {row['note']}".strip())
@@ -131,17 +109,17 @@ def measure(cell: Cell, candidates: dict[str, Callable[[Inputs], Ready]], option
             rows[name].update(ms=timed.ms, tflops=inputs.flops / timed.ms / 1e9, quartiles=list(timed.quartiles), host_us=timed.host_us, runs=timed.runs)
         else:
             rows[name].update(status="failed", note=timed)
-            alive(device, name, rows[name], rows)
+            lost_row(options, rows[name], device)
     return list(rows.values())
 
 
-def alive(device: torch.device, name: str, row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
-    """Raises ``Lost`` where the failure took the device along."""
+def lost_row(options: argparse.Namespace, row: dict[str, Any], device: torch.device) -> None:
+    """Where a failure took the device along, keep its row and raise ``Lost``."""
     try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except RuntimeError as e:
-        raise Lost(name, row) from e
+        alive(device, f"{row['cell']}:{row['backend']}")
+    except Lost:
+        save(options.output, merged(stored(options.output), [{**row, "note": f"{row['note']} (took the device along)"}]))
+        raise
 
 
 def describe(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +167,12 @@ def table(group: str, rows: list[dict[str, Any]]) -> None:
     lines = []
     for cell in dict.fromkeys(r["cell"] for r in rows):
         found = {r["backend"]: r for r in rows if r["cell"] == cell}
-        lines.append({"cell": cell, **{n: (f"{found[n]['tflops']:.3g}" + ("!" if found[n]["status"] == "wrong" else "")) if n in found and found[n]["ms"] else None for n in names}})
+        lines.append(
+            {
+                "cell": cell,
+                **{n: (f"{found[n]['tflops']:.3g}" + ("!" if found[n]["status"] == "wrong" else "")) if n in found and found[n]["ms"] else None for n in names},
+            }
+        )
     show(f"{group}: TFLOP/s per visible score (! wrong result)", lines, lines=False)
 
 
@@ -204,20 +187,17 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--layout", default="bshd", choices=("bshd", "bhsd"), help="how q, k and v lie in memory; projections leave bshd")
     parser.add_argument("--l2", default="cold", choices=("cold", "warm"))
     parser.add_argument("--seconds", type=float, default=0.8, help="of timing for each cell")
-    parser.add_argument("--patience", type=int, default=90, help="seconds until a kernel has to be compiled and run once")
-    parser.add_argument("--budget", type=float, default=540, help="seconds after which no further cell is begun")
     parser.add_argument("--static", action="store_true", help="specs with constant sizes, as capture with dynamic_shapes='static' finds them")
     parser.add_argument("--with-flash-attn", action="store_true", help="let attnopt's auto take flash-attn where it is installed")
     parser.add_argument("--quick", action="store_true", help="tiny cells, to see that everything runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
-    parser.add_argument("--leave-out", default="", help="CELL:BACKEND pairs, separated by semicolons")
-    parser.add_argument("--after", default="", help="go on after the cell of this number")
+    add_options(parser, budget=540, patience=90)
     return parser
 
 
 def main() -> None:
     options = arguments().parse_args()
-    began = float(os.environ.get("ATTNOPT_BENCH_BEGAN", time.time()))
+    spent()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py times on a CUDA device, and PyTorch sees none; --device cpu --quick tries the script.")
     if not options.with_flash_attn:
@@ -228,26 +208,26 @@ def main() -> None:
     if missing := [n for n in asked if n not in known]:
         print(f"attnopt has no backend {', '.join(missing)} here; it has {', '.join(known)}")
     candidates = {n: own(n, not options.static) for n in options.ours} | {n: PEERS[n] for n in options.peers.split(",") if n}
-    groups, left_out = options.cells.split(","), set(filter(None, options.leave_out.split(";")))
+    groups, without = options.cells.split(","), left_out(options)
     chosen = [c for c in (quick() if options.quick else CELLS) if c.group in groups and re.search(options.only, c.name)]
     rows = stored(options.output)
     done: list[dict[str, Any]] = []
-    print(f"{len(chosen)} cells on {options.provenance['device']}, L2 {options.l2}, commit {options.provenance['commit']}, {options.provenance['versions']}", flush=True)
+    print(
+        f"{len(chosen)} cells on {options.provenance['device']}, L2 {options.l2}, commit {options.provenance['commit']}, {options.provenance['versions']}",
+        flush=True,
+    )
     for number, cell in enumerate(chosen):
-        if options.after and number <= int(options.after):
+        if number <= options.after:
             continue
-        if time.time() - began > options.budget:
+        if spent() > options.budget:
             print(f"stopped after {options.budget:.0f} s with {len(chosen) - number} cells to go, from number {number} ({cell.name}) on")
             break
         start = time.time()
-        here = {n: p for n, p in candidates.items() if f"{cell.name}:{n}" not in left_out}
+        here = {n: p for n, p in candidates.items() if f"{cell.name}:{n}" not in without}
         try:
             found = measure(cell, here, options)
         except Lost as lost:
-            name, row = lost.args
-            rows = merged(rows, [{**row, "status": "failed", "note": f"{row['note']} (the device had to be opened again)"}])
-            save(options.output, rows)
-            again(number, f"{cell.name}:{name}", began)
+            again(number, lost.pair, options)
         except torch.OutOfMemoryError as e:
             print(f"[{number}] {cell.name}: {message(e)}", flush=True)
             continue
@@ -262,17 +242,10 @@ def main() -> None:
     report([r for r in rows if r["kind"] in groups], done)
 
 
-def again(number: int, pair: str, began: float) -> None:
-    """Start over at this cell in a fresh process image, without the one that took the device along."""
-    print(f"[{number}] lost the device in {pair}; going on without it", flush=True)
-    os.environ["ATTNOPT_BENCH_BEGAN"] = str(began)
-    given = [a for a in sys.argv[1:] if not a.startswith(("--after=", "--leave-out="))]
-    before = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--leave-out=")), "")
-    os.execv(sys.executable, [sys.executable, sys.argv[0], *given, f"--after={number - 1}", f"--leave-out={before};{pair}"])
-
-
 def report(rows: list[dict[str, Any]], done: list[dict[str, Any]]) -> None:
-    for reason in dict.fromkeys(f"{r['backend']} {r['status']} {r['cell'] if r['status'] != 'cannot' else ''}: {r['note']}"[:180] for r in done if r["status"] != "ok"):
+    for reason in dict.fromkeys(
+        f"{r['backend']} {r['status']} {r['cell'] if r['status'] != 'cannot' else ''}: {r['note']}"[:180] for r in done if r["status"] != "ok"
+    ):
         print(reason)
     for group in dict.fromkeys(r["kind"] for r in rows):
         table(group, [r for r in rows if r["kind"] == group])

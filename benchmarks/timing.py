@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from running import message
 
 Call = Callable[[int], object]
 """Runs once on the inputs of the given number."""
@@ -42,6 +43,8 @@ class Stopwatch:
     cold: bool = True
     """Each call takes another set of inputs than the one before it; otherwise each is timed at its second run on one set."""
     most_rounds: int = 50
+    alone: bool = False
+    """Each call meets an idle device, so that what it costs the host is in its time: for whole models."""
     _turn: int = field(default=0, repr=False)
 
     def measure(self, calls: Mapping[str, Call]) -> dict[str, Timed | str]:
@@ -56,7 +59,7 @@ class Stopwatch:
                 estimates[name] = (device, host)
             except Exception as e:  # noqa: BLE001 - a peer may raise anything; its message stands in its row
                 out[name] = message(e)
-        slow = {n: calls[n] for n, (device, _) in estimates.items() if device >= SLOW}
+        slow = {} if self.alone else {n: calls[n] for n, (device, _) in estimates.items() if device >= SLOW}
         fast = {n: calls[n] for n in estimates if n not in slow}
         for group, rounds in [(fast, self._rounds(fast, estimates)), *(({n: c}, 3) for n, c in slow.items())]:
             wait = min(LONGEST_WAIT, 1.5 * sum(estimates[n][1] for n in group))
@@ -64,8 +67,9 @@ class Stopwatch:
             names = list(group)
             for r in range(rounds):
                 order = names[r % len(names) :] + names[: r % len(names)]
-                for n, t in self._round({n: group[n] for n in order}, wait).items():
-                    times[n].append(t)
+                for part in [{n: group[n]} for n in order] if self.alone else [{n: group[n] for n in order}]:
+                    for n, t in self._round(part, 0.0 if self.alone else wait).items():
+                        times[n].append(t)
             for n, found in times.items():
                 device_times = sorted(t[0] * 1e3 for t in found)
                 quarter = len(found) // 4
@@ -102,9 +106,3 @@ class Stopwatch:
             return {n: (t, t) for n, t in hosts.items()}
         torch.cuda.synchronize(self.device)
         return {n: (begin.elapsed_time(end) / 1e3, hosts[n]) for n, (begin, end) in marks.items()}
-
-
-def message(e: BaseException) -> str:
-    """An exception as one short line."""
-    first = next((line for line in str(e).splitlines() if line.strip()), "")
-    return f"{type(e).__name__}: {first}"[:200]
