@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -27,38 +26,17 @@ import torch
 import verdicts
 from cells import CELLS, Cell, Inputs, Truth, quick, sets_needed
 from common import RESULTS, provenance, save, show, stored
+from own import own
 from peers import PEERS, Cannot, Function, Ready
-from running import Lost, add_options, again, alive, left_out, message, patience, spent
+from running import Lost, add_options, again, alive, begin, left_out, message, patience, spent
 from timing import Stopwatch, Timed
 from torch import Tensor
 
-from attnopt.errors import BackendError
-from attnopt.kernels import ops, registry
+from attnopt.kernels import registry
 
-assert ops.__doc__  # the operator is registered
 OURS = ("gluon", "triton", "cudnn", "sdpa", "auto")
 WRONG = 0.05
 """An error from which a result is not the same function."""
-
-
-# ------------------------------------------------------------------------------------------------ ours
-
-
-def own(name: str, symbolic: bool) -> Callable[[Inputs], Ready]:
-    """A backend of attnopt's through its operator, as an optimized graph calls it."""
-
-    def prepare(inputs: Inputs) -> Ready:
-        cell, q = inputs.cell, inputs.sets[0][0]
-        spec = cell.spec(symbolic)
-        training = cell.direction != "forward"
-        try:
-            chosen, why = registry.choose(spec, device=q.device, dtype=q.dtype, training=training, backend=name)
-        except BackendError as e:
-            raise Cannot(str(e)) from e
-        text, loads, op = spec.to_json(), inputs.loads, torch.ops.attnopt.attention
-        return Ready(lambda q, k, v: op(q, k, v, loads, [], text, name), note=f"{chosen}: {why}" if name == "auto" else why)
-
-    return prepare
 
 
 # ------------------------------------------------------------------------------------------------ one cell
@@ -188,7 +166,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--l2", default="cold", choices=("cold", "warm"))
     parser.add_argument("--seconds", type=float, default=0.8, help="of timing for each cell")
     parser.add_argument("--static", action="store_true", help="specs with constant sizes, as capture with dynamic_shapes='static' finds them")
-    parser.add_argument("--with-flash-attn", action="store_true", help="let attnopt's auto take flash-attn where it is installed")
     parser.add_argument("--quick", action="store_true", help="tiny cells, to see that everything runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
     add_options(parser, budget=540, patience=90)
@@ -197,11 +174,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = arguments().parse_args()
-    spent()
+    begin(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py times on a CUDA device, and PyTorch sees none; --device cpu --quick tries the script.")
-    if not options.with_flash_attn:
-        os.environ["ATTNOPT_DISABLE"] = ",".join(filter(None, (os.environ.get("ATTNOPT_DISABLE"), "flash_attn")))
     known = [*registry.backends(), "auto"]
     asked = [n for n in known if n != "reference"] if options.backends == "all" else options.backends.split(",")
     options.ours, options.provenance = [n for n in asked if n in known], provenance()

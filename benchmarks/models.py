@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import verdicts
 from common import RESULTS, provenance, save, show, stored
-from running import Lost, add_options, again, alive, left_out, message, patience, spent
+from running import Lost, add_options, again, alive, begin, left_out, message, patience, spent
 from shapes import SHAPES, Shape
 from timing import Stopwatch, Timed
 from torch import Tensor, nn
@@ -236,7 +236,7 @@ def arguments() -> argparse.ArgumentParser:
 @torch.no_grad()
 def main() -> None:
     options = arguments().parse_args()
-    spent()
+    begin(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/models.py times on a CUDA device, and PyTorch sees none; --device cpu --quick tries the script.")
     options.provenance = provenance()

@@ -60,6 +60,15 @@ def add_options(parser: argparse.ArgumentParser, budget: float, patience: int) -
     parser.add_argument("--leave-out", default="", help="ITEM:NAME pairs, separated by semicolons")
     parser.add_argument("--after", type=int, default=-1, help="go on after the item of this number")
 
+    parser.add_argument("--with-flash-attn", action="store_true", help="let attnopt's auto take flash-attn where it is installed")
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Note the time, and keep attnopt from what is installed to be compared with."""
+    spent()
+    if not options.with_flash_attn and "flash_attn" not in (before := os.environ.get("ATTNOPT_DISABLE", "")):
+        os.environ["ATTNOPT_DISABLE"] = ",".join(filter(None, (before, "flash_attn")))
+
 
 def left_out(options: argparse.Namespace) -> set[str]:
     return set(filter(None, options.leave_out.split(";")))
