@@ -79,7 +79,7 @@ def measure(cell: Cell, candidates: dict[str, Callable[[Inputs], Ready]], option
         else:
             if not row["error"] <= WRONG:
                 row.update(status="wrong", note=f"error {row['error']:.3g} against float64. {row['note']}".strip())
-                row["error"] = None if math.isnan(row["error"]) else row["error"]
+                row["error"] = row["error"] if math.isfinite(row["error"]) else None
             calls[name] = lambda n, f=ready.function: results(f, inputs, n)
     watch = Stopwatch(device, len(inputs.sets), options.seconds, cold=options.l2 == "cold")
     for name, timed in watch.measure(calls).items():

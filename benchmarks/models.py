@@ -174,11 +174,11 @@ def judge(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         if r["error"] is None:
             continue
-        if math.isnan(r["error"]) or (own is not None and r["error"] > OTHER * own):
+        if not math.isfinite(r["error"]) or (own is not None and r["error"] > OTHER * own):
             r.update(
                 status="wrong",
                 note=f"error {r['error']:.3g} against float32, eager's is {own or math.nan:.3g}",
-                error=None if math.isnan(r["error"]) else r["error"],
+                error=r["error"] if math.isfinite(r["error"]) else None,
             )
 
 
