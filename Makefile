@@ -2,6 +2,7 @@
 # make test   all checks and all tests
 # make docs   write docs/remarks from the table of remarks
 # make zoo    every architecture in every form, as a table, with docs/zoo.md (MODELS="llama bert": some of them)
+# make bench-gpu  kernels and whole models on a CUDA device, side by side with what else is installed (about 25 minutes)
 # make property  two thousand random attention programs, each judged by an exhaustive evaluation (PROGRAMS=500: as many)
 # make mutation  every guard of the analysis removed in turn, and the test that must notice
 #
@@ -16,7 +17,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint types layers pytest zoo zoo-page property mutation bench docs clean
+.PHONY: help demo test check lint types layers pytest zoo zoo-page property mutation bench bench-gpu docs clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -57,6 +58,13 @@ mutation: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/optimize_time.py
 	$(BIN)/python benchmarks/cpu_speed.py
+
+# Results and a picture go to benchmarks/results; tools/gpu_tables.py prints the README's tables from them.
+bench-gpu: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/kernels.py --budget 100000
+	$(BIN)/python benchmarks/models.py --budget 100000
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[report]'
+	$(BIN)/python benchmarks/plot.py
 
 docs: $(VENV)/.stamp-dev
 	$(BIN)/python tools/remark_pages.py

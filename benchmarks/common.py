@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -21,6 +23,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = ("attnopt", "torch", "triton", "transformers")
+_PEERS = ("flash-attn-4", "flash-attn-3", "flash-attn")
 
 
 def example(name: str) -> ModuleType:
@@ -41,8 +44,45 @@ def about() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
     return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "python": platform.python_version(), "device": device, **versions}
+
+
+def provenance() -> dict[str, Any]:
+    """What stands beside each row of a file that several runs fill: date, device, versions of packages and libraries, and the commit."""
+    found = about()
+    versions = {k: found[k] for k in ("python", *_PACKAGES)}
+    for name in _PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    if torch.cuda.is_available():
+        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return {"date": found["date"], "device": found["device"], "versions": versions, "commit": commit()}
+
+
+def commit() -> str:
+    """The commit of this checkout, with a plus where files differ from it; ``ATTNOPT_COMMIT`` where git cannot tell."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "attnopt"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("ATTNOPT_COMMIT", "unknown")
+
+
+def save(path: Path, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Write a file of results whole, so that a run that is cut off leaves the rows it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_suffix(".tmp")
+    made.write_text(json.dumps({**about(), **more, "rows": list(rows)}, indent=1, allow_nan=False) + "\n")
+    made.replace(path)
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results; none where there is no file."""
+    return json.loads(path.read_text())["rows"] if path.is_file() else []  # type: ignore[no-any-return]
 
 
 def write(name: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
@@ -52,11 +92,14 @@ def write(name: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
     print(f"written to {path.relative_to(ROOT)}")
 
 
-def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """One line a row; floats with three significant digits."""
-    table = Table(title=title, title_justify="left")
+def show(title: str, rows: Sequence[dict[str, Any]], lines: bool = True) -> None:
+    """One line a row; floats with three significant digits, None as a dash. Without ``lines`` as compact as can be."""
+    style: dict[str, Any] = {} if lines else {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
+    if not lines and title:
+        print(f"\n{title}")
+    table = Table(title=title if lines else None, title_justify="left", **style)
     for key in rows[0]:
         table.add_column(key, justify="right")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=140).print(table)
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()))
+    Console(width=140 if lines else 200).print(table)

@@ -24,7 +24,7 @@ from attnopt.kernels.tiling import empty_output
 
 assert _linear is not None and _block_map_op is not None
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel"
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str backend"
 _MAP = "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[]"
 """A ``BlockMap`` as a graph passes it: the results of ``attnopt::block_map``, and [BLOCK_M, BLOCK_N]."""
 _LIBRARY = torch.library.Library("attnopt", "DEF")
@@ -33,7 +33,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
 _LIBRARY.define(f'attention({_ARGUMENTS}="reference", {_MAP}) -> Tensor', tags=_TAGS)
 _LIBRARY.define(f"attention_for_training({_ARGUMENTS}, {_MAP}) -> (Tensor o, Tensor lse, Tensor seed)", tags=_TAGS)
 _LIBRARY.define(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor[] loads, SymInt[] sizes, str spec, str kernel, "
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor[] loads, SymInt[] sizes, str spec, str backend, "
     "Tensor seed, bool[] needs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

@@ -33,7 +33,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, grad: bool = False)
 def test_importing_registers_the_operator() -> None:
     assert ops.__doc__
     assert str(attention.default._schema) == (
-        'attnopt::attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str kernel="reference", '
+        'attnopt::attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str backend="reference", '
         "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[]) -> Tensor"
     )
 
@@ -184,6 +184,15 @@ def test_compile_forward_and_backward(backend: str) -> None:
         parameters = list(model.parameters())
         for a, b in zip(torch.autograd.grad(got.square().sum(), parameters), torch.autograd.grad(want.square().sum(), parameters), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@KERNELS
+@torch.no_grad()
+def test_inductor_compiles_inference(kernel: str) -> None:
+    """Inductor may pass an argument that has its default value by name, beside a parameter of its own called ``kernel``."""
+    model = Model(kernel)
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
 
 
 def test_sizes_may_be_symbolic() -> None:
