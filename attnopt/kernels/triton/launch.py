@@ -25,6 +25,7 @@ from attnopt.kernels.device import cache_folder, write
 from attnopt.kernels.materialise import Part, load_tensors, materialise
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
+from attnopt.kernels.triton import empty_rows
 from attnopt.kernels.triton.dropout import seed_words
 from attnopt.kernels.triton.flash_forward import CONSTEXPRS, MAP_PLACES, MAP_TENSORS, Source, generate
 
@@ -212,7 +213,23 @@ def attention(
     programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         kernel.function[(programs,)](*arguments, **constants(D, Dv, c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
+    if programs_of(spec).retries:
+        fill_empty_rows(q, k, v, o, lse, loads, values, spec, seed)
     return o, lse
+
+
+def fill_empty_rows(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int], spec: AttentionSpec, seed: int = 0
+) -> None:
+    """Writes the rows of o that a forward of any backend left without weights (lse -inf) where the spec has a score for them."""
+    source = empty_rows.generate(spec)
+    function = import_source(source.text).empty_rows
+    on_gpu = q.device.type == "cuda"
+    c = config(q.shape[3], v.shape[3], q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, True)
+    programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
+    arguments = bind(source, spec, q, k, v, o, lse, loads, sizes, seed=seed)
+    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
+        function[(programs,)](*arguments, **constants(q.shape[3], v.shape[3], c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
 
 
 def constants(D: int, Dv: int, c: Config, dtype: torch.dtype) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from attnopt.kernels.materialise import Part
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.slopes import LoadSlope
 from attnopt.kernels.tiling import bind_sizes, may_be_empty
+from attnopt.kernels.triton.backward_tiles import BLOCKS, KernelText
 from attnopt.kernels.triton.dropout import seed_words
-from attnopt.kernels.triton.flash_backward import BLOCKS, BackwardSource, KernelText, generate
+from attnopt.kernels.triton.flash_backward import BackwardSource, generate
 from attnopt.kernels.triton.launch import SHARED_MEMORY_SM90, Config, argument_values, import_source, power_of_two, shared_memory
 
 ROUND = 128
