@@ -183,7 +183,7 @@ def test_a_model_that_export_refuses() -> None:
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(Exception, match="The backend attnopt has no option 'speed'; supported are backend, capture"):
+    with pytest.raises(Exception, match="The backend attnopt has no option 'speed'; supported are autotune, backend, capture"):
         compiled(tiny_gpt(), {"speed": 11})(ids())
 
 
