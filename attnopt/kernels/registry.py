@@ -326,6 +326,54 @@ def _differentiate_triton(
     return launch_backward.gradients(grad, q, k, v, o, lse, loads, sizes, spec, seed, needs)
 
 
+def _gluon_available() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from attnopt.kernels.gluon import launch
+
+    return launch.available()
+
+
+def _gluon_accepts(spec: AttentionSpec, setting: Setting) -> str | None:
+    from attnopt.kernels.gluon import launch
+
+    return launch.refusal(spec, setting.device, setting.dtype)
+
+
+def _gluon_why(spec: AttentionSpec, setting: Setting) -> str:
+    from attnopt.kernels.gluon import launch
+
+    return launch.why(spec)
+
+
+def _run_gluon(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
+    from attnopt.kernels.gluon import launch
+
+    return launch.attention(q, k, v, loads, sizes, spec)[0]
+
+
+def _gluon_block_sizes(spec: AttentionSpec, setting: Setting) -> tuple[int, int] | None:
+    from attnopt.kernels.gluon import launch
+
+    return launch.block_sizes(spec)
+
+
+def _train_gluon(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int
+) -> tuple[Tensor, Tensor]:
+    from attnopt.kernels.gluon import launch
+
+    return launch.attention(q, k, v, loads, sizes, spec)
+
+
+def _run_gluon_mapped(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int, blocks: BlockMap
+) -> tuple[Tensor, Tensor]:
+    from attnopt.kernels.gluon import launch
+
+    return launch.attention(q, k, v, loads, sizes, spec, blocks)
+
+
 register(
     Backend(
         "reference",
@@ -362,6 +410,18 @@ register(
         backward=_differentiate_triton,
         accepts_backward=_triton_accepts,
         generator="philox",
+    )
+)
+register(
+    Backend(
+        "gluon",
+        available=_gluon_available,
+        accepts=_gluon_accepts,
+        why=_gluon_why,
+        run=_run_gluon,
+        block_sizes=_gluon_block_sizes,
+        mapped=_run_gluon_mapped,
+        forward=_train_gluon,
     )
 )
 register(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from attnopt.ir import expr as E
 from attnopt.kernels.gluon import launch
 from attnopt.kernels.gluon.config import Config, config, parts_of
 from attnopt.kernels.programs import programs_of
-from attnopt.kernels.tiling import bind_sizes, empty_output
 from tests.kernels import gluon_interpreter as interpreter
 from tests.kernels.cases import BY_NAME, CASES, Case, Shape
+from tests.kernels.mask_cases import MASK_CASES
 
 TOLERANCE = 2e-2
 """Of bfloat16, in which q, k, v, o and the weights are."""
@@ -20,31 +21,38 @@ TWO = Config(2, 128, 2, 240, 24, False, 2, 1)
 
 def usable(case: Case) -> bool:
     spec = case.spec()
-    p = programs_of(spec)
     heads = {case.shape[5], case.shape[6]}
-    return launch.refusal(spec, "cuda", torch.bfloat16) is None and p.rest is E.TRUE and not p.retries and all(n % 8 == 0 for n in heads)
+    return launch.refusal(spec, "cuda", torch.bfloat16) is None and not programs_of(spec).retries and all(n % 8 == 0 for n in heads)
 
 
-def check(case: Case, chosen: Config | None = None, processors: int = 3) -> None:
+def check(case: Case, chosen: Config | None = None) -> None:
     q, k, v, loads = case.tensors(torch.bfloat16)
-    spec = case.spec()
-    kernel = launch.kernel_for(spec, q.shape[3], v.shape[3], chosen)
-    o = empty_output(q, v).fill_(7.0)  # what no one writes is seen
-    lse = torch.full(q.shape[:3], 9.0)
-    grid = launch.Grid.of(kernel, q, processors)
-    arguments = launch.bind(kernel, grid, spec, q, k, v, o, lse, loads, bind_sizes(spec, list(case.sizes.values()), q, k, v))
-    interpreter.run(kernel.source.text, [interpreter.argument(x) for x in arguments], grid.workers)
+    o, lse = launch.attention(q, k, v, loads, list(case.sizes.values()), case.spec(), chosen=chosen)
     want, want_lse = case.naive(q, k, v, loads)
     torch.testing.assert_close(o.double(), want, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True)
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(autouse=True)
-def boxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "descriptor", lambda x, rows, columns: interpreter.Descriptor(x, [1, 1, rows, columns]))
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches go to the interpreter, of three multiprocessors, and what no one writes is seen."""
+
+    def run(plan: launch.Plan, arguments: list[Any], device: torch.device) -> None:
+        arguments[len(plan.boxes)].fill_(9.0)
+        next(box.base for (operand, _), box in zip(plan.boxes, arguments, strict=False) if operand == 3).fill_(7.0)
+        interpreter.run(plan.kernel.source.text, [interpreter.argument(x) for x in arguments], plan.grid.workers)
+
+    monkeypatch.setattr(launch, "descriptor", lambda form, rows, columns: interpreter.Descriptor(torch.empty(0, dtype=form[2]), [1, 1, rows, columns]))
+    monkeypatch.setattr(launch.Plan, "launch", run)
+    processors(monkeypatch, 3)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if usable(c)], ids=lambda c: c.name)
+def processors(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    launch.plan_for.cache_clear()
+    monkeypatch.setattr(launch, "processors", lambda index: n)
+
+
+@pytest.mark.parametrize("case", [c for c in [*CASES, *MASK_CASES] if usable(c)], ids=lambda c: c.name)
 def test_case(case: Case) -> None:
     check(case)
 
@@ -53,11 +61,12 @@ def of_shape(name: str, shape: Shape) -> Case:
     return Case(**{**vars(BY_NAME[name]), "shape": shape})
 
 
-@pytest.mark.parametrize("processors", [1, 3, 20, 132])
+@pytest.mark.parametrize("n", [1, 3, 20, 132])
 @pytest.mark.parametrize("chosen", [TWO, Config(3, 128, 2, 160, 32, True, 1, 1), Config(2, 64, 3, 240, 24, False, 1, 1, True)], ids=["two", "three-turns", "registers"])
-def test_many_tiles_for_each_worker(chosen: Config, processors: int) -> None:
+def test_many_tiles_for_each_worker(chosen: Config, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of all lengths follow each other, the last one reaches beyond the queries, and some workers have one more than others."""
-    check(of_shape("causal-GQA", (1, 4, 2, 500, 500, 16, 16)), chosen, processors)
+    processors(monkeypatch, n)
+    check(of_shape("causal-GQA", (1, 4, 2, 500, 500, 16, 16)), chosen)
 
 
 @pytest.mark.parametrize(("Sq", "Skv"), [(1, 300), (17, 513), (513, 17), (129, 257)])

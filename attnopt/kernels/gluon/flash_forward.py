@@ -24,6 +24,7 @@ from attnopt.kernels.codegen import GLUON, Emitter, literal
 from attnopt.kernels.gluon.config import Config, parts_of
 from attnopt.kernels.materialise import Part
 from attnopt.kernels.programs import LOG2E, programs_of
+from attnopt.kernels.triton.flash_forward import MAP_PLACES, MAP_TENSORS
 
 ROWS = 64
 """Queries of one consumer: the rows of a warpgroup's matrix product."""
@@ -74,9 +75,9 @@ class _Writer:
         extents = [f"L{s}_n{d}" for s, d in em.measured]
         limits = [x for x, used in (("LEFT", self.programs.left), ("RIGHT", self.programs.right)) if used and not self.mapped]
         sizes = [f"size{i}" for i in range(len(em.sizes))]
-        mapping = ["COUNTS", "INDICES", "map_b", "map_h", "map_tiles", "map_blocks"] if self.mapped else []
-        self.unspecialised = ["total", "tiles", "late", "Hq", "groups", "Sq", "Skv", *mapping[2:], *limits, *extents, *sizes]
-        self.arguments = [d[0] for d in descriptors] + ["LSE", *loads, *strides, *mapping[:2], *self.unspecialised]
+        lists, places = (MAP_TENSORS, MAP_PLACES) if self.mapped else ((), ())
+        self.unspecialised = ["total", "tiles", "late", "Hq", "groups", "Sq", "Skv", *places, *limits, *extents, *sizes]
+        self.arguments = [d[0] for d in descriptors] + ["LSE", *loads, *strides, *lists, *self.unspecialised]
         buffers = [f"{x}s{i}" for x, widths in (("q", self.widths), ("k", self.widths), ("v", self.v_widths)) for i in range(len(widths))]
         buffers += [f"os{i}" for i in range(len(self.v_widths))]
         self.shared = [*buffers, "q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty", "turns"]
@@ -135,7 +136,7 @@ class _Writer:
         if self.mapped:
             return [
                 *lines,
-                "p_map = (b * map_b + h * map_h) * map_tiles + tile",
+                "p_map = b * map_b + h * map_h + tile",
                 "cut = gl.load(COUNTS + p_map * 2)",
                 "listed = cut + gl.load(COUNTS + p_map * 2 + 1)",
                 "p_list = INDICES + p_map.to(gl.int64) * map_blocks",

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
+from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.gluon.config import Config, config, parts_of
 from attnopt.kernels.gluon.flash_forward import Source, generate
 from attnopt.kernels.materialise import load_tensors
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
-from attnopt.kernels.triton.launch import import_source
+from attnopt.kernels.triton.flash_forward import MAP_PLACES, MAP_TENSORS
+from attnopt.kernels.triton.launch import bounds_words, fill_empty_rows, import_source
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16)
@@ -52,6 +55,21 @@ def refusal(spec: AttentionSpec, device: str, dtype: torch.dtype) -> str | None:
     return unsupported(programs_of(spec).roots)
 
 
+def why(spec: AttentionSpec) -> str:
+    """What the generated kernel does with ``spec``, in a few words."""
+    limits = bounds_words(spec)
+    return "generated Hopper flash forward" + (f", {limits}" if limits else "")
+
+
+def block_sizes(spec: AttentionSpec) -> tuple[int, int] | None:
+    """(BLOCK_M, BLOCK_N) of the map of blocks that the kernel of ``spec`` walks over; None where it takes none."""
+    D, Dv = spec.dims.D, spec.dims.Dv
+    if not (D.is_const and Dv.is_const) or programs_of(spec).rest is E.TRUE:
+        return None
+    c = kernel_for(spec, int(D.value), int(Dv.value)).config
+    return c.BLOCK_M, c.BLOCK_N
+
+
 @dataclass(frozen=True)
 class Kernel:
     source: Source
@@ -68,10 +86,20 @@ def kernel_for(spec: AttentionSpec, D: int, Dv: int, chosen: Config | None = Non
     return Kernel(source, c, import_source(source.text).flash_forward)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, chosen: Config | None = None) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    blocks: BlockMap | None = None,
+    chosen: Config | None = None,
+) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
     lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only. See ``refusal``.
+    ``blocks`` is the map of the spec's mask for ``block_sizes``; without it, it is worked out here where the mask needs one.
     ``chosen`` replaces the measured configuration.
     """
     reference.check_shapes(q, k, v, loads, spec)
@@ -82,10 +110,91 @@ def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: S
     values = bind_sizes(spec, sizes, q, k, v)
     kernel = kernel_for(spec, q.shape[3], v.shape[3], chosen)
     q, k, v = (x if _tma_reads(x) else x.contiguous() for x in (q, k, v))
-    grid = Grid.of(kernel, q, processors(q.device.index or 0))
-    with torch.cuda.device(q.device):
-        kernel.function[(grid.workers,)](*bind(kernel, grid, spec, q, k, v, o, lse, loads, values), num_warps=4, maxnreg=kernel.config.registers_at_launch)
+    shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
+    read = load_tensors(kernel.source.parts, shape, loads, values, q.device)
+    lists: tuple[Tensor, ...] = ()
+    places: tuple[int, ...] = ()
+    if kernel.source.mapped:
+        c = kernel.config
+        if blocks is None or (blocks.BLOCK_M, blocks.BLOCK_N) != (c.BLOCK_M, c.BLOCK_N):  # none, or one for another device: the tensors have moved
+            blocks = block_map(spec.mask, loads, values, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
+        lists, places = (blocks.counts, blocks.indices), blocks.places
+    plan = plan_for(kernel, spec, tuple(values.items()), places, *(_form(x) for x in (q, k, v, o)), *(_form(x) for x in read))
+    plan.launch(plan.arguments((q, k, v, o), lse, read, lists), q.device)
+    if programs_of(spec).retries:
+        fill_empty_rows(q, k, v, o, lse, loads, values, spec)
     return o, lse
+
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]
+"""Of a tensor: shape, strides, dtype, device, and whether it is aligned to 16 bytes."""
+
+
+def _form(x: Tensor) -> Form:
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
+
+
+@dataclass
+class Plan:
+    """What calls with tensors of the same forms have in common: all but the tensors. A launch from it costs the host little."""
+
+    kernel: Kernel
+    grid: Grid
+    boxes: tuple[tuple[int, Any], ...]
+    """For each descriptor: which of q, k, v and o it is of, and a descriptor of such a tensor."""
+    strides: tuple[int, ...]
+    numbers: tuple[int, ...]
+    used: tuple[int, ...]
+    """The load slots that the kernel reads."""
+    compiled: Any = field(default=None, repr=False)
+
+    def arguments(self, operands: Sequence[Tensor], lse: Tensor, read: Sequence[Tensor], lists: Sequence[Tensor]) -> list[Any]:
+        """The kernel's arguments, in the order of ``source.arguments``."""
+        boxes = [_moved(box, operands[i]) for i, box in self.boxes]
+        return [*boxes, lse, *(read[i] for i in self.used), *self.strides, *lists, *self.numbers]
+
+    def launch(self, arguments: list[Any], device: torch.device) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+
+        compiled = self.compiled
+        with torch.cuda.device(device):
+            if compiled is None or _watched(knobs.runtime.launch_enter_hook) or _watched(knobs.runtime.launch_exit_hook):
+                self.compiled = self.kernel.function[(self.grid.workers,)](*arguments, num_warps=4, maxnreg=self.kernel.config.registers_at_launch)
+                return
+            # what Triton does behind its own look-up of the compiled kernel, which takes longer than all else here
+            stream = driver.active.get_current_stream(torch.cuda.current_device())
+            compiled.run(self.grid.workers, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _watched(hook: Any) -> bool:
+    """Whether a profiler wants to know of launches."""
+    return bool(getattr(hook, "calls", hook))
+
+
+@lru_cache(maxsize=1024)
+def plan_for(kernel: Kernel, spec: AttentionSpec, sizes: tuple[tuple[str, int], ...], places: tuple[int, ...], q: Form, k: Form, v: Form, o: Form, *read: Form) -> Plan:
+    """The plan of calls with tensors of these forms. ``sizes`` and ``places`` as in ``attention``."""
+    source, values = kernel.source, dict(sizes)
+    (B, Hq, Sq, _), Hkv, Skv = q[0], k[0][1], k[0][2]
+    grid = Grid.of(kernel, B * Hq, Sq, processors(q[3].index or 0))
+    forms = {"q": q, "k": k, "v": v, "o": o}
+    boxes = tuple(("qkvo".index(tensor), descriptor(forms[tensor], rows, columns)) for _, tensor, rows, columns in source.descriptors)
+    known: dict[str, int] = {"total": grid.total, "tiles": grid.tiles, "late": grid.late, "Hq": Hq, "groups": Hq // Hkv, "Sq": Sq, "Skv": Skv}
+    for slot, (shape, strides, *_) in enumerate(read):
+        known.update({f"L{slot}_s{d}": n for d, n in enumerate(strides)})
+        known.update({f"L{slot}_n{d}": n for d, n in enumerate(shape)})
+    if source.mapped:
+        known.update(zip(MAP_PLACES, places, strict=True))
+    else:
+        limits = bounds(spec, values)
+        known.update({name: n for name, n in (("LEFT", limits.left), ("RIGHT", limits.right)) if n is not None})
+    known.update({f"size{i}": values[name] for i, name in enumerate(source.sizes)})
+    names = source.arguments[len(boxes) + 1 :]
+    used = tuple(int(n[1:]) for n in names if n[0] == "L" and n[1:].isdigit())
+    numbers = [known[n] for n in names if n not in MAP_TENSORS and not (n[0] == "L" and n[1:].isdigit())]
+    strides_of_loads = sum("_s" in n for n in names)
+    return Plan(kernel, grid, boxes, tuple(numbers[:strides_of_loads]), tuple(numbers[strides_of_loads:]), used)
 
 
 @dataclass(frozen=True)
@@ -100,8 +209,8 @@ class Grid:
     workers: int
 
     @staticmethod
-    def of(kernel: Kernel, q: Tensor, processors: int) -> Grid:
-        heads, tiles = q.shape[0] * q.shape[1], -(-q.shape[2] // kernel.config.BLOCK_M)
+    def of(kernel: Kernel, heads: int, Sq: int, processors: int) -> Grid:
+        tiles = -(-Sq // kernel.config.BLOCK_M)
         # with a multiprocessor for each tile there is nothing to even out
         late = (tiles + 1) // 2 if kernel.source.uneven and heads * tiles > processors else tiles
         return Grid(tiles, late, heads * tiles, min(processors, heads * late))
@@ -120,40 +229,28 @@ def processors(index: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+def layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype])
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    """TMA's view of x [B, H, S, D] in boxes of rows x columns of one head."""
+def descriptor(form: Form, rows: int, columns: int) -> Any:
+    """TMA's view of a tensor [B, H, S, D] of this form in boxes of rows x columns of one head, without its memory (see ``_moved``)."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    shape, found, dtype, *_ = form
     # an axis of one element may have any stride; TMA wants one that is a multiple of 16 bytes
-    strides = [s if n > 1 else 8 for s, n in zip(x.stride()[:3], x.shape, strict=False)] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns], _layout(rows, columns, x.dtype))
+    strides = [s if n > 1 else 8 for s, n in zip(found[:3], shape, strict=False)] + [1]
+    stand_in = torch.empty(0, dtype=dtype)
+    return TensorDescriptor(stand_in, list(shape), strides, [1, 1, rows, columns], layout(rows, columns, dtype))
 
 
-def bind(
-    kernel: Kernel, grid: Grid, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int]
-) -> list[Any]:
-    """The kernel's arguments, in the order of ``source.arguments``."""
-    source = kernel.source
-    B, Hq, Sq, _ = q.shape
-    Skv = k.shape[2]
-    of = {"q": q, "k": k, "v": v, "o": o}
-    values: dict[str, Any] = {name: descriptor(of[tensor], rows, columns) for name, tensor, rows, columns in source.descriptors}
-    values.update(LSE=lse, total=grid.total, tiles=grid.tiles, late=grid.late, Hq=Hq, groups=Hq // k.shape[1], Sq=Sq, Skv=Skv)
-    for slot, x in enumerate(load_tensors(source.parts, {"b": B, "h": Hq, "q": Sq, "k": Skv}, loads, sizes, q.device)):
-        values[f"L{slot}"] = x
-        values.update({f"L{slot}_s{d}": n for d, n in enumerate(x.stride())})
-        values.update({f"L{slot}_n{d}": n for d, n in enumerate(x.shape)})
-    if not source.mapped:
-        limits = bounds(spec, sizes)
-        values.update(LEFT=limits.left, RIGHT=limits.right)
-    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
-    return [values[name] for name in source.arguments]
+def _moved(box: Any, x: Tensor) -> Any:
+    """A descriptor like ``box`` of the memory of ``x``. Its checks were made when ``box`` was; alignment is part of a form."""
+    out = object.__new__(type(box))
+    out.__dict__.update(box.__dict__, base=x)
+    return out
 
 
-__all__ = ["attention", "available", "kernel_for", "parts_of", "refusal"]
+__all__ = ["attention", "available", "block_sizes", "kernel_for", "parts_of", "refusal", "why"]
