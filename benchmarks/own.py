@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 from cells import Inputs
-from peers import Cannot, Ready
-from torch import fx
+from peers import Cannot, Ready, now
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnopt.errors import AttnoptError
 from attnopt.kernels import ops, registry
+from attnopt.kernels.block_map import block_map
 from attnopt.passes.attention_nodes import attentions
 from attnopt.passes.lower import Lower
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
@@ -33,15 +34,38 @@ def own(name: str, symbolic: bool) -> Callable[[Inputs], Ready]:
         except AttnoptError as e:
             raise Cannot(e.message.replace(" (site )", "")) from e
         chosen, why = node.meta[KERNEL]
+        blocks, mask_ms = map_of(node, chosen, inputs)
         if training and name != "auto" and getattr(registry.backends()[name], "backward", None) is not None:
             node.meta[BACKWARD] = name
             why = f"{why.split(', backward by ')[0]}, backward by {name}"
         Lower().run(module)
         module.recompile()
-        loads = inputs.loads
-        return Ready(lambda q, k, v: module(q, k, v, *loads), note=f"{chosen}: {why}" if name == "auto" else why)
+        loads = [*inputs.loads, *blocks]
+        return Ready(lambda q, k, v: module(q, k, v, *loads), mask_ms=mask_ms, note=f"{chosen}: {why}" if name == "auto" else why)
 
     return prepare
+
+
+def map_of(node: fx.Node, chosen: str, inputs: Inputs) -> tuple[tuple[Tensor, ...], float | None]:
+    """The map of blocks that the chosen backend takes, given to the attention as a graph does that shares one among its layers: made once
+    per batch, and so outside of the timing, as FlexAttention's. The map's tensors, and the milliseconds that making them took, the second time."""
+    spec, q = inputs.cell.spec(), inputs.sets[0][0]
+    block_sizes = registry.block_sizes(chosen, spec, device=q.device, dtype=q.dtype)
+    if block_sizes is None:
+        return (), None
+    B, Hq, S, _ = q.shape
+    sizes = {x.value[0]: n for x, n in ((spec.dims.B, B), (spec.dims.Sq, S)) if x.op == "sym"}
+    for _ in range(2):
+        start = now(q.device)
+        blocks = block_map(spec.mask, inputs.loads, sizes, (B, Hq, S, S), *block_sizes, q.device)
+        took = (now(q.device) - start) * 1e3
+    last = [n for n in node.graph.nodes if n.op == "placeholder"][-1]
+    with node.graph.inserting_after(last):
+        indices = node.graph.placeholder("indices")
+        counts = node.graph.placeholder("counts")
+    indices.prepend(counts)
+    node.kwargs = {**node.kwargs, "counts": counts, "indices": indices, "block_sizes": list(block_sizes)}
+    return (blocks.counts, blocks.indices), took
 
 
 def graph_of(inputs: Inputs, symbolic: bool) -> fx.GraphModule:

@@ -84,9 +84,9 @@ def _flex(inputs: Inputs) -> Ready:
     if mods:
         per_batch = variant.name in ("ragged padding", "documents")
         for _ in range(2):
-            start = _now(inputs.device)
+            start = now(inputs.device)
             block_mask = create_block_mask(and_masks(*mods), cell.B if per_batch else None, None, cell.S, cell.S, device=str(inputs.device))
-            took = (_now(inputs.device) - start) * 1e3
+            took = (now(inputs.device) - start) * 1e3
     score_mod = None if variant.flex_score is None else variant.flex_score(inputs.loads, cell.S)
     # On a CPU, where only the script itself is tried, it is not compiled. fullgraph: rather an error than an eager fallback.
     call = flex_attention if inputs.device.type == "cpu" else torch.compile(flex_attention, dynamic=False, fullgraph=True)
@@ -101,7 +101,7 @@ def _causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return q >= k
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -8,7 +8,7 @@ Indices are 32 bits wide and products of two of them 64, floats are float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,21 +114,26 @@ class Emitter:
     clamped: frozenset[int]
     dialect: Dialect = TRITON
     inner: Literal["q", "k"] = "k"
+    known: Mapping[Expr, str] = field(default_factory=dict)
+    """Leaves that the kernel has computed, by their names in it."""
+    prefix: str = "t"
     names: dict[Expr, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.known = {QUERIES: "Sq", **self.known}
         self.order = list(E.postorder(*self.programs))
-        self.sizes = sorted({e.value[0] for e in self.order if e.op == "sym" and e is not QUERIES})
-        self.loads = {e.value: len(e.args) for e in self.order if e.op == "load"}
-        self.measured = sorted({(e.value, d) for e in self.order if e.op == "load" for d, a in enumerate(e.args) if self.needs_clamp(e, a)})
+        self.sizes = sorted({e.value[0] for e in self.order if e.op == "sym" and e not in self.known})
+        loads = [e for e in self.order if e.op == "load" and e not in self.known]
+        self.loads = {e.value: len(e.args) for e in loads}
+        self.measured = sorted({(e.value, d) for e in loads for d, a in enumerate(e.args) if self.needs_clamp(e, a)})
         for i, e in enumerate(self.order):
-            self.names[e] = self._leaf(e) or f"t{i}"
+            self.names[e] = self._leaf(e) or f"{self.prefix}{i}"
 
     def _leaf(self, e: Expr) -> str | None:
         if e.op == "const":
             return literal(e.value) if e.value >= 0 else f"({literal(e.value)})"
-        if e is QUERIES:
-            return "Sq"
+        if e in self.known:
+            return self.known[e]
         if e.op == "sym":
             return f"size{self.sizes.index(e.value[0])}"
         if e.op == "var":
@@ -147,9 +152,9 @@ class Emitter:
         """Assignments for all nodes that do not change with the loop's index."""
         return [f"{self.names[e]} = {self.source(e, False)}" for e in self.order if self._own(e) and self.depends(e) != "tile"]
 
-    def in_loop(self, roots: Sequence[Expr], tail: bool) -> list[str]:
-        """Assignments in the loop that compute ``roots``; ``tail`` where some of its indices may lie beyond the last."""
-        return [f"{self.names[e]} = {self.source(e, tail)}" for e in E.postorder(*roots) if self._own(e) and self.depends(e) == "tile"]
+    def in_loop(self, roots: Sequence[Expr], tail: bool, only: Callable[[Expr], bool] = lambda e: True) -> list[str]:
+        """Assignments in the loop that compute ``roots``; ``tail`` where some of its indices may lie beyond the last. Of those, ``only`` some."""
+        return [f"{self.names[e]} = {self.source(e, tail)}" for e in E.postorder(*roots) if self._own(e) and self.depends(e) == "tile" and only(e)]
 
     def all_lines(self, roots: Sequence[Expr]) -> list[str]:
         """Assignments in a loop in which every index changes, and may lie beyond the last."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.kernels.evaluate import Env, as_tensor, evaluate
+from attnopt.kernels.evaluate import Env, Value, as_tensor, evaluate
 
 QUERIES = E.sym("@Sq", 0)
 """The number of queries, as a kernel knows it."""
@@ -45,6 +46,11 @@ class Part:
         """Whether it is the same for all tensors: it reads none."""
         return not any(x.op == "load" and x is not _DISTANCE for x in self.expr.leaves)
 
+    @property
+    def levels(self) -> bool:
+        """Whether the distance reaches it through values that may be the same for many distances, as bucket numbers are (``runs``)."""
+        return "d" in self.axes and _DISTANCE not in fixed_parts(self.expr)
+
     def index(self, variables: Mapping[str, Expr]) -> tuple[Expr, ...]:
         """How the kernel indexes its tensor."""
         return tuple(E.add(E.sub(variables["k"], variables["q"]), E.sub(QUERIES, E.ONE)) if a == "d" else variables[a] for a in self.axes)
@@ -57,9 +63,17 @@ class Part:
             env.known = {_DISTANCE: torch.arange(1 - shape["q"], shape["k"], device=device).view(1, 1, 1, -1)}
         return env
 
-    def tensor(self, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Tensor:
-        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k."""
+    def tensor(
+        self,
+        shape: Mapping[str, int],
+        loads: Sequence[Tensor],
+        sizes: Mapping[str, int],
+        device: torch.device,
+        known: Mapping[Expr, Value] | None = None,
+    ) -> Tensor:
+        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k. ``known`` are values below it."""
         env = self.env(shape, loads, sizes, device)
+        env.known = {**env.known, **(known or {})}
         extents = [shape.get(a, shape["q"] + shape["k"] - 1) for a in self.axes]
         (value,), _ = evaluate((self.expr,), env)
         x = as_tensor(value, self.kind, env)
@@ -72,16 +86,62 @@ class Part:
 
 
 def part_tensor(part: Part, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Tensor:
-    """``part.tensor``, computed once where it is the same for all tensors."""
-    if not part.constant:
-        return part.tensor(shape, loads, sizes, device)
-    needed = tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
-    return _constant_part(part, tuple(shape.items()), needed, device)
+    """``part.tensor``, where what is the same for all tensors (a distance's bucket, say) is computed once."""
+    if part.constant:
+        return _once(_constant_part, device)(part, tuple(shape.items()), _needed(part, sizes), device)
+    known = _once(_fixed_values, device)(part, tuple(shape.items()), _needed(part, sizes), device) if "d" in part.axes else {}
+    return part.tensor(shape, loads, sizes, device, known)
+
+
+def runs(part: Part, shape: Mapping[str, int], sizes: Mapping[str, int], device: torch.device) -> Tensor:
+    """int32 [distances]: for the index of a distance the last index up to which the part surely has one value. See ``Part.levels``."""
+    return _once(_runs, device)(part, tuple(shape.items()), _needed(part, sizes), device)
+
+
+Shape = tuple[tuple[str, int], ...]
+
+
+def _needed(part: Part, sizes: Mapping[str, int]) -> Shape:
+    return tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
+
+
+def _once(function: Any, device: torch.device) -> Any:
+    """``function`` with its memory; inside of a CUDA graph's capture without it, since nothing runs there yet."""
+    return function.__wrapped__ if device.type == "cuda" and torch.cuda.is_current_stream_capturing() else function
 
 
 @lru_cache(maxsize=256)
-def _constant_part(part: Part, shape: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
+def _constant_part(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> Tensor:
     return part.tensor(dict(shape), (), dict(sizes), device)
+
+
+@lru_cache(maxsize=256)
+def _fixed_values(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> dict[Expr, Value]:
+    env = part.env(dict(shape), (), dict(sizes), device)
+    fixed = fixed_parts(part.expr)
+    return dict(zip(fixed, evaluate(fixed, env)[0], strict=True))
+
+
+@lru_cache(maxsize=256)
+def _runs(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> Tensor:
+    values = [x.flatten() for x in _once(_fixed_values, device)(part, shape, sizes, device).values() if isinstance(x, Tensor)]
+    n = dict(shape)["q"] + dict(shape)["k"] - 1
+    changes = torch.zeros(n, dtype=torch.bool, device=device)
+    changes[-1] = True
+    for x in values:
+        changes[:-1] |= x[1:] != x[:-1]
+    last = torch.where(changes, torch.arange(n, device=device), n - 1)
+    return last.flip(0).cummin(0).values.flip(0).to(torch.int32)
+
+
+@lru_cache(maxsize=1024)
+def fixed_parts(expr: Expr) -> tuple[Expr, ...]:
+    """The largest parts of ``expr`` that read the distance and no tensor."""
+    if not any(x is _DISTANCE for x in expr.leaves):
+        return ()
+    if all(x.op != "load" or x is _DISTANCE for x in E.postorder(expr)) and not expr.variables:
+        return (expr,)
+    return tuple(dict.fromkeys(f for a in expr.args for f in fixed_parts(a)))
 
 
 def load_tensors(parts: Sequence[Part], shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:

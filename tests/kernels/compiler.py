@@ -38,10 +38,15 @@ def signature(
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned: dict[tuple[int], list[list[Any]]] = {}
+    strides = [re.fullmatch(r"L(\d+)_s(\d+)", name) for name in arguments]
+    last = {m[1]: m[0] for m in strides if m}  # of each load, which lies as a contiguous tensor does
     for i, name in enumerate(arguments):
+        if name in last.values():
+            types[name], constants[name] = "constexpr", 1
+            continue
         if name in OPERANDS:
             types[name] = f"*{NAMES[dtype]}"
-        elif name in MAP_TENSORS:
+        elif name in (*MAP_TENSORS, "RUNS"):
             types[name] = "*i32"
         elif name in ROWS or re.fullmatch(r"[GRC]\d*", name):
             types[name] = "*fp32"

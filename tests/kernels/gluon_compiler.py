@@ -1,4 +1,4 @@
-"""Compiles generated Gluon kernels for sm_90 without a GPU. Run as ``python -m tests.kernels.gluon_compiler '[[name, D, dtype], ...]'``."""
+"""Compiles generated Gluon kernels for sm_90 without a GPU. Run as ``python -m tests.kernels.gluon_compiler '[[name, D, dtype, Skv], ...]'``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from attnopt.kernels.gluon.config import Config, bytes_of
 from tests.kernels.compiler import NAMES, signature, spec_of, spills
 
 
-def compile_one(name: str, D: int, dtype_name: str, chosen: Config | None = None) -> dict[str, Any]:
+def compile_one(name: str, D: int, dtype_name: str, Skv: int = 0, chosen: Config | None = None) -> dict[str, Any]:
     spec, dtype = spec_of(name), getattr(torch, dtype_name)
-    kernel = launch.kernel_for(spec, D, D, chosen)
+    kernel = launch.kernel_for(spec, D, D, Skv, chosen)
     source = kernel.source
     kinds = [x.kind for x in spec.loads] + [p.kind for p in source.parts]
     types, constants, aligned = signature(source.arguments, kinds, dtype)

@@ -131,6 +131,10 @@ class Pointer:
 class Value(Tensor):
     """A tensor with the methods by which Triton's values are used."""
 
+    @property
+    def type(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(layout=None)
+
     def to(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
         return super().to(dtype, *args, **kwargs)
 
@@ -220,6 +224,8 @@ def _specialize(functions: Sequence[tuple[Any, Sequence[Any]]], warps: Sequence[
 def _asm(text: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     if text.startswith("tanh.approx"):
         return _value(torch.tanh(args[0]))
+    if "vote" in text:
+        return _value(args[0] * args[1])
     if "setp" in text:
         s, k, bound = args
         return _value(torch.where(k <= bound if "setp.le" in text else k >= bound, s, -torch.inf))
@@ -236,7 +242,7 @@ def _language() -> Any:
         NVMMADistributedLayout=lambda *a: None, DotOperandLayout=lambda *a: None, SliceLayout=lambda *a: None,
         arange=lambda a, b, layout=None: _value(torch.arange(a, b, dtype=torch.int32)),
         zeros=lambda shape, dtype, layout=None: _value(torch.zeros(shape, dtype=dtype)),
-        full=lambda shape, x, dtype, layout=None: _value(torch.full(shape, x, dtype=dtype)),
+        full=lambda shape, x, dtype, layout=None: _value(torch.full(shape, float(x), dtype=dtype)),
         to_tensor=_value,
         convert_layout=lambda x, layout: x,
         program_id=lambda axis: _local.program[0],

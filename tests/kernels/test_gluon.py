@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnopt.kernels.gluon import launch
-from attnopt.kernels.gluon.config import Config, config, parts_of
+from attnopt.kernels.gluon.config import Config, parts_of
 from attnopt.kernels.programs import programs_of
 from tests.kernels import gluon_interpreter as interpreter
 from tests.kernels.cases import BY_NAME, CASES, Case, Shape
@@ -16,7 +16,7 @@ from tests.kernels.mask_cases import MASK_CASES
 
 TOLERANCE = 2e-2
 """Of bfloat16, in which q, k, v, o and the weights are."""
-TWO = Config(2, 128, 2, 240, 24, False, 2, 1)
+TWO = Config(2, 128, 2, 2)
 
 
 def usable(case: Case) -> bool:
@@ -62,7 +62,7 @@ def of_shape(name: str, shape: Shape) -> Case:
 
 
 @pytest.mark.parametrize("n", [1, 3, 20, 132])
-@pytest.mark.parametrize("chosen", [TWO, Config(3, 128, 2, 160, 32, True, 1, 1), Config(2, 64, 3, 240, 24, False, 1, 1, True)], ids=["two", "three-turns", "registers"])
+@pytest.mark.parametrize("chosen", [TWO, Config(3, 128, 2, 1), Config(2, 64, 3, 1, q_registers=True)], ids=["two", "three", "registers"])
 def test_many_tiles_for_each_worker(chosen: Config, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of all lengths follow each other, the last one reaches beyond the queries, and some workers have one more than others."""
     processors(monkeypatch, n)
@@ -88,7 +88,7 @@ def test_parts_of_head_sizes() -> None:
 
 def test_a_barrier_that_no_one_completes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "WAIT_SECONDS", 1.0)
-    kernel = launch.kernel_for(BY_NAME["full"].spec(), 16, 16, config(16, 16))
+    kernel = launch.kernel_for(BY_NAME["full"].spec(), 16, 16)
     broken = kernel.source.text.replace("mbarrier.arrive(k_empty", "pass  # (k_empty")
     assert broken != kernel.source.text
     monkeypatch.setattr(launch, "kernel_for", lambda *args: launch.Kernel(type(kernel.source)(**{**vars(kernel.source), "text": broken}), kernel.config, None))

@@ -15,17 +15,21 @@ class Config:
     consumers: int
     BLOCK_N: int
     stages: int
-    registers: int
-    """Per thread of a consumer; the producer has ``producer_registers``."""
-    producer_registers: int
-    ping_pong: bool
-    """Whether consumers take turns in starting products, so that the softmax of one runs beside the products of another."""
     q_buffers: int
     """Tiles of queries in shared memory: with two the next tile's are there before this one's are done with."""
-    o_chunks: int
+    o_chunks: int = 1
     """Pieces, 1 or 2, in which the output passes through shared memory."""
     q_registers: bool = False
     """Whether the queries are held in registers while a tile is worked on."""
+
+    @property
+    def registers(self) -> int:
+        """Per thread of a consumer."""
+        return 240 if self.consumers < 3 else 160
+
+    @property
+    def producer_registers(self) -> int:
+        return 24 if self.consumers < 3 else 32
 
     @property
     def BLOCK_M(self) -> int:
@@ -56,14 +60,22 @@ def bytes_of(config: Config, D: int, Dv: int) -> int:
     return 2 * (rows + config.stages * config.BLOCK_N * (d + dv)) + 1024
 
 
-def config(D: int, Dv: int) -> Config:
-    """Measured on H100 and H200 (``benchmarks/``)."""
+def config(D: int, Dv: int, *, heavy: bool = False, even: bool = False, Skv: int = 0) -> Config:
+    """Measured on an H100 (``benchmarks/``). ``heavy`` where programs need registers beyond the plain ones, ``even`` where all queries see the same
+    keys, Skv of them (0: not known).
+
+    Two consumers and no turns between them were never slower than turns as in FlashAttention-3. Queries in registers pay at heads of 64 only, and
+    three consumers only where few tiles end.
+    """
     width = max(sum(parts_of(D)), sum(parts_of(Dv)))
     if width <= 64:
-        return Config(3, 128, 2, 160, 32, True, 2, 1)
-    block = 128 if width <= 128 else 64
-    for q_buffers, o_chunks in ((2, 1), (1, 1), (1, 2)):
-        c = Config(2, block, 2, 240, 24, True, q_buffers, o_chunks)
+        if heavy:
+            return Config(2, 64, 4, 2)
+        return Config(3, 128, 2, 2) if even and Skv > 4096 else Config(2, 128, 3, 2, q_registers=True)
+    choices = [(64, 4, 2, 1)] if heavy and width <= 128 else []
+    choices += [(128, 2, 2, 1), (128, 2, 1, 1)] if width <= 128 else []
+    for BLOCK_N, stages, q_buffers, o_chunks in [*choices, (64, 2, 2, 1), (64, 2, 1, 1), (64, 2, 1, 2)]:
+        c = Config(2, BLOCK_N, stages, q_buffers, o_chunks)
         if bytes_of(c, D, Dv) <= SHARED_MEMORY:
             return c
     raise ValueError(f"heads of {D} and {Dv} do not fit into {SHARED_MEMORY} bytes of shared memory")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from textwrap import indent
 
 from attnopt.ir import expr as E
@@ -22,12 +23,17 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import GLUON, Emitter, literal
 from attnopt.kernels.gluon.config import Config, parts_of
-from attnopt.kernels.materialise import Part
+from attnopt.kernels.materialise import Part, fixed_parts
 from attnopt.kernels.programs import LOG2E, programs_of
 from attnopt.kernels.triton.flash_forward import MAP_PLACES, MAP_TENSORS
 
 ROWS = 64
 """Queries of one consumer: the rows of a warpgroup's matrix product."""
+
+RUNS = "RUNS"
+STALE = 8.0
+"""A row's maximum is replaced when it is exceeded by this many powers of two: weights up to 256 cost no accuracy, and most blocks leave the
+sums as they are (the idea is FlashAttention-4's)."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,60 @@ class Source:
     """Whether it takes a map of the mask's blocks."""
     uneven: bool
     """Whether late queries see more keys than early ones."""
+    level: Part | None
+    """The part whose runs (``materialise.runs``) it takes."""
 
 
 def generate(spec: AttentionSpec, D: int, Dv: int, config: Config) -> Source:
     """The kernel of ``spec`` for heads of D and Dv, for any lengths, strides and half-precision dtypes."""
     return _Writer(spec, D, Dv, config).source()
+
+
+@dataclass(frozen=True)
+class Level:
+    """A score whose table over distances has long runs of one value: ``score`` reads the table's bucket for each element, ``flat`` one value, ``SAME``."""
+
+    score: Expr
+    flat: Expr
+    value: Expr
+    """The one value, from the bucket at distance ``LEAST``."""
+    parts: tuple[Part, ...]
+    bucket: Part
+
+
+LEAST, SAME = E.sym("@least", 0), E.load("@same", (), "float")
+
+
+def _level(score: Expr, parts: Sequence[Part], first_slot: int) -> Level | None:
+    """The only table over distances that a score reads, where a bucket that is the same for all tensors lies between distance and value."""
+    found = {e: parts[e.value - first_slot] for e in E.postorder(score) if e.op == "load" and isinstance(e.value, int) and e.value >= first_slot}
+    tables = [(e, p) for e, p in found.items() if p.levels and p.kind == "float"]
+    if len(tables) != 1 or len(fixed_parts(tables[0][1].expr)) != 1:
+        return None
+    (load, part), (fixed,) = tables[0], fixed_parts(tables[0][1].expr)
+    bucket = E.load(load.value, (load.args[-1],), fixed.kind)  # the distance is a part's last axis
+    value = E.substitute(part.expr, {fixed: bucket})
+    new = Part(fixed, "d", fixed.kind)
+    return Level(
+        score=E.substitute(score, {load: value}),
+        flat=E.substitute(score, {load: SAME}),
+        value=E.substitute(value, {bucket: E.load(load.value, (LEAST,), fixed.kind)}),
+        parts=tuple(new if p is part else p for p in parts),
+        bucket=new,
+    )
+
+
+@lru_cache(maxsize=1024)
+def is_heavy(spec: AttentionSpec) -> bool:
+    """Whether the programs need registers for tensors that they read beside the tile of scores."""
+    p = programs_of(spec)
+    return any(e.op == "load" and any(v.value == "k" for v in e.variables) for e in E.postorder(p.score, p.mask))
+
+
+@lru_cache(maxsize=1024)
+def is_even(spec: AttentionSpec) -> bool:
+    """Whether all queries see the same keys."""
+    return spec.mask is E.TRUE
 
 
 class _Writer:
@@ -59,8 +114,14 @@ class _Writer:
         self.programs = p = programs_of(spec)
         self.widths, self.v_widths = parts_of(D), parts_of(Dv)
         self.factor, self.inner = _factor(p.score) if p.folded else (1.0, p.score)
+        self.level = _level(self.inner, p.parts, len(spec.loads))
+        self.inner = self.level.score if self.level else self.inner
         roots = [x for x in (self.inner, p.mask, p.sink) if x is not None]
-        self.emitter = Emitter(roots, frozenset(range(len(spec.loads))), GLUON)
+        clamped = frozenset(range(len(spec.loads)))
+        self.emitter = Emitter(roots, clamped, GLUON)
+        if self.level:
+            self.flat = Emitter([self.level.flat], clamped, GLUON, known={SAME: "same"}, prefix="flat")
+            self.value = Emitter([self.level.value], clamped, GLUON, known={LEAST: "least"}, prefix="value")
         self.mapped = p.rest is not E.TRUE
 
     # ---- the module
@@ -76,11 +137,12 @@ class _Writer:
         limits = [x for x, used in (("LEFT", self.programs.left), ("RIGHT", self.programs.right)) if used and not self.mapped]
         sizes = [f"size{i}" for i in range(len(em.sizes))]
         lists, places = (MAP_TENSORS, MAP_PLACES) if self.mapped else ((), ())
+        lists += (RUNS,) if self.level else ()
         self.unspecialised = ["total", "tiles", "late", "Hq", "groups", "Sq", "Skv", *places, *limits, *extents, *sizes]
         self.arguments = [d[0] for d in descriptors] + ["LSE", *loads, *strides, *lists, *self.unspecialised]
         buffers = [f"{x}s{i}" for x, widths in (("q", self.widths), ("k", self.widths), ("v", self.v_widths)) for i in range(len(widths))]
         buffers += [f"os{i}" for i in range(len(self.v_widths))]
-        self.shared = [*buffers, "q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty", "turns"]
+        self.shared = [*buffers, "q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty"]
         words = "".join(x for x in str(self.spec) if x.isprintable() and x not in '"\\')
         pieces = [
             f'"""Generated by attnopt: {words}"""\n\nimport triton\nfrom triton.experimental import gluon\nfrom triton.experimental.gluon import language as gl',
@@ -89,12 +151,14 @@ class _Writer:
             GLUON.helpers,
             _TO_HALF,
             _KEEP,
+            _SUMS,
+            _rescale(),
             _PLACE,
             self.function("producer", "", self.producer()),
             self.function("consumer", "me: gl.constexpr, ", self.consumer()),
             self.kernel(descriptors),
         ]
-        return Source("\n".join(pieces), tuple(self.arguments), tuple(descriptors), tuple(em.sizes), self.programs.parts, self.mapped, self.programs.right and not self.programs.left)
+        return Source("\n".join(pieces), tuple(self.arguments), tuple(descriptors), tuple(em.sizes), self.level.parts if self.level else self.programs.parts, self.mapped, self.programs.right and not self.programs.left, self.level and self.level.bucket)
 
     def function(self, name: str, first: str, lines: Sequence[str]) -> str:
         return f"\n@gluon.jit\ndef {name}({first}{', '.join([*self.arguments, *self.shared])}):\n" + indent("\n".join(lines), "    ") + "\n"
@@ -107,12 +171,11 @@ class _Writer:
         for name, depth in (("q", queries), ("k", c.stages), ("v", c.stages), ("o", c.consumers)):
             for i, (desc, *_) in enumerate(of[name]):
                 lines.append(f"{name}s{i} = gl.allocate_shared_memory({desc}.dtype, [{depth}] + {desc}.block_type.shape, {desc}.layout)")
-        barriers: tuple[tuple[str, int, int], ...] = (("q_full", queries, 1), ("q_empty", queries, 1), ("turns", c.consumers, 1))
+        barriers: tuple[tuple[str, int, int], ...] = (("q_full", queries, 1), ("q_empty", queries, 1))
         barriers += tuple((f"{x}_{s}", c.stages, 1 if s == "full" else c.consumers) for x in "kv" for s in ("full", "empty"))
         for name, depth, count in barriers:
             lines.append(f"{name} = gl.allocate_shared_memory(gl.int64, [{depth}, 1], mbarrier.MBarrierLayout())")
             lines += [f"for i in gl.static_range({depth}):", f"    mbarrier.init({name}.index(i), count={count})"]
-        lines += ["mbarrier.arrive(turns.index(0), count=1)"] if c.ping_pong else []
         everything = ", ".join([*self.arguments, *self.shared])
         workers = [f"(consumer, ({i}, {everything}))" for i in range(c.consumers)] + [f"(producer, ({everything}))"]
         registers = [c.registers] * (c.consumers - 1) + [c.producer_registers]
@@ -223,7 +286,6 @@ class _Writer:
             "offs_n_float = offs_n.to(gl.float32)",
             f"nothing = gl.zeros([{ROWS}, BLOCK_N], gl.float32, s_layout)",
             "seen = 0",
-            "turn = 0",
             "turns_mine = turns_of(total, tiles, late)",
             *self.tile("0"),
             *self.queries(),
@@ -233,10 +295,11 @@ class _Writer:
             "mbarrier.wait(k_full.index(0), 0)",
             "at = 0",
             *self.scores(),
+            *self.columns("0", "both"),
             "s = warpgroup_mma_wait(0, deps=[pending])",
             "mbarrier.arrive(k_empty.index(0), count=1)",
             *self.first_weight(),
-            *self.weigh("0", cut=True, first=True),
+            *self.weigh("both", first=True),
             "weights = gl.convert_layout(to_half(p, VD0.dtype), p_layout)",
             "mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=n > 1)",
         ]
@@ -244,17 +307,14 @@ class _Writer:
             *(f"acc{i} = gl.zeros([{ROWS}, {w}], gl.float32, o_layout{i})" for i, w in enumerate(self.v_widths)),
             f"slot = me * {c.q_buffers} + done % {c.q_buffers}",
             *self.stretches(),
-            *self.loop("1", "n_cut", cut=True),
-            *self.loop("n_cut", "n_whole" if windowed else "n", cut=False),
-            *(self.loop("n_whole", "n", cut=True) if windowed else []),
+            *self.loop("1", "n_cut", "both"),
+            *self.loop("n_cut", "n_whole" if windowed else "n", ""),
+            *(self.loop("n_whole", "n", "left") if windowed else []),
             *([] if c.q_registers else ["mbarrier.arrive(q_empty.index(slot), count=1)"]),
-            "# the last product with the values runs beside the first block of the next tile",
-            "done_head, done_first, done_m, done_l = head, first, m_i, l_i",
+            "# the last product with the values runs beside the first block of the next tile, and where that is is found out meanwhile",
+            "done_b, done_h, done_first, done_m, done_l = b, h, first, m_i, gl.convert_layout(gl.sum(l_i, 1), row_layout)",
             "seen += n",
             "more = done + 1 < turns_mine",
-            "ahead = gl.minimum(done + 1, turns_mine - 1)",
-            *self.tile("ahead"),
-            *self.queries(),
             f"slot = me * {c.q_buffers} + (done + 1) % {c.q_buffers}",
             f"mbarrier.wait(q_full.index(slot), ((done + 1) // {c.q_buffers}) & 1, pred=more)",
             *self.fetch(", pred=more"),
@@ -264,10 +324,13 @@ class _Writer:
             *self.scores(),
             "mbarrier.wait(v_full.index(before), ((seen - 1) // STAGES) & 1)",
             *self.values(),
+            *self.tile("gl.minimum(done + 1, turns_mine - 1)"),
+            *self.queries(),
+            *self.columns("0", "both"),
             f"s = warpgroup_mma_wait({len(vs)}, deps=[pending])",
             "mbarrier.arrive(k_empty.index(at), count=1, pred=more)",
             *self.first_weight(),
-            *self.weigh("0", cut=True, first=True),
+            *self.weigh("both", first=True),
             "mbarrier.wait(k_full.index((seen + 1) % STAGES), ((seen + 1) // STAGES) & 1, pred=more & (n > 1))",
             *(f"acc{i} = warpgroup_mma_wait({len(vs) - 1 - i}, deps=[pending{i}])" for i in vs),
             "mbarrier.arrive(v_empty.index(before), count=1)",
@@ -285,18 +348,22 @@ class _Writer:
             "row_inside = q_index < Sq",
             "q_float = q_index.to(gl.float32)",
             *self.emitter.before_loop(),
+            *(self.flat.before_loop() if self.level else []),
         ]
         if p.rest is E.TRUE:
             lines.append("to_key = " + ("gl.minimum(q_index + RIGHT, Skv - 1)" if p.right else "q_index * 0 + Skv - 1"))
             lines += ["from_key = q_index - LEFT"] if p.left else []
         return lines
 
-    def hidden(self) -> list[str]:
+    def hidden(self, cut: str, first: bool) -> list[str]:
         """The scores of keys that are not seen become -inf. Bounds by distance to the query, and the end of the keys, are one comparison each."""
         p = self.programs
         if p.rest is not E.TRUE:
             return [f's = gl.where(({self.emitter.names[p.mask]}) & (k_index < Skv), s, float("-inf"))']
-        return ["s = keep_until(s, k_index, to_key)"] + (["s = keep_since(s, k_index, from_key)"] if p.left else [])
+        until = ["s = keep_until(s, k_index, to_key)"] if cut == "both" else []
+        if first and not p.left and not p.right:  # then a first block is whole, unless the keys end in it
+            until = ["if Skv % BLOCK_N != 0:", *("    " + x for x in until)]
+        return until + (["s = keep_since(s, k_index, from_key)"] if p.left else [])
 
     def first_weight(self) -> list[str]:
         """The sink is one more key that every row has seen before the first block. Maxima are kept before the factor."""
@@ -307,7 +374,7 @@ class _Writer:
         whole = f"gl.zeros([{ROWS}, 1], gl.float32, s_layout) + {name}"
         return [
             f"m_i = gl.max({whole}, 1) * {1 / self.factor!r}",
-            'l_i = gl.where(m_i == float("-inf"), 0.0, 1.0)',
+            'l_i = gl.where(spread(m_i, row_parts(nothing)) == float("-inf"), 0.0, 0.25) + row_parts(nothing)',
         ]
 
     def fetch(self, more: str) -> list[str]:
@@ -331,47 +398,72 @@ class _Writer:
             f"pending{i} = warpgroup_mma(weights, vs{i}.index(before).reshape([BLOCK_N, {w}]), acc{i}, is_async=True)" for i, w in enumerate(self.v_widths)
         ]
 
-    def loop(self, start: str, stop: str, cut: bool) -> list[str]:
+    def loop(self, start: str, stop: str, cut: str) -> list[str]:
+        """``cut``: by which of its bounds the mask may cut these blocks: ``both``, ``left``, or none. A mask that is mapped is one of ``both``."""
         c, vs = self.config, range(len(self.v_widths))
         lines = [
             "at = (seen + i) % STAGES",
             "before = (seen + i - 1) % STAGES",
-            *(["mbarrier.wait(turns.index(me), turn & 1)"] if c.ping_pong else []),
             *self.scores(),
             "mbarrier.wait(v_full.index(before), ((seen + i - 1) // STAGES) & 1)",
             *self.values(),
-            *([f"mbarrier.arrive(turns.index((me + 1) % {c.consumers}), count=1)", "turn += 1"] if c.ping_pong else []),
+            *self.columns("i", cut),
+            *([] if cut else self.look_for_level("i")),
             f"s = warpgroup_mma_wait({len(self.v_widths)}, deps=[pending])",
             "mbarrier.arrive(k_empty.index(at), count=1)",
-            *self.weigh("i", cut, first=False),
+            *self.weigh(cut, first=False),
             "# The next keys are waited for here, since the compiler would move the exponentials behind the wait for the product; a branch holds them.",
             "mbarrier.wait(k_full.index((seen + i + 1) % STAGES), ((seen + i + 1) // STAGES) & 1, pred=i + 1 < n)",
             *(f"acc{i} = warpgroup_mma_wait({len(self.v_widths) - 1 - i}, deps=[pending{i}])" for i in vs),
             "mbarrier.arrive(v_empty.index(before), count=1)",
-            *(f"acc{i} = acc{i} * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout{i}))[:, None]" for i in vs),
+            *(f"acc{i} = rescale(acc{i}, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout{i}))[:, None])" for i in vs),
             "weights = gl.convert_layout(to_half(p, VD0.dtype), p_layout)",
         ]
         return [f"for i in range({start}, {stop}):", *("    " + x for x in lines)]
 
-    def weigh(self, i: str, cut: bool, first: bool) -> list[str]:
-        """The online softmax over block ``s``, visited as number ``i``: weights ``p``, and ``alpha``, by which what was summed before is scaled."""
-        p, em = self.programs, self.emitter
-        roots = (self.inner, p.mask) if cut and p.rest is not E.TRUE else (self.inner,)
-        lines: list[str] = []
-        if cut or any(v.value == "k" for e in roots for v in e.variables):
-            lines += [f"start = ({self.block(i)}) * BLOCK_N", "k_index = start + offs_n", "k_float = start.to(gl.float32) + offs_n_float"]
+    def look_for_level(self, i: str) -> list[str]:
+        """Whether the table over distances has one value, ``same``, for the whole of block ``i``: its least distance is in a run that reaches its greatest."""
+        if self.level is None:
+            return []
+        return [
+            f"nearest = start + Sq - 1 - (first + me * {ROWS})",
+            f"least = gl.maximum(nearest - {ROWS - 1}, 0)",
+            f"level = gl.load({RUNS} + least) >= nearest + BLOCK_N - 1",
+            *self.value.before_loop(),
+            f"same = {self.value.names[self.level.value]}",
+        ]
+
+    def roots(self, cut: str) -> list[Expr]:
+        return [self.inner, self.programs.mask] if cut and self.mapped else [self.inner]
+
+    def columns(self, i: str, cut: str) -> list[str]:
+        """What block ``i`` needs and depends on its keys alone, computed and loaded while the products run."""
+        roots = self.roots(cut)
+        if not cut and self.level is None and not any(v.value == "k" for e in roots for v in e.variables):
+            return []
+        lines = [f"start = ({self.block(i)}) * BLOCK_N", "k_index = start + offs_n", "k_float = start.to(gl.float32) + offs_n_float"]
         lines += ["key_inside = k_index < Skv"] if cut and any(e.op == "load" for r in roots for e in r.leaves) else []
-        lines += em.in_loop(roots, cut)
+        return lines + self.emitter.in_loop(roots, bool(cut), _by_key)
+
+    def weigh(self, cut: str, first: bool) -> list[str]:
+        """The online softmax over block ``s``: weights ``p``, and ``alpha``, by which what was summed before is scaled."""
+        p, em = self.programs, self.emitter
+        lines = em.in_loop(self.roots(cut), bool(cut), lambda e: not _by_key(e))
         name = em.names[self.inner]
         if name != "s":
             lines.append(f"s = {name}" if E.score() in self.inner.leaves else f"s = {name} + nothing")
-        lines += self.hidden() if cut else []
+        if self.level is not None and not cut:
+            flat = [*self.flat.in_loop([self.level.flat], False), f"s = {self.flat.names[self.level.flat]}"]
+            lines = ["if level:", *("    " + x for x in flat), "else:", *("    " + x for x in lines)]
+        lines += self.hidden(cut, first) if cut else []
         started = not first or p.sink is not None
         # A row that has seen no key has maximum -inf: subtract 0 instead, so that its weights are exp(-inf) = 0.
-        lines += [
-            "m_new = gl.maximum(m_i, gl.max(s, 1))" if started else "m_new = gl.max(s, 1)",
-            'm_use = gl.where(m_new == float("-inf"), 0.0, m_new)',
-        ]
+        factor = self.factor if p.folded else LOG2E
+        if started:
+            lines += ["m_new = gl.maximum(m_i, gl.max(s, 1))", f"m_new = gl.where(m_new - m_i > {STALE / factor!r}, m_new, m_i)"]
+        else:
+            lines += ["m_new = gl.max(s, 1)"]
+        lines += ['m_use = gl.where(m_new == float("-inf"), 0.0, m_new)']
         if p.folded:
             scale = "" if self.factor == 1.0 else f" * {self.factor!r}"
             lines += [f"p = gl.exp2(s{scale} - (m_use{scale})[:, None])"]
@@ -379,26 +471,28 @@ class _Writer:
         else:
             lines += [f"p = gl.exp2((s - m_use[:, None]) * {LOG2E!r})"]
             lines += [f"alpha = gl.exp2((m_i - m_use) * {LOG2E!r})"] if started else []
-        return [*lines, "l_i = l_i * alpha + gl.sum(p, 1)" if started else "l_i = gl.sum(p, 1)", "m_i = m_new"]
+        return [*lines, "l_i = l_i * spread(alpha, l_i) + row_parts(p)" if started else "l_i = row_parts(p)", "m_i = m_new"]
 
     def epilogue(self) -> list[str]:
         """Normalises and stores what ``done_*`` tells, by way of shared memory."""
         c = self.config
         log = "gl.log2(gl.where(done_l > 0.0, done_l, 1.0))"
         natural = f"(done_m * {self.factor!r} + {log}) * {1 / LOG2E!r}" if self.programs.folded else f"done_m + {log} * {1 / LOG2E!r}"
-        dead = literal(0.0 if self.spec.zero_without_weight else math.nan)
         lines = [
             f"done_rows = done_first + me * {ROWS} + offs_m",
-            f'gl.store(LSE + done_head.to(gl.int64) * Sq + done_rows, gl.where(done_l > 0.0, {natural}, float("-inf")), mask=done_rows < Sq)',
-            "inverse = 1.0 / gl.where(done_l == 0.0, 1.0, done_l)",
+            f'gl.store(LSE + (done_b * Hq + done_h).to(gl.int64) * Sq + done_rows, gl.where(done_l > 0.0, {natural}, float("-inf")), mask=done_rows < Sq)',
         ]
+        zero = self.spec.zero_without_weight
+        # NaN as a factor makes a row NaN, whatever it is; but NaN in hidden values is no zero times zero
+        lines += [f"inverse = gl.where(done_l == 0.0, {'1.0' if zero else literal(math.nan)}, 1.0 / done_l)"]
         chunks: list[list[str]] = [[] for _ in range(c.o_chunks)]
         column = 0
         for i, w in enumerate(self.v_widths):
             layout = f"gl.SliceLayout(1, o_layout{i})"
             lines += [
                 f"acc{i} = acc{i} * gl.convert_layout(inverse, {layout})[:, None]",
-                f"o{i} = gl.where((gl.convert_layout(done_l, {layout}) == 0.0)[:, None], {dead}, acc{i}).to(OD{i}.dtype)",
+                *([f"acc{i} = gl.where((gl.convert_layout(done_l, {layout}) == 0.0)[:, None], 0.0, acc{i})"] if zero else []),
+                f"o{i} = acc{i}.to(OD{i}.dtype)",
             ]
             lines += [f"o{i}_0, o{i}_1 = o{i}.reshape([{ROWS}, 2, {w // 2}]).permute((0, 2, 1)).split()"] if c.o_chunks == 2 else [f"o{i}_0 = o{i}"]
             for n, chunk in enumerate(chunks):
@@ -408,7 +502,7 @@ class _Writer:
             column = 0
             for i, w in enumerate(self.v_widths):
                 at = column + n * (w // c.o_chunks)
-                lines.append(f"tma.async_copy_shared_to_global(OD{i}, [done_head // Hq, done_head % Hq, done_first + me * {ROWS}, {at}], os{i}.index(me))")
+                lines.append(f"tma.async_copy_shared_to_global(OD{i}, [done_b, done_h, done_first + me * {ROWS}, {at}], os{i}.index(me))")
                 column += w
         return lines
 
@@ -434,6 +528,46 @@ def keep_until(s, k, last):
 def keep_since(s, k, first):
     return gl.inline_asm_elementwise("{ .reg .pred p; setp.ge.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r,r", [s, k, first], dtype=gl.float32, is_pure=True, pack=1)
 '''
+
+
+_SUMS = '''
+@gluon.jit
+def row_parts(p):
+    """What each thread has of the sum of a row, which 4 threads share: their sums meet once, at the end."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def spread(x, parts):
+    """One number per row beside what 4 threads have of each."""
+    return gl.convert_layout(x, gl.SliceLayout(1, parts.type.layout))[:, None]
+'''
+
+
+def _rescale(n: int = 32) -> str:
+    """Skips the products of a warp all of whose rows have a factor of 1. Of 4 elements that a thread holds, 2 are of one row and 2 of another."""
+    out = [f"mov.b32 ${i}, ${n + i};" for i in range(n)]
+    products = [f"mul.f32 ${i}, ${n + i}, ${2 * n + i};" for i in range(n)]
+    text = " ".join(
+        [
+            "{ .reg .pred p, other;",
+            f"setp.neu.f32 p, ${2 * n}, 0f3F800000;",
+            f"setp.neu.f32 other, ${2 * n + 2}, 0f3F800000;",
+            "or.pred p, p, other;",
+            "vote.sync.any.pred p, p, 0xffffffff;",
+            *out,
+            "@!p bra DONE;",
+            *products,
+            "DONE: }",
+        ]
+    )
+    constraints = ",".join(["=f"] * n + ["f"] * 2 * n)
+    return f'''
+@gluon.jit
+def rescale(x, factor):
+    return gl.inline_asm_elementwise("{text}", "{constraints}", [x, factor], dtype=gl.float32, is_pure=True, pack={n})
+'''
+
 
 _PLACE = '''
 @gluon.jit
@@ -461,6 +595,11 @@ def place(turn, total, tiles, late):
     tile = gl.where(is_late, tiles - 1 - t % count, t % count)
     return tile, t // count
 '''
+
+
+def _by_key(e: Expr) -> bool:
+    """Whether a node that depends on the key depends on neither query nor score."""
+    return E.score() not in e.leaves and all(v.value != "q" for v in e.variables)
 
 
 def _factor(score: Expr) -> tuple[float, Expr]:

@@ -17,8 +17,8 @@ from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.gluon.config import Config, config, parts_of
-from attnopt.kernels.gluon.flash_forward import Source, generate
-from attnopt.kernels.materialise import load_tensors
+from attnopt.kernels.gluon.flash_forward import RUNS, Source, generate, is_even, is_heavy
+from attnopt.kernels.materialise import load_tensors, runs
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton.flash_forward import MAP_PLACES, MAP_TENSORS
@@ -79,9 +79,9 @@ class Kernel:
 
 
 @lru_cache(maxsize=1024)
-def kernel_for(spec: AttentionSpec, D: int, Dv: int, chosen: Config | None = None) -> Kernel:
-    """The imported kernel of a spec and its head sizes."""
-    c = chosen or config(D, Dv)
+def kernel_for(spec: AttentionSpec, D: int, Dv: int, Skv: int = 0, chosen: Config | None = None) -> Kernel:
+    """The imported kernel of a spec and its head sizes. ``Skv``, which is good to know but need not be exact, helps to choose its configuration."""
+    c = chosen or config(D, Dv, heavy=is_heavy(spec), even=is_even(spec), Skv=Skv)
     source = generate(spec, D, Dv, c)
     return Kernel(source, c, import_source(source.text).flash_forward)
 
@@ -108,8 +108,8 @@ def attention(
     if o.numel() == 0 or k.shape[2] == 0:
         return o.zero_(), lse.fill_(-torch.inf)
     values = bind_sizes(spec, sizes, q, k, v)
-    kernel = kernel_for(spec, q.shape[3], v.shape[3], chosen)
-    q, k, v = (x if _tma_reads(x) else x.contiguous() for x in (q, k, v))
+    kernel = kernel_for(spec, q.shape[3], v.shape[3], 1 << k.shape[2].bit_length(), chosen)
+    q, k, v = (x if _tma_reads(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
     read = load_tensors(kernel.source.parts, shape, loads, values, q.device)
     lists: tuple[Tensor, ...] = ()
@@ -119,6 +119,8 @@ def attention(
         if blocks is None or (blocks.BLOCK_M, blocks.BLOCK_N) != (c.BLOCK_M, c.BLOCK_N):  # none, or one for another device: the tensors have moved
             blocks = block_map(spec.mask, loads, values, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
         lists, places = (blocks.counts, blocks.indices), blocks.places
+    if kernel.source.level is not None:
+        lists += (runs(kernel.source.level, shape, values, q.device),)
     plan = plan_for(kernel, spec, tuple(values.items()), places, *(_form(x) for x in (q, k, v, o)), *(_form(x) for x in read))
     plan.launch(plan.arguments((q, k, v, o), lse, read, lists), q.device)
     if programs_of(spec).retries:
@@ -192,7 +194,7 @@ def plan_for(kernel: Kernel, spec: AttentionSpec, sizes: tuple[tuple[str, int], 
     known.update({f"size{i}": values[name] for i, name in enumerate(source.sizes)})
     names = source.arguments[len(boxes) + 1 :]
     used = tuple(int(n[1:]) for n in names if n[0] == "L" and n[1:].isdigit())
-    numbers = [known[n] for n in names if n not in MAP_TENSORS and not (n[0] == "L" and n[1:].isdigit())]
+    numbers = [known[n] for n in names if n not in (*MAP_TENSORS, RUNS) and not (n[0] == "L" and n[1:].isdigit())]
     strides_of_loads = sum("_s" in n for n in names)
     return Plan(kernel, grid, boxes, tuple(numbers[:strides_of_loads]), tuple(numbers[strides_of_loads:]), used)
 
