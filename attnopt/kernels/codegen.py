@@ -126,6 +126,9 @@ class Emitter:
         loads = [e for e in self.order if e.op == "load" and e not in self.known]
         self.loads = {e.value: len(e.args) for e in loads}
         self.measured = sorted({(e.value, d) for e in loads for d, a in enumerate(e.args) if self.needs_clamp(e, a)})
+        others = {a for e in self.order if e.op not in ("eq", "same", "le", "lt") for a in e.args}
+        # integers that are only compared stay as narrow as they are in memory
+        self.compared = {e for e in loads if e not in others and e not in self.programs}
         for i, e in enumerate(self.order):
             self.names[e] = self._leaf(e) or f"{self.prefix}{i}"
 
@@ -211,20 +214,30 @@ class Emitter:
             return self.names[a]
         return self.dialect.scalar.format(value=literal(a.value), dtype="float32" if a.kind == "float" else "int32")
 
+    def _summands(self, a: Expr, clamped: bool) -> list[tuple[int, Expr]]:
+        """An index as (factor, summand), where its summands are names that the kernel has; otherwise as it is."""
+        found = [] if clamped or a.op != "add" else [(int(c), E.ONE if x is None else x) for c, x in E.terms(a)]
+        plain = all(x is E.ONE or x.op in ("var", "sym") for _, x in found)
+        return found if found and plain else [(1, a)]
+
     def _load(self, e: Expr, tail: bool) -> str:
         slot, ns = e.value, self.dialect.ns
         address = [f"L{slot}"]
-        # scalars first: the address of a tile is then one scalar plus a row plus a column
-        for d, a in sorted(enumerate(e.args), key=lambda p: ("scalar", "row", "tile").index(self.depends(p[1]))):
-            i = self.names[a]
-            if self.needs_clamp(e, a):
-                i = f"{ns}.minimum({ns}.maximum({self._tensor(a)}, 0), L{slot}_n{d} - 1)"
-            address.append(f"{i} * L{slot}_s{d}" if a.is_const and not self.needs_clamp(e, a) else f"({i}).to({ns}.int64) * L{slot}_s{d}")
-        names = {x.value for x in e.leaves if x.op == "var"}
-        inside = [name for v, name in (("q", "row_inside"), ("k", "key_inside")) if v in names and (tail or v != self.inner)]
+        # Scalars first: the address of a tile is then one scalar plus a row plus a column. A distance is a row and a column too.
+        places = [(d, self.needs_clamp(e, a), a, x) for d, a in enumerate(e.args) for x in self._summands(a, self.needs_clamp(e, a))]
+        for d, clamped, a, (factor, x) in sorted(places, key=lambda p: ("scalar", "row", "tile").index(self.depends(p[3][1]))):
+            if clamped:
+                i = f"({ns}.minimum({ns}.maximum({self._tensor(a)}, 0), L{slot}_n{d} - 1)).to({ns}.int64)"
+            else:
+                i = literal(x.value) if x.is_const else f"({self.names[x]}).to({ns}.int64)"
+            address.append(" * ".join([*([] if factor == 1 else [str(factor)]), i, f"L{slot}_s{d}"]))
+        variables = {x.value for x in e.leaves if x.op == "var"}
+        inside = [name for v, name in (("q", "row_inside"), ("k", "key_inside")) if v in variables and (tail or v != self.inner)]
         guard = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        x = f"{ns}.load({' + '.join(address)}{guard})"
-        return {"float": f"{x}.to({ns}.float32)", "int": f"{x}.to({ns}.int64)", "bool": f"({x} != 0)"}[e.kind]
+        loaded = f"{ns}.load({' + '.join(address)}{guard})"
+        if e.kind == "int" and e in self.compared:
+            return loaded
+        return {"float": f"{loaded}.to({ns}.float32)", "int": f"{loaded}.to({ns}.int64)", "bool": f"({loaded} != 0)"}[e.kind]
 
 
 _FORMS: dict[str, Callable[[str, list[str]], str]] = {

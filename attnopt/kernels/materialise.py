@@ -8,10 +8,11 @@ becomes a table over distances, which is linear in the sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Part:
     @property
     def levels(self) -> bool:
         """Whether the distance reaches it through values that may be the same for many distances, as bucket numbers are (``runs``)."""
-        return "d" in self.axes and _DISTANCE not in fixed_parts(self.expr)
+        return "d" in self.axes and _DISTANCE not in _fixed(self.expr)
 
     def index(self, variables: Mapping[str, Expr]) -> tuple[Expr, ...]:
         """How the kernel indexes its tensor."""
@@ -105,9 +106,12 @@ def _needed(part: Part, sizes: Mapping[str, int]) -> Shape:
     return tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
 
 
-def _once(function: Any, device: torch.device) -> Any:
+R = TypeVar("R")
+
+
+def _once(function: Callable[..., R], device: torch.device) -> Callable[..., R]:
     """``function`` with its memory; inside of a CUDA graph's capture without it, since nothing runs there yet."""
-    return function.__wrapped__ if device.type == "cuda" and torch.cuda.is_current_stream_capturing() else function
+    return inspect.unwrap(function) if device.type == "cuda" and torch.cuda.is_current_stream_capturing() else function
 
 
 @lru_cache(maxsize=256)
@@ -118,7 +122,7 @@ def _constant_part(part: Part, shape: Shape, sizes: Shape, device: torch.device)
 @lru_cache(maxsize=256)
 def _fixed_values(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> dict[Expr, Value]:
     env = part.env(dict(shape), (), dict(sizes), device)
-    fixed = fixed_parts(part.expr)
+    fixed = _fixed(part.expr)
     return dict(zip(fixed, evaluate(fixed, env)[0], strict=True))
 
 
@@ -135,13 +139,13 @@ def _runs(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> Tenso
 
 
 @lru_cache(maxsize=1024)
-def fixed_parts(expr: Expr) -> tuple[Expr, ...]:
+def _fixed(expr: Expr) -> tuple[Expr, ...]:
     """The largest parts of ``expr`` that read the distance and no tensor."""
     if not any(x is _DISTANCE for x in expr.leaves):
         return ()
     if all(x.op != "load" or x is _DISTANCE for x in E.postorder(expr)) and not expr.variables:
         return (expr,)
-    return tuple(dict.fromkeys(f for a in expr.args for f in fixed_parts(a)))
+    return tuple(dict.fromkeys(f for a in expr.args for f in _fixed(a)))
 
 
 def load_tensors(parts: Sequence[Part], shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:

@@ -226,6 +226,10 @@ def _asm(text: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: 
         return _value(torch.tanh(args[0]))
     if "vote" in text:
         return _value(args[0] * args[1])
+    if "setp.ne" in text:
+        return _value(torch.where(args[1] != 0, args[0], -torch.inf))
+    if "setp.eq" in text:
+        return _value(torch.where(args[1] == args[2], args[0], -torch.inf))
     if "setp" in text:
         s, k, bound = args
         return _value(torch.where(k <= bound if "setp.le" in text else k >= bound, s, -torch.inf))

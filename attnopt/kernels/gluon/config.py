@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that a block of threads may have on sm_90."""
@@ -60,22 +61,25 @@ def bytes_of(config: Config, D: int, Dv: int) -> int:
     return 2 * (rows + config.stages * config.BLOCK_N * (d + dv)) + 1024
 
 
-def config(D: int, Dv: int, *, heavy: bool = False, even: bool = False, Skv: int = 0) -> Config:
-    """Measured on an H100 (``benchmarks/``). ``heavy`` where programs need registers beyond the plain ones, ``even`` where all queries see the same
-    keys, Skv of them (0: not known).
+Reads = Literal["nothing", "keys", "pairs"]
+"""What programs hold in registers beside the tile of scores: one number per key, or one per query and key."""
+
+
+def config(D: int, Dv: int, *, reads: Reads = "nothing", even: bool = False, Skv: int = 0) -> Config:
+    """Measured on an H100 (``benchmarks/``), with nothing spilled in loops. ``even`` where all queries see the same keys, Skv of them (0: not known).
 
     Two consumers and no turns between them were never slower than turns as in FlashAttention-3. Queries in registers pay at heads of 64 only, and
     three consumers only where few tiles end.
     """
     width = max(sum(parts_of(D)), sum(parts_of(Dv)))
     if width <= 64:
-        if heavy:
-            return Config(2, 64, 4, 2)
-        return Config(3, 128, 2, 2) if even and Skv > 4096 else Config(2, 128, 3, 2, q_registers=True)
-    choices = [(64, 4, 2, 1)] if heavy and width <= 128 else []
-    choices += [(128, 2, 2, 1), (128, 2, 1, 1)] if width <= 128 else []
-    for BLOCK_N, stages, q_buffers, o_chunks in [*choices, (64, 2, 2, 1), (64, 2, 1, 1), (64, 2, 1, 2)]:
-        c = Config(2, BLOCK_N, stages, q_buffers, o_chunks)
-        if bytes_of(c, D, Dv) <= SHARED_MEMORY:
-            return c
+        if reads == "nothing":
+            return Config(3, 128, 2, 2) if even and Skv > 4096 else Config(2, 128, 3, 2, q_registers=True)
+        return Config(2, 128, 3, 2) if reads == "keys" else Config(2, 64, 4, 2)
+    blocks = (128, 64, 32) if reads == "nothing" and width <= 128 else (64, 32) if reads == "nothing" or width <= 128 else (32,)
+    for BLOCK_N in blocks:
+        for stages, q_buffers, o_chunks in ((256 // BLOCK_N, 2, 1), (256 // BLOCK_N, 1, 1), (128 // BLOCK_N, 2, 1), (128 // BLOCK_N, 1, 1), (128 // BLOCK_N, 1, 2)):
+            c = Config(2, BLOCK_N, stages, q_buffers, o_chunks)
+            if stages > 1 and bytes_of(c, D, Dv) <= SHARED_MEMORY:
+                return c
     raise ValueError(f"heads of {D} and {Dv} do not fit into {SHARED_MEMORY} bytes of shared memory")

@@ -22,8 +22,8 @@ from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import GLUON, Emitter, literal
-from attnopt.kernels.gluon.config import Config, parts_of
-from attnopt.kernels.materialise import Part, fixed_parts
+from attnopt.kernels.gluon.config import Config, Reads, parts_of
+from attnopt.kernels.materialise import Part
 from attnopt.kernels.programs import LOG2E, programs_of
 from attnopt.kernels.triton.flash_forward import MAP_PLACES, MAP_TENSORS
 
@@ -63,43 +63,38 @@ def generate(spec: AttentionSpec, D: int, Dv: int, config: Config) -> Source:
 
 @dataclass(frozen=True)
 class Level:
-    """A score whose table over distances has long runs of one value: ``score`` reads the table's bucket for each element, ``flat`` one value, ``SAME``."""
+    """A score that reads a table over distances with long runs of one value."""
 
-    score: Expr
     flat: Expr
+    """The score with ``SAME`` in place of what it reads."""
     value: Expr
-    """The one value, from the bucket at distance ``LEAST``."""
-    parts: tuple[Part, ...]
-    bucket: Part
+    """What it reads for the distance ``LEAST``."""
+    part: Part
 
 
 LEAST, SAME = E.sym("@least", 0), E.load("@same", (), "float")
 
 
 def _level(score: Expr, parts: Sequence[Part], first_slot: int) -> Level | None:
-    """The only table over distances that a score reads, where a bucket that is the same for all tensors lies between distance and value."""
+    """The only table over distances that a score reads, where buckets that are the same for all tensors lie between distance and value."""
     found = {e: parts[e.value - first_slot] for e in E.postorder(score) if e.op == "load" and isinstance(e.value, int) and e.value >= first_slot}
     tables = [(e, p) for e, p in found.items() if p.levels and p.kind == "float"]
-    if len(tables) != 1 or len(fixed_parts(tables[0][1].expr)) != 1:
+    if len(tables) != 1:
         return None
-    (load, part), (fixed,) = tables[0], fixed_parts(tables[0][1].expr)
-    bucket = E.load(load.value, (load.args[-1],), fixed.kind)  # the distance is a part's last axis
-    value = E.substitute(part.expr, {fixed: bucket})
-    new = Part(fixed, "d", fixed.kind)
-    return Level(
-        score=E.substitute(score, {load: value}),
-        flat=E.substitute(score, {load: SAME}),
-        value=E.substitute(value, {bucket: E.load(load.value, (LEAST,), fixed.kind)}),
-        parts=tuple(new if p is part else p for p in parts),
-        bucket=new,
-    )
+    load, part = tables[0]
+    value = E.load(load.value, (*load.args[:-1], LEAST), load.kind)  # the distance is a part's last axis
+    return Level(E.substitute(score, {load: SAME}), value, part)
 
 
 @lru_cache(maxsize=1024)
-def is_heavy(spec: AttentionSpec) -> bool:
-    """Whether the programs need registers for tensors that they read beside the tile of scores."""
+def reads(spec: AttentionSpec) -> Reads:
+    """What the programs hold in registers beside the tile of scores."""
     p = programs_of(spec)
-    return any(e.op == "load" and any(v.value == "k" for v in e.variables) for e in E.postorder(p.score, p.mask))
+    loads = [e for e in E.postorder(p.score, p.rest) if e.op == "load"]
+    per_pair = any({"q", "k"} <= {a.value for a in e.args if a.op == "var"} for e in loads)
+    if per_pair or any(not _by_key(x) for x in _conjuncts(p.rest)):
+        return "pairs"
+    return "keys" if any(v.value == "k" for e in loads for v in e.variables) else "nothing"
 
 
 @lru_cache(maxsize=1024)
@@ -115,8 +110,7 @@ class _Writer:
         self.widths, self.v_widths = parts_of(D), parts_of(Dv)
         self.factor, self.inner = _factor(p.score) if p.folded else (1.0, p.score)
         self.level = _level(self.inner, p.parts, len(spec.loads))
-        self.inner = self.level.score if self.level else self.inner
-        roots = [x for x in (self.inner, p.mask, p.sink) if x is not None]
+        roots = [x for x in (self.inner, p.rest, p.sink) if x is not None]
         clamped = frozenset(range(len(spec.loads)))
         self.emitter = Emitter(roots, clamped, GLUON)
         if self.level:
@@ -134,10 +128,10 @@ class _Writer:
         loads = [f"L{s}" for s in sorted(em.loads)]
         strides = [f"L{s}_s{d}" for s in sorted(em.loads) for d in range(em.loads[s])]
         extents = [f"L{s}_n{d}" for s, d in em.measured]
-        limits = [x for x, used in (("LEFT", self.programs.left), ("RIGHT", self.programs.right)) if used and not self.mapped]
+        limits = [x for x, used in (("LEFT", self.programs.left), ("RIGHT", self.programs.right)) if used]
         sizes = [f"size{i}" for i in range(len(em.sizes))]
-        lists, places = (MAP_TENSORS, MAP_PLACES) if self.mapped else ((), ())
-        lists += (RUNS,) if self.level else ()
+        lists = [*(MAP_TENSORS if self.mapped else ()), *([RUNS] if self.level else [])]
+        places = MAP_PLACES if self.mapped else ()
         self.unspecialised = ["total", "tiles", "late", "Hq", "groups", "Sq", "Skv", *places, *limits, *extents, *sizes]
         self.arguments = [d[0] for d in descriptors] + ["LSE", *loads, *strides, *lists, *self.unspecialised]
         buffers = [f"{x}s{i}" for x, widths in (("q", self.widths), ("k", self.widths), ("v", self.v_widths)) for i in range(len(widths))]
@@ -151,14 +145,15 @@ class _Writer:
             GLUON.helpers,
             _TO_HALF,
             _KEEP,
+            *([_KEEP_BY_TENSOR] if self.mapped else []),
             _SUMS,
             _rescale(),
-            _PLACE,
+            _PLACE_OF_MAPPED if self.mapped else _PLACE,
             self.function("producer", "", self.producer()),
             self.function("consumer", "me: gl.constexpr, ", self.consumer()),
             self.kernel(descriptors),
         ]
-        return Source("\n".join(pieces), tuple(self.arguments), tuple(descriptors), tuple(em.sizes), self.level.parts if self.level else self.programs.parts, self.mapped, self.programs.right and not self.programs.left, self.level and self.level.bucket)
+        return Source("\n".join(pieces), tuple(self.arguments), tuple(descriptors), tuple(em.sizes), self.programs.parts, self.mapped, self.programs.right and not self.programs.left and not self.mapped, self.level.part if self.level else None)
 
     def function(self, name: str, first: str, lines: Sequence[str]) -> str:
         return f"\n@gluon.jit\ndef {name}({first}{', '.join([*self.arguments, *self.shared])}):\n" + indent("\n".join(lines), "    ") + "\n"
@@ -350,20 +345,25 @@ class _Writer:
             *self.emitter.before_loop(),
             *(self.flat.before_loop() if self.level else []),
         ]
-        if p.rest is E.TRUE:
-            lines.append("to_key = " + ("gl.minimum(q_index + RIGHT, Skv - 1)" if p.right else "q_index * 0 + Skv - 1"))
-            lines += ["from_key = q_index - LEFT"] if p.left else []
-        return lines
+        lines.append("to_key = " + ("gl.minimum(q_index + RIGHT, Skv - 1)" if p.right else "q_index * 0 + Skv - 1"))
+        return [*lines, *(["from_key = q_index - LEFT"] if p.left else [])]
 
     def hidden(self, cut: str, first: bool) -> list[str]:
         """The scores of keys that are not seen become -inf. Bounds by distance to the query, and the end of the keys, are one comparison each."""
         p = self.programs
-        if p.rest is not E.TRUE:
-            return [f's = gl.where(({self.emitter.names[p.mask]}) & (k_index < Skv), s, float("-inf"))']
         until = ["s = keep_until(s, k_index, to_key)"] if cut == "both" else []
-        if first and not p.left and not p.right:  # then a first block is whole, unless the keys end in it
+        if first and not p.left and not p.right and not self.mapped:  # then a first block is whole, unless the keys end in it
             until = ["if Skv % BLOCK_N != 0:", *("    " + x for x in until)]
-        return until + (["s = keep_since(s, k_index, from_key)"] if p.left else [])
+        return [*(self.keep(x) for x in _conjuncts(p.rest)), *until, *(["s = keep_since(s, k_index, from_key)"] if p.left else [])]
+
+    def keep(self, condition: Expr) -> str:
+        """The scores for which a part of the mask holds."""
+        names = self.emitter.names
+        if condition.op in ("eq", "same") and all(a.op == "load" and a.kind == "int" for a in condition.args):
+            return f"s = keep_same(s, {', '.join(names[a] for a in condition.args)})"
+        if _by_key(condition):
+            return f"s = keep_marked(s, ({names[condition]}).to(gl.int32))"
+        return f's = gl.where({names[condition]}, s, float("-inf"))'
 
     def first_weight(self) -> list[str]:
         """The sink is one more key that every row has seen before the first block. Maxima are kept before the factor."""
@@ -400,7 +400,7 @@ class _Writer:
 
     def loop(self, start: str, stop: str, cut: str) -> list[str]:
         """``cut``: by which of its bounds the mask may cut these blocks: ``both``, ``left``, or none. A mask that is mapped is one of ``both``."""
-        c, vs = self.config, range(len(self.v_widths))
+        vs = range(len(self.v_widths))
         lines = [
             "at = (seen + i) % STAGES",
             "before = (seen + i - 1) % STAGES",
@@ -434,7 +434,8 @@ class _Writer:
         ]
 
     def roots(self, cut: str) -> list[Expr]:
-        return [self.inner, self.programs.mask] if cut and self.mapped else [self.inner]
+        """What has to be computed of a block."""
+        return [self.inner, *_conjuncts(self.programs.rest)] if cut else [self.inner]
 
     def columns(self, i: str, cut: str) -> list[str]:
         """What block ``i`` needs and depends on its keys alone, computed and loaded while the products run."""
@@ -544,6 +545,21 @@ def spread(x, parts):
 '''
 
 
+_KEEP_BY_TENSOR = '''
+@gluon.jit
+def keep_marked(s, mark):
+    return gl.inline_asm_elementwise("{ .reg .pred p; setp.ne.s32 p, $2, 0; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r", [s, mark], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def keep_same(s, a, b):
+    if a.dtype == gl.int32 and b.dtype == gl.int32:
+        return gl.inline_asm_elementwise("{ .reg .pred p; setp.eq.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r,r", [s, a, b], dtype=gl.float32, is_pure=True, pack=1)
+    else:
+        return gl.where(a == b, s, float("-inf"))
+'''
+
+
 def _rescale(n: int = 32) -> str:
     """Skips the products of a warp all of whose rows have a factor of 1. Of 4 elements that a thread holds, 2 are of one row and 2 of another."""
     out = [f"mov.b32 ${i}, ${n + i};" for i in range(n)]
@@ -595,6 +611,31 @@ def place(turn, total, tiles, late):
     tile = gl.where(is_late, tiles - 1 - t % count, t % count)
     return tile, t // count
 '''
+
+_PLACE_OF_MAPPED = '''
+@gluon.jit
+def turns_of(total, tiles, late):
+    """How many of ``total`` tiles this block of threads computes."""
+    workers = gl.num_programs(0)
+    whole = total // workers
+    return whole + ((gl.program_id(0) + whole * (workers * 5 // 8)) % workers < total % workers).to(gl.int32)
+
+
+@gluon.jit
+def place(turn, total, tiles, late):
+    """The tile of queries and the head (over all batches) of a turn.
+
+    Each turn covers as many tiles as there are workers, who change places from turn to turn by most of a half: wherever among the tiles of a head
+    the long ones are, each worker gets its share of them.
+    """
+    workers = gl.num_programs(0)
+    t = turn * workers + (gl.program_id(0) + turn * (workers * 5 // 8)) % workers
+    return tiles - 1 - t % tiles, t // tiles
+'''
+
+
+def _conjuncts(mask: Expr) -> list[Expr]:
+    return [] if mask is E.TRUE else [x for a in mask.args for x in _conjuncts(a)] if mask.op == "and" else [mask]
 
 
 def _by_key(e: Expr) -> bool:

@@ -17,7 +17,7 @@ from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.gluon.config import Config, config, parts_of
-from attnopt.kernels.gluon.flash_forward import RUNS, Source, generate, is_even, is_heavy
+from attnopt.kernels.gluon.flash_forward import RUNS, Source, generate, is_even, reads
 from attnopt.kernels.materialise import load_tensors, runs
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
@@ -81,7 +81,7 @@ class Kernel:
 @lru_cache(maxsize=1024)
 def kernel_for(spec: AttentionSpec, D: int, Dv: int, Skv: int = 0, chosen: Config | None = None) -> Kernel:
     """The imported kernel of a spec and its head sizes. ``Skv``, which is good to know but need not be exact, helps to choose its configuration."""
-    c = chosen or config(D, Dv, heavy=is_heavy(spec), even=is_even(spec), Skv=Skv)
+    c = chosen or config(D, Dv, reads=reads(spec), even=is_even(spec), Skv=Skv)
     source = generate(spec, D, Dv, c)
     return Kernel(source, c, import_source(source.text).flash_forward)
 
@@ -188,9 +188,8 @@ def plan_for(kernel: Kernel, spec: AttentionSpec, sizes: tuple[tuple[str, int], 
         known.update({f"L{slot}_n{d}": n for d, n in enumerate(shape)})
     if source.mapped:
         known.update(zip(MAP_PLACES, places, strict=True))
-    else:
-        limits = bounds(spec, values)
-        known.update({name: n for name, n in (("LEFT", limits.left), ("RIGHT", limits.right)) if n is not None})
+    limits = bounds(spec, values)
+    known.update({name: n for name, n in (("LEFT", limits.left), ("RIGHT", limits.right)) if n is not None})
     known.update({f"size{i}": values[name] for i, name in enumerate(source.sizes)})
     names = source.arguments[len(boxes) + 1 :]
     used = tuple(int(n[1:]) for n in names if n[0] == "L" and n[1:].isdigit())
