@@ -1,7 +1,7 @@
 """Timing several functions side by side: in turn, in rounds, on inputs that have left the cache.
 
-On CUDA a time is what the device needs between two events. Before each round a waiting kernel is queued, so that the host has
-handed over all calls of the round before the first one runs: what a call costs the host stands apart, as ``host_us``.
+On CUDA a time is what the device needs between two events. Before each call a waiting kernel is queued, so that the host has
+handed over all that the call launches before the first of it runs: what a call costs the host stands apart, as ``host_us``.
 """
 
 from __future__ import annotations
@@ -62,14 +62,13 @@ class Stopwatch:
         slow = {} if self.alone else {n: calls[n] for n, (device, _) in estimates.items() if device >= SLOW}
         fast = {n: calls[n] for n in estimates if n not in slow}
         for group, rounds in [(fast, self._rounds(fast, estimates)), *(({n: c}, 3) for n, c in slow.items())]:
-            wait = min(LONGEST_WAIT, 1.5 * sum(estimates[n][1] for n in group))
             times: dict[str, list[tuple[float, float]]] = {n: [] for n in group}
             names = list(group)
             for r in range(rounds):
-                order = names[r % len(names) :] + names[: r % len(names)]
-                for part in [{n: group[n]} for n in order] if self.alone else [{n: group[n] for n in order}]:
-                    for n, t in self._round(part, 0.0 if self.alone else wait).items():
-                        times[n].append(t)
+                for n in names[r % len(names) :] + names[: r % len(names)]:
+                    # each waits for its own host alone: calls that launch much would use up the wait of those behind them
+                    wait = 0.0 if self.alone else min(LONGEST_WAIT, 1.5 * estimates[n][1])
+                    times[n].append(self._round({n: group[n]}, wait)[n])
             for n, found in times.items():
                 device_times = sorted(t[0] * 1e3 for t in found)
                 quarter = len(found) // 4
