@@ -144,7 +144,7 @@ TESTS: dict[str, str] = {
     "ir/bounds._ends: found is None": "tests/mutation/test_masks.py::test_a_tensor_has_no_bounds",
     "analysis/lift.Lifter._is_rounded: not self.double or not dtype.is_floating_point or dtype is torch.float64": "tests/analysis/test_empty_rows.py::test_what_the_graph_rounds_to_float32_is_read_in_float64",
     "analysis/magnitude.Magnitudes.may_hide: load.kind == 'float'": "tests/mutation/test_scores.py::test_a_slope_and_a_count_are_no_masks",
-    "analysis/magnitude.Magnitudes.may_hide: moves": "tests/mutation/test_scores.py::test_a_fill_that_a_factor_makes_small_is_no_mask",
+    "analysis/magnitude.Magnitudes.may_hide: moves": "tests/mutation/test_scores.py::test_a_bias_of_a_head_is_no_mask",
     "analysis/magnitude.Magnitudes.may_hide: not (isinstance(load.value, fx.Node) and self._is_ordinary(load.value))": "tests/analysis/test_empty_rows.py::test_a_learned_bias_beside_a_fill_is_no_mask",
     "analysis/magnitude._is_usual: r[0] >= -USUAL": "tests/mutation/test_scores.py::test_a_fill_below_an_unknown_factor_leaves_finite_fills_in_the_score",
     "analysis/magnitude._is_usual: r[1] <= USUAL": "tests/mutation/test_scores.py::test_a_fill_below_an_unknown_factor_leaves_finite_fills_in_the_score",

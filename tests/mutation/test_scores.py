@@ -103,6 +103,11 @@ def test_a_mask_may_be_subtracted_and_a_temperature_given() -> None:
     assert masked(E.where(SEEN, E.mul(E.minimum(s, E.const(2.0)), E.load(7, (q,), "float")), E.const(-1e9))) is SEEN
 
 
+def test_a_bias_of_a_head_is_no_mask() -> None:
+    """It is the same for all queries and keys, so it hides no key from a query that sees another."""
+    assert masked(E.where(SEEN, E.add(s, E.load(0, (b, h), "float")), E.const(-1e9))) is SEEN
+
+
 def test_a_slope_and_a_count_are_no_masks() -> None:
     bias = E.add(E.mul(slope(), E.as_float(E.sub(k, q))), E.mul(slope(), E.as_float(E.load(1, (b, k), "int"))))
     assert masked(E.where(SEEN, E.add(s, bias), E.const(-1e9))) is SEEN
