@@ -115,8 +115,9 @@ def _times(c: float, r: Range) -> Range:
 
 def _product(e: Expr, args: list[Range]) -> Range:
     c = float(e.args[0].value) if e.args[0].is_const else 1.0
-    # A tensor that is the same for all keys of a row is a temperature as a factor, whoever gives it.
-    rest = [(a, ORDINARY if a.op == "load" and not any(v.value == "k" for v in a.variables) else r) for a, r in zip(e.args, args, strict=True) if not a.is_const]
+    rest = [(a, r) for a, r in zip(e.args, args, strict=True) if not a.is_const]
+    if len(rest) > 1:  # a tensor that is the same for all keys of a row is a temperature as a factor, whoever gives it
+        rest = [(a, ORDINARY if a.op == "load" and not any(v.value == "k" for v in a.variables) else r) for a, r in rest]
     if all(r == ORDINARY for _, r in rest):
         is_position = e.kind == "int" and not any(x.op == "load" for x in e.leaves)
         return ORDINARY if abs(c) <= USUAL or is_position else HIDING

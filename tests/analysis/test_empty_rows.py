@@ -112,6 +112,13 @@ def test_a_mask_of_numbers_beside_a_fill(hidden: float) -> None:
     assert any(x.op == "load" for x in spec.mask.leaves)
 
 
+@pytest.mark.parametrize("hidden", [MIN, INF, -1e9])
+def test_a_mask_of_whole_queries_before_a_scale(hidden: float) -> None:
+    """It is the same for all keys of a row, and is added: no temperature, though a factor follows it."""
+    mask = torch.zeros(2, S).masked_fill(~torch.cat([ODD, ODD]), hidden)
+    same(Attention(lambda m, w, mask: ((w + mask[:, None, :, None]) * 0.25).masked_fill(~causal(w), -1e9)), mask)
+
+
 def test_a_mask_of_numbers_beside_minus_infinity_stays_in_the_score() -> None:
     mask = torch.zeros(2, S).masked_fill(~torch.cat([ODD, ODD]), MIN)
     result = same(Attention(lambda m, w, mask: w.masked_fill(~causal(w), INF) + mask[:, None, None]), mask)

@@ -100,7 +100,10 @@ def test_a_sum_of_numbers_and_a_constant_is_one_condition() -> None:
 def test_a_mask_may_be_subtracted_and_a_temperature_given() -> None:
     subtracted = E.mul(E.const(-0.5), TABLE)
     assert masked(E.where(SEEN, E.add(s, subtracted), E.const(-1e9))) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), subtracted))
-    assert masked(E.where(SEEN, E.mul(E.minimum(s, E.const(2.0)), E.load(7, (q,), "float")), E.const(-1e9))) is SEEN
+    temperature = E.load(7, (q,), "float")
+    assert masked(E.where(SEEN, E.mul(E.minimum(s, E.const(2.0)), temperature), E.const(-1e9))) is SEEN
+    scaled = E.mul(E.const(0.5), temperature)  # alone it is added: a mask of rows, which a scale follows
+    assert masked(E.where(SEEN, E.add(s, scaled), E.const(-1e9))) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), scaled))
 
 
 def test_a_bias_of_a_head_is_no_mask() -> None:
