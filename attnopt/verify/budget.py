@@ -62,14 +62,14 @@ def judge(
 ) -> Check:
     """Compare the leaves of two outputs (in order), with the truth or, where ``truth`` is None, with each other.
 
-    The check holds the leaf that used the largest part of its budget. ``gradient``: a gradient is measured against at least 1% of the
+    The check holds the leaf that used the largest part of its budget. ``gradient``: a gradient is measured against at least ``_floor`` of the
     root mean square of all gradients together (some are zero but for rounding: softmax does not see a shift of all keys), over whole
     tensors, and not where the truth is NaN, since nothing can be learnt there.
     """
     if len(optimized) != len(original):
         return Check(name, math.inf, band(dtype), False, f"{len(optimized)} outputs instead of {len(original)}")
     reference = original if truth is None else truth
-    floor = 0.01 * _rms(reference) if gradient else 0.0
+    floor = _floor(dtype) * _rms(reference) if gradient else 0.0
     worst, where, notes = (0.0, band(dtype) if truth is not None else apart(dtype)), "", [detail] if detail else []
     for i, (o, r, t) in enumerate(zip(optimized, original, reference, strict=True)):
         own = distance(r, t, floor=floor, ignore_nan_truth=gradient)
@@ -92,6 +92,15 @@ def judge(
     error, budget = worst
     notes += [where] if where else []
     return Check(name, error, budget, error <= budget, "; ".join(notes))
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """The part of the root mean square of all gradients below which a gradient does not count as smaller.
+
+    1%, and all of it in float64: of a gradient that cancels nothing but roundings of its terms is left, those terms are as large as other
+    gradients, and the truth, which is float64 too, has roundings of its own, which no error of the original stands for.
+    """
+    return 1.0 if dtype == torch.float64 else 0.01
 
 
 _ORIGINAL_LOST = "the original itself is not finite where the truth is"

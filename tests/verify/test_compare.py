@@ -125,6 +125,14 @@ class TestJudge:
         assert not judge("x", [self.truth, noise], tiny, tiny, torch.float32).passed
         assert not judge("x", [self.truth, self.truth * 1e-3], tiny, tiny, torch.float32, gradient=True).passed
 
+    def test_a_gradient_that_cancels_in_float64_is_rounding(self) -> None:
+        """The roundings of terms as large as the other gradients; they are the truth's own as well."""
+        rounded, eps = self.truth * 0, torch.finfo(torch.float64).eps
+        rounded[0] = 8 * eps
+        assert judge("x", [self.truth, rounded], [self.truth, self.truth * 0], [self.truth, self.truth * 0], torch.float64, gradient=True).passed
+        for error in (200 * eps, 1e-8):
+            assert not judge("x", [self.truth, self.truth * error], [self.truth, self.truth * 0], [self.truth, self.truth * 0], torch.float64, gradient=True).passed
+
 
 def test_the_coarsest_dtype_counts() -> None:
     assert computing_dtype([torch.ones(1), torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.int64), 3]) == torch.bfloat16
