@@ -283,7 +283,7 @@ class _Claims:
             self.fail("claim", f"outside of the claimed causal={s.causal} window={s.window} a key is visible, {self._first(self.seen & ~named)}")
         parts, world = self.program.mask_parts, self.truth.world
         if s.key_padding:
-            added = [world.tensors["additive"] == 0] if any(isinstance(x, Given) for x in self.program.steps) else []
+            added = [world.tensors["additive"] == 0] if any(isinstance(x, Given) and x.of == "keys" for x in self.program.steps) else []
             named = named & self._parts("key padding", [*added, *(x for p in parts if reads_keys(p) for x in (p.truth(world), ~p.truth(world)))])
         if s.document:
             named = named & self._parts("documents", [p.truth(world) for p in parts if isinstance(p, Document) and p.spelling in ("eq", "not ne")])
