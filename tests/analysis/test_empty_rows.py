@@ -158,6 +158,32 @@ def test_a_mask_that_shows_nothing(kernel: str, zeros: bool) -> None:
         torch.testing.assert_close(fast(*inputs), Nothing()(*inputs), equal_nan=True)
 
 
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_row_whose_visible_scores_overflow(kernel: str, zeros: bool) -> None:
+    """The least number times two is -inf: the mask shows keys, and none has weight. That is NaN, or zero where the program makes it so."""
+
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor, self.table = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(S))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            hidden = self.table.masked_fill(~mask, MIN).nan_to_num() * self.factor + torch.zeros(S, S).masked_fill(~causal(q @ k.mT), INF)
+            if zeros:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden)
+            return (q @ k.mT + hidden).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    inputs = (*(torch.randn(2, 2, S, 4) for _ in range(3)), ODD[0])
+    fast = attnopt.optimize(Overflows(), inputs, config=attnopt.OptimizeConfig(backend=kernel))
+    assert [s.status for s in fast.attnopt_report.sites] == ["replaced"], fast.attnopt_report
+    with torch.no_grad():
+        want = Overflows()(*inputs)
+        assert bool((want[:, :, 0] == 0).all() if zeros else want[:, :, 0].isnan().all())
+        torch.testing.assert_close(fast(*inputs), want, equal_nan=True)
+
+
 def unshifted(w: Tensor) -> Tensor:
     p = w.exp()
     return p / p.sum(-1, keepdim=True)
