@@ -146,6 +146,8 @@ TESTS: dict[str, str] = {
     "analysis/magnitude.Magnitudes.may_hide: load.kind == 'float'": "tests/mutation/test_scores.py::test_a_slope_and_a_count_are_no_masks",
     "analysis/magnitude.Magnitudes.may_hide: moves": "tests/mutation/test_scores.py::test_a_bias_of_a_head_is_no_mask",
     "analysis/magnitude.Magnitudes.may_hide: not (isinstance(load.value, fx.Node) and self._is_ordinary(load.value))": "tests/analysis/test_empty_rows.py::test_a_learned_bias_beside_a_fill_is_no_mask",
+    "analysis/magnitude._is_temperature: factor.op == 'load'": "tests/mutation/test_scores.py::test_a_temperature_may_divide",
+    "analysis/magnitude._is_temperature: not any((v.value == 'k' for v in factor.variables))": "tests/mutation/test_scores.py::test_a_temperature_may_divide",
     "analysis/magnitude._is_usual: r[0] >= -USUAL": "tests/mutation/test_scores.py::test_a_fill_below_an_unknown_factor_leaves_finite_fills_in_the_score",
     "analysis/magnitude._is_usual: r[1] <= USUAL": "tests/mutation/test_scores.py::test_a_fill_below_an_unknown_factor_leaves_finite_fills_in_the_score",
     "analysis/masks._is_key_padding: not only_shows(c)": "tests/mutation/test_masks.py::test_a_bias_that_does_not_hide_is_no_padding",

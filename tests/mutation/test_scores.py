@@ -111,6 +111,21 @@ def test_a_bias_of_a_head_is_no_mask() -> None:
     assert masked(E.where(SEEN, E.add(s, E.load(0, (b, h), "float")), E.const(-1e9))) is SEEN
 
 
+def test_a_temperature_may_divide() -> None:
+    """What is the same for all keys of a row, and nothing else."""
+    temperature = E.load(7, (q,), "float")
+    assert masked(E.where(SEEN, E.div(s, temperature), E.const(-1e9))) is SEEN
+    assert masked(E.where(SEEN, E.div(s, TABLE), E.const(-1e9))) is E.TRUE
+    assert masked(E.where(SEEN, E.div(s, E.minimum(temperature, E.const(-1e9))), E.const(-1e9))) is E.TRUE
+    assert masked(E.where(SEEN, E.div(E.where(PAD, s, E.const(-4e4)), temperature), E.const(-1e9))) is E.TRUE
+
+
+def test_a_mask_times_a_learned_factor_is_a_condition() -> None:
+    """It may be lower than the fill beside it, and is then no reason to see what the fill hides."""
+    small = E.mul(slope(), E.where(PAD, E.FZERO, E.const(-1e9)))
+    assert masked(E.where(SEEN, E.add(s, small), E.const(-1e9))) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), small))
+
+
 def test_a_slope_and_a_count_are_no_masks() -> None:
     bias = E.add(E.mul(slope(), E.as_float(E.sub(k, q))), E.mul(slope(), E.as_float(E.load(1, (b, k), "int"))))
     assert masked(E.where(SEEN, E.add(s, bias), E.const(-1e9))) is SEEN
