@@ -10,8 +10,11 @@ plus a band for the roundings in which two right computations differ::
   the order of their sums, and either may be the luckier one.
 * ``BAND`` = 1/2 in half precision: one more rounding of each element of the output to nearest is at most eps / 2 of it (the
   original may have none: a row that sees one key copies its value). 4 in float32: eight such roundings, for sums that are split
-  into blocks. 64 in float64, where the truth is a float64 computation itself and the original may be exactly that one, so that its error says nothing.
-* The worst row of a tensor may be at ``2 * K`` instead: the largest of many errors scatters more than their mean does.
+  into blocks. 2**16 in float64 (1.5e-11), where the truth is a float64 computation itself and the original may be exactly that one, so that
+  its error says nothing: a logit that a mask moved to -1e4 has lost as many eps, and of a gradient that cancels nothing but roundings is left.
+  A step in float32 is off by thousands of times as much.
+* The worst row of a tensor may be at ``2 * K`` instead, and so may a gradient of fewer than 16 elements: the largest of many errors scatters
+  more than their mean does, and so does the mean of a few.
 
 Where a float64 run of the whole model is out of reach, the two results are compared with each other: their distance may be at most
 ``APART * eps``, 8 in half precision and 256 in float32 (about 6%, 0.8% and 3e-5 for bfloat16, float16 and float32): what the
@@ -34,6 +37,9 @@ from attnopt.verify.compare import Distance, distance
 
 _HALF = (torch.float16, torch.bfloat16)
 ROW = 2.0
+"""What K is multiplied by for the worst row of a tensor."""
+FEW = 16
+"""Gradients of fewer elements are judged like a row."""
 
 
 def factor(dtype: torch.dtype) -> float:
@@ -43,7 +49,7 @@ def factor(dtype: torch.dtype) -> float:
 
 def band(dtype: torch.dtype) -> float:
     """The part of the budget that does not depend on the original's error."""
-    return {torch.float16: 0.5, torch.bfloat16: 0.5, torch.float64: 64.0}.get(dtype, 4.0) * torch.finfo(dtype).eps
+    return {torch.float16: 0.5, torch.bfloat16: 0.5, torch.float64: 2.0**16}.get(dtype, 4.0) * torch.finfo(dtype).eps
 
 
 def apart(dtype: torch.dtype) -> float:
@@ -62,14 +68,14 @@ def judge(
 ) -> Check:
     """Compare the leaves of two outputs (in order), with the truth or, where ``truth`` is None, with each other.
 
-    The check holds the leaf that used the largest part of its budget. ``gradient``: a gradient is measured against at least ``_floor`` of the
+    The check holds the leaf that used the largest part of its budget. ``gradient``: a gradient is measured against at least 1% of the
     root mean square of all gradients together (some are zero but for rounding: softmax does not see a shift of all keys), over whole
     tensors, and not where the truth is NaN, since nothing can be learnt there.
     """
     if len(optimized) != len(original):
         return Check(name, math.inf, band(dtype), False, f"{len(optimized)} outputs instead of {len(original)}")
     reference = original if truth is None else truth
-    floor = _floor(dtype) * _rms(reference) if gradient else 0.0
+    floor = 0.01 * _rms(reference) if gradient else 0.0
     worst, where, notes = (0.0, band(dtype) if truth is not None else apart(dtype)), "", [detail] if detail else []
     for i, (o, r, t) in enumerate(zip(optimized, original, reference, strict=True)):
         own = distance(r, t, floor=floor, ignore_nan_truth=gradient)
@@ -79,7 +85,8 @@ def judge(
                 notes.append(_TRUTH_LOST)
         else:
             got, base = distance(o, t, floor=floor, ignore_nan_truth=gradient), band(dtype)
-        found = [(got.norm, factor(dtype) * own.norm + base)]
+        scatter = ROW if gradient and isinstance(t, Tensor) and t.numel() < FEW else 1.0
+        found = [(got.norm, scatter * factor(dtype) * own.norm + base)]
         if not gradient and base == band(dtype):
             found.append((got.row, ROW * factor(dtype) * own.row + base))
         for error, budget in found:
@@ -92,15 +99,6 @@ def judge(
     error, budget = worst
     notes += [where] if where else []
     return Check(name, error, budget, error <= budget, "; ".join(notes))
-
-
-def _floor(dtype: torch.dtype) -> float:
-    """The part of the root mean square of all gradients below which a gradient does not count as smaller.
-
-    1%, and all of it in float64: of a gradient that cancels nothing but roundings of its terms is left, those terms are as large as other
-    gradients, and the truth, which is float64 too, has roundings of its own, which no error of the original stands for.
-    """
-    return 1.0 if dtype == torch.float64 else 0.01
 
 
 _ORIGINAL_LOST = "the original itself is not finite where the truth is"

@@ -127,11 +127,21 @@ class TestJudge:
 
     def test_a_gradient_that_cancels_in_float64_is_rounding(self) -> None:
         """The roundings of terms as large as the other gradients; they are the truth's own as well."""
-        rounded, eps = self.truth * 0, torch.finfo(torch.float64).eps
-        rounded[0] = 8 * eps
-        assert judge("x", [self.truth, rounded], [self.truth, self.truth * 0], [self.truth, self.truth * 0], torch.float64, gradient=True).passed
-        for error in (200 * eps, 1e-8):
-            assert not judge("x", [self.truth, self.truth * error], [self.truth, self.truth * 0], [self.truth, self.truth * 0], torch.float64, gradient=True).passed
+        rounded, nothing = self.truth * 0, [self.truth, self.truth * 0]
+        rounded[0] = 8 * torch.finfo(torch.float64).eps
+        assert judge("x", [self.truth, rounded], nothing, nothing, torch.float64, gradient=True).passed
+        assert not judge("x", [self.truth, self.truth * 1e-9], nothing, nothing, torch.float64, gradient=True).passed
+
+    def test_what_is_wrong_in_float64_is_no_rounding(self) -> None:
+        assert judge("x", [self.off(1e-12)], [self.truth], [self.truth], torch.float64).passed
+        assert not judge("x", [self.off(1e-10)], [self.truth], [self.truth], torch.float64).passed
+        assert not judge("x", [self.truth.float().double()], [self.truth], [self.truth], torch.float64).passed
+
+    @pytest.mark.parametrize(("n", "passed"), [(4, True), (64, False)])
+    def test_a_gradient_of_few_elements_scatters_like_a_row(self, n: int, passed: bool) -> None:
+        truth, own = self.truth[:n], 100 * torch.finfo(torch.float32).eps
+        assert judge("x", [truth * (1 + 6 * own)], [truth * (1 + own)], [truth], torch.float32, gradient=True).passed is passed
+        assert not judge("x", [truth * (1 + 9 * own)], [truth * (1 + own)], [truth], torch.float32, gradient=True).passed
 
 
 def test_the_coarsest_dtype_counts() -> None:
