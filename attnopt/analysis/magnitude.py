@@ -61,6 +61,8 @@ class Magnitudes:
             return args[0]
         if e.op == "log" and any(x.op == "load" for x in e.leaves):
             return HIDING  # the logarithm of a mask
+        if e.op == "div" and _is_temperature(e.args[1]):
+            args = args[:1]
         return ORDINARY if all(_is_usual(a) for a in args) else UNKNOWN
 
     def may_hide(self, load: Expr) -> bool:
@@ -106,20 +108,26 @@ def _is_usual(r: Range) -> bool:
 
 
 def _times(c: float, r: Range) -> Range:
-    """A constant times a range. What may hide does so in either sign: a mask may be subtracted."""
-    if r == HIDING and c:
+    """A constant times a range. What may hide does so in either sign: a mask may be subtracted. A large one makes a mask of an ordinary number."""
+    if (r == HIDING and c) or (r == ORDINARY and abs(c) > USUAL):
         return HIDING
     ends = [c * x if x else 0.0 for x in r] if c else [0.0]
     return min(ends), max(ends)
 
 
+def _is_temperature(factor: Expr) -> bool:
+    """Whether a factor or divisor is a tensor that is the same for all keys of a row, whoever gives it."""
+    return factor.op == "load" and not any(v.value == "k" for v in factor.variables)
+
+
 def _product(e: Expr, args: list[Range]) -> Range:
     c = float(e.args[0].value) if e.args[0].is_const else 1.0
-    # A tensor that is the same for all keys of a row is a temperature as a factor, whoever gives it.
-    rest = [(a, ORDINARY if a.op == "load" and not any(v.value == "k" for v in a.variables) else r) for a, r in zip(e.args, args, strict=True) if not a.is_const]
+    rest = [(a, r) for a, r in zip(e.args, args, strict=True) if not a.is_const]
+    if len(rest) > 1:
+        rest = [(a, ORDINARY if _is_temperature(a) else r) for a, r in rest]
     if all(r == ORDINARY for _, r in rest):
         is_position = e.kind == "int" and not any(x.op == "load" for x in e.leaves)
-        return ORDINARY if abs(c) <= USUAL or is_position else HIDING
+        return ORDINARY if is_position else _times(c, ORDINARY)
     if len(rest) == 1:
         return _times(c, rest[0][1])
     choices = [a for a, _ in rest if a.op == "where" and a.args[1].is_const and a.args[2].is_const]

@@ -101,6 +101,17 @@ def gradients(
     return [g.to(x.dtype) for (g, x), need in zip(all_, needs, strict=True) if need and g is not None]
 
 
+def _softmax_with_sink(score: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of ``score`` [b, Hq, q, k] beside a logit without value [b, Hq, q, 1], and lse [b, Hq, q].
+
+    Not exp(score - lse): lse is rounded, which is an error of eps * lse in every probability of a row.
+    """
+    peak = torch.maximum(score.amax(-1, keepdim=True), sink).detach() if score.shape[-1] else sink.detach()
+    weights = torch.exp(score - peak)
+    total = weights.sum(-1, keepdim=True) + torch.exp(sink - peak)
+    return weights / total, (peak + total.log()).squeeze(-1)
+
+
 @dataclass
 class _Scored:
     """One tile after the softmax: probabilities [b, Hq, q, k] over keys [k0, k1), and what a gradient needs."""
@@ -179,8 +190,7 @@ class _Problem:
         empty: Tensor | None = None
         if spec.sink is not None:
             (sink,), more = evaluate((spec.sink,), env, keep)
-            lse = torch.logaddexp(torch.logsumexp(score, -1), as_tensor(sink, "float", env).expand(*shape[:3], 1).squeeze(-1))
-            p = torch.exp(score - lse.unsqueeze(-1))
+            p, lse = _softmax_with_sink(score, as_tensor(sink, "float", env).expand(*shape[:3], 1))
             return _Scored(p, lse, *env.ranges["k"], env, {**table, **more}, visible, None)
         if spec.empty_rows == "zero":
             empty = score.amax(-1, keepdim=True) == -torch.inf if shape[-1] else score.new_ones((*shape[:3], 1), dtype=torch.bool)
@@ -191,17 +201,17 @@ class _Problem:
             elif (tile.k0, tile.k1) != (0, self.k.shape[2]):
                 return self.tile(Tile(tile.b0, tile.b1, tile.q0, tile.q1, 0, self.k.shape[2]), keep)
         lse = torch.logsumexp(score, -1)
-        zero = empty if spec.zero_without_weight else None
         if empty is not None:
             instead = score.new_zeros(())
             if second and spec.empty_score is not None:
                 (value,), more = evaluate((spec.empty_score,), env, keep)
                 table = {**table, **more}
                 instead = as_tensor(value, "float", env)
-                if zero is not None:
-                    zero = zero & (instead.expand(shape).amax(-1, keepdim=True) == -torch.inf)
-                    instead = torch.where(zero, 0.0, instead)
             score = torch.where(empty, instead, score)
+        zero = empty if spec.empty_rows == "zero" else None
+        if zero is None and spec.zero_without_weight and shape[-1]:  # a row that sees keys has no weight either where their scores overflow
+            zero = score.amax(-1, keepdim=True) == -torch.inf
+            score = torch.where(zero, 0.0, score)
         p = torch.softmax(score, -1)
         if zero is not None:
             p = torch.where(zero, 0.0, p)

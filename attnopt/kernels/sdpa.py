@@ -166,7 +166,7 @@ class _Call:
             return o
         if spec.empty_rows in ("nan", "zero"):
             return torch.where(hidden, torch.nan if spec.empty_rows == "nan" else 0.0, o)
-        o = torch.where(hidden, torch.nan, o)
+        o = torch.where(hidden, 0.0 if spec.zero_without_weight else torch.nan, o)
         if visible is None:
             return o
         empty = ~visible.any(-1, keepdim=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 
 from attnopt.analysis import nodes as N
 from attnopt.ir import dims
@@ -29,11 +31,16 @@ class Editor:
         self.anchor = anchor
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new call whose fake value is computed from those of its operands."""
+        """A new call whose fake value is computed from those of its operands.
+
+        In their fake mode: operators that PyTorch composes of others may make tensors of symbolic sizes from nothing.
+        """
         with self.graph.inserting_before(self.anchor):
             node: fx.Node = self.graph.call_function(target, args, kwargs)
         self._copy_origin(node)
-        node.meta["val"] = target(*fx.map_arg(args, N.value), **fx.map_arg(kwargs, N.value))
+        values: tuple[Any, ...] = fx.map_arg(args, N.value)
+        with detect_fake_mode(values) or contextlib.nullcontext():
+            node.meta["val"] = target(*values, **fx.map_arg(kwargs, N.value))
         return node
 
     def _copy_origin(self, node: fx.Node) -> None:

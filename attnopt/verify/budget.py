@@ -10,8 +10,11 @@ plus a band for the roundings in which two right computations differ::
   the order of their sums, and either may be the luckier one.
 * ``BAND`` = 1/2 in half precision: one more rounding of each element of the output to nearest is at most eps / 2 of it (the
   original may have none: a row that sees one key copies its value). 4 in float32: eight such roundings, for sums that are split
-  into blocks. 64 in float64, where the truth is a float64 computation itself and the original may be exactly that one, so that its error says nothing.
-* The worst row of a tensor may be at ``2 * K`` instead: the largest of many errors scatters more than their mean does.
+  into blocks. 2**16 in float64 (1.5e-11), where the truth is a float64 computation itself and the original may be exactly that one, so that
+  its error says nothing: a logit that a mask moved to -1e4 has lost as many eps, and of a gradient that cancels nothing but roundings is left.
+  A step in float32 is off by thousands of times as much.
+* The worst row of a tensor may be at ``2 * K`` instead, and so may a gradient of fewer than 16 elements: the largest of many errors scatters
+  more than their mean does, and so does the mean of a few.
 
 Where a float64 run of the whole model is out of reach, the two results are compared with each other: their distance may be at most
 ``APART * eps``, 8 in half precision and 256 in float32 (about 6%, 0.8% and 3e-5 for bfloat16, float16 and float32): what the
@@ -34,6 +37,9 @@ from attnopt.verify.compare import Distance, distance
 
 _HALF = (torch.float16, torch.bfloat16)
 ROW = 2.0
+"""What K is multiplied by for the worst row of a tensor."""
+FEW = 16
+"""Gradients of fewer elements are judged like a row."""
 
 
 def factor(dtype: torch.dtype) -> float:
@@ -43,7 +49,7 @@ def factor(dtype: torch.dtype) -> float:
 
 def band(dtype: torch.dtype) -> float:
     """The part of the budget that does not depend on the original's error."""
-    return {torch.float16: 0.5, torch.bfloat16: 0.5, torch.float64: 64.0}.get(dtype, 4.0) * torch.finfo(dtype).eps
+    return {torch.float16: 0.5, torch.bfloat16: 0.5, torch.float64: 2.0**16}.get(dtype, 4.0) * torch.finfo(dtype).eps
 
 
 def apart(dtype: torch.dtype) -> float:
@@ -79,7 +85,8 @@ def judge(
                 notes.append(_TRUTH_LOST)
         else:
             got, base = distance(o, t, floor=floor, ignore_nan_truth=gradient), band(dtype)
-        found = [(got.norm, factor(dtype) * own.norm + base)]
+        scatter = ROW if gradient and isinstance(t, Tensor) and t.numel() < FEW else 1.0
+        found = [(got.norm, scatter * factor(dtype) * own.norm + base)]
         if not gradient and base == band(dtype):
             found.append((got.row, ROW * factor(dtype) * own.row + base))
         for error, budget in found:

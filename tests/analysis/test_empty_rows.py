@@ -112,6 +112,13 @@ def test_a_mask_of_numbers_beside_a_fill(hidden: float) -> None:
     assert any(x.op == "load" for x in spec.mask.leaves)
 
 
+@pytest.mark.parametrize("hidden", [MIN, INF, -1e9])
+def test_a_mask_of_whole_queries_before_a_scale(hidden: float) -> None:
+    """It is the same for all keys of a row, and is added: no temperature, though a factor follows it."""
+    mask = torch.zeros(2, S).masked_fill(~torch.cat([ODD, ODD]), hidden)
+    same(Attention(lambda m, w, mask: ((w + mask[:, None, :, None]) * 0.25).masked_fill(~causal(w), -1e9)), mask)
+
+
 def test_a_mask_of_numbers_beside_minus_infinity_stays_in_the_score() -> None:
     mask = torch.zeros(2, S).masked_fill(~torch.cat([ODD, ODD]), MIN)
     result = same(Attention(lambda m, w, mask: w.masked_fill(~causal(w), INF) + mask[:, None, None]), mask)
@@ -149,6 +156,32 @@ def test_a_mask_that_shows_nothing(kernel: str, zeros: bool) -> None:
     assert [s.status for s in fast.attnopt_report.sites] == ["replaced"]
     with torch.no_grad():
         torch.testing.assert_close(fast(*inputs), Nothing()(*inputs), equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_row_whose_visible_scores_overflow(kernel: str, zeros: bool) -> None:
+    """The least number times two is -inf: the mask shows keys, and none has weight. That is NaN, or zero where the program makes it so."""
+
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor, self.table = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(S))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            hidden = self.table.masked_fill(~mask, MIN).nan_to_num() * self.factor + torch.zeros(S, S).masked_fill(~causal(q @ k.mT), INF)
+            if zeros:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden)
+            return (q @ k.mT + hidden).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    inputs = (*(torch.randn(2, 2, S, 4) for _ in range(3)), ODD[0])
+    fast = attnopt.optimize(Overflows(), inputs, config=attnopt.OptimizeConfig(backend=kernel))
+    assert [s.status for s in fast.attnopt_report.sites] == ["replaced"], fast.attnopt_report
+    with torch.no_grad():
+        want = Overflows()(*inputs)
+        assert bool((want[:, :, 0] == 0).all() if zeros else want[:, :, 0].isnan().all())
+        torch.testing.assert_close(fast(*inputs), want, equal_nan=True)
 
 
 def unshifted(w: Tensor) -> Tensor:

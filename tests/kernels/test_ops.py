@@ -59,6 +59,17 @@ def test_the_training_operator_gives_lse(name: str) -> None:
     torch.testing.assert_close(o.double(), want, atol=1e-5, rtol=1e-5)
 
 
+def test_large_scores_beside_a_sink_are_as_right_as_small_ones() -> None:
+    """Probabilities come from scores less the largest, not less their logarithmic sum, which is rounded to eps times its size."""
+    case = BY_NAME["sinks-causal-GQA"]
+    q, k, v, loads = case.tensors(torch.float32)
+    q, k = (q * 64).round(), (k * 4).round() / 4  # scores without rounding
+    want, _ = case.naive(q, k, v, loads)
+    got = attention(q, k, v, loads, list(case.sizes.values()), case.spec().to_json(), "reference")
+    assert float((q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT).abs().max()) > 200
+    assert float((got.double() - want).norm() / want.norm()) < 2 * torch.finfo(torch.float32).eps
+
+
 @KERNELS
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_inputs_and_loads(name: str, kernel: str) -> None:

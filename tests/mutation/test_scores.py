@@ -100,7 +100,30 @@ def test_a_sum_of_numbers_and_a_constant_is_one_condition() -> None:
 def test_a_mask_may_be_subtracted_and_a_temperature_given() -> None:
     subtracted = E.mul(E.const(-0.5), TABLE)
     assert masked(E.where(SEEN, E.add(s, subtracted), E.const(-1e9))) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), subtracted))
-    assert masked(E.where(SEEN, E.mul(E.minimum(s, E.const(2.0)), E.load(7, (q,), "float")), E.const(-1e9))) is SEEN
+    temperature = E.load(7, (q,), "float")
+    assert masked(E.where(SEEN, E.mul(E.minimum(s, E.const(2.0)), temperature), E.const(-1e9))) is SEEN
+    scaled = E.mul(E.const(0.5), temperature)  # alone it is added: a mask of rows, which a scale follows
+    assert masked(E.where(SEEN, E.add(s, scaled), E.const(-1e9))) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), scaled))
+
+
+def test_a_bias_of_a_head_is_no_mask() -> None:
+    """It is the same for all queries and keys, so it hides no key from a query that sees another."""
+    assert masked(E.where(SEEN, E.add(s, E.load(0, (b, h), "float")), E.const(-1e9))) is SEEN
+
+
+def test_a_temperature_may_divide() -> None:
+    """What is the same for all keys of a row, and nothing else."""
+    temperature = E.load(7, (q,), "float")
+    assert masked(E.where(SEEN, E.div(s, temperature), E.const(-1e9))) is SEEN
+    assert masked(E.where(SEEN, E.div(s, TABLE), E.const(-1e9))) is E.TRUE
+    assert masked(E.where(SEEN, E.div(s, E.minimum(temperature, E.const(-1e9))), E.const(-1e9))) is E.TRUE
+    assert masked(E.where(SEEN, E.div(E.where(PAD, s, E.const(-4e4)), temperature), E.const(-1e9))) is E.TRUE
+
+
+def test_a_mask_times_a_learned_factor_is_a_condition() -> None:
+    """It may be lower than the fill beside it, and is then no reason to see what the fill hides."""
+    small = E.mul(slope(), E.where(PAD, E.FZERO, E.const(-1e9)))
+    assert masked(E.where(SEEN, E.add(s, small), E.const(-1e9))) is E.all_of(SEEN, E.lt(E.const(visible.HIDDEN), small))
 
 
 def test_a_slope_and_a_count_are_no_masks() -> None:

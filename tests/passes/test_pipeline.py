@@ -210,3 +210,19 @@ class Capped(nn.Module):
 def test_a_backend_that_refuses_a_site_is_an_error_that_names_both() -> None:
     with pytest.raises(AttnoptError, match=r"'sdpa' cannot compute this attention: .*softcap.* \(site model\)"):
         run_pipeline(captured(Capped()), OptimizeConfig(backend="sdpa"))
+
+
+def test_a_causal_call_on_transposed_keys_of_open_length_is_one_call() -> None:
+    """PyTorch computes it from parts, among them a triangle of symbolic size that is made of no other tensor."""
+
+    class Model(nn.Module):
+        def forward(self, q: Tensor, kt: Tensor, v: Tensor) -> Tensor:
+            k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (kt.mT, v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    inputs = torch.randn(B, H, S, D), torch.randn(B, H // 2, D, S + 3), torch.randn(B, H // 2, S + 3, D)
+    shapes = ({2: Dim.AUTO}, {3: Dim.AUTO}, {2: Dim.AUTO})
+    result = run_pipeline(torch.export.export(Model(), inputs, dynamic_shapes=shapes, strict=False).module(check_guards=False), OptimizeConfig(backend="sdpa"))
+    (call,) = result.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    assert call.kwargs["enable_gqa"] and call.meta["val"].shape[2] == result.graph_module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[2]
+    torch.testing.assert_close(result.graph_module(*inputs), Model()(*inputs))

@@ -44,12 +44,16 @@ class Learned(Bias):
 
     per_head: bool
 
+    @property
+    def name(self) -> str:
+        return "learned_heads" if self.per_head else "learned"
+
     def code(self, e: Emitter, H: int) -> str:
         shape = f"{H}, {LONGEST}, {LONGEST}" if self.per_head else f"{LONGEST}, {LONGEST}"
-        return e.state(f"torch.randn({shape})", "learned", True) + ("[:, :S, :T]" if self.per_head else "[:S, :T]")
+        return e.state(f"torch.randn({shape})", self.name, True) + ("[:, :S, :T]" if self.per_head else "[:S, :T]")
 
     def truth(self, w: World) -> np.ndarray:
-        return w.tensors["learned"][..., : w.S, : w.T]
+        return w.tensors[self.name][..., : w.S, : w.T]
 
 
 @dataclass(frozen=True)

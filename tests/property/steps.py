@@ -117,13 +117,16 @@ class Hide(Step):
 
 @dataclass(frozen=True)
 class Given(Step):
-    """An additive mask that the caller makes: zeros, and the dtype's smallest number where a key is hidden."""
+    """An additive mask that the caller makes: zeros, and the dtype's smallest number where a key, or a whole query, is hidden."""
+
+    of: Literal["keys", "queries"] = "keys"
 
     def code(self, e: Emitter, s: Stage) -> str:
-        return f"w = w + {s.wrap.format(e.input('additive', ('B', 1, 1, 'T'), 'one hidden'))}"
+        name, axes = ("additive", ("B", 1, 1, "T")) if self.of == "keys" else ("additive_rows", ("B", 1, "S", 1))
+        return f"w = w + {s.wrap.format(e.input(name, axes, 'one hidden'))}"
 
     def truth(self, x: np.ndarray, w: World, dtype: torch.dtype) -> np.ndarray:
-        return x + w.tensors["additive"]
+        return x + w.tensors["additive" if self.of == "keys" else "additive_rows"]
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def steps(draw: st.DrawFn, square: bool, slanted: bool, H: int, half: bool, doub
         elif kind == "head scale":
             out.append(s.HeadScale())
         elif kind == "given":
-            out.append(s.Given())
+            out.append(s.Given(draw(st.sampled_from(("keys", "keys", "queries")))))
         elif kind == "island":
             out.append(s.Island())
         else:

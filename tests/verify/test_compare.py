@@ -125,6 +125,24 @@ class TestJudge:
         assert not judge("x", [self.truth, noise], tiny, tiny, torch.float32).passed
         assert not judge("x", [self.truth, self.truth * 1e-3], tiny, tiny, torch.float32, gradient=True).passed
 
+    def test_a_gradient_that_cancels_in_float64_is_rounding(self) -> None:
+        """The roundings of terms as large as the other gradients; they are the truth's own as well."""
+        rounded, nothing = self.truth * 0, [self.truth, self.truth * 0]
+        rounded[0] = 8 * torch.finfo(torch.float64).eps
+        assert judge("x", [self.truth, rounded], nothing, nothing, torch.float64, gradient=True).passed
+        assert not judge("x", [self.truth, self.truth * 1e-9], nothing, nothing, torch.float64, gradient=True).passed
+
+    def test_what_is_wrong_in_float64_is_no_rounding(self) -> None:
+        assert judge("x", [self.off(1e-12)], [self.truth], [self.truth], torch.float64).passed
+        assert not judge("x", [self.off(1e-10)], [self.truth], [self.truth], torch.float64).passed
+        assert not judge("x", [self.truth.float().double()], [self.truth], [self.truth], torch.float64).passed
+
+    @pytest.mark.parametrize(("n", "passed"), [(4, True), (64, False)])
+    def test_a_gradient_of_few_elements_scatters_like_a_row(self, n: int, passed: bool) -> None:
+        truth, own = self.truth[:n], 100 * torch.finfo(torch.float32).eps
+        assert judge("x", [truth * (1 + 6 * own)], [truth * (1 + own)], [truth], torch.float32, gradient=True).passed is passed
+        assert not judge("x", [truth * (1 + 9 * own)], [truth * (1 + own)], [truth], torch.float32, gradient=True).passed
+
 
 def test_the_coarsest_dtype_counts() -> None:
     assert computing_dtype([torch.ones(1), torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.int64), 3]) == torch.bfloat16
