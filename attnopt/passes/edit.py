@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from attnopt.analysis import nodes as N
@@ -33,13 +34,14 @@ class Editor:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new call whose fake value is computed from those of its operands.
 
-        In their fake mode: operators that PyTorch composes of others may make tensors of symbolic sizes from nothing.
+        In their fake mode, since operators that PyTorch composes of others may make tensors of symbolic sizes from nothing; and by its Python
+        forms of such operators, as export does, since those in C++ may ask for sizes as numbers.
         """
         with self.graph.inserting_before(self.anchor):
             node: fx.Node = self.graph.call_function(target, args, kwargs)
         self._copy_origin(node)
         values: tuple[Any, ...] = fx.map_arg(args, N.value)
-        with detect_fake_mode(values) or contextlib.nullcontext():
+        with detect_fake_mode(values) or contextlib.nullcontext(), enable_python_dispatcher():
             node.meta["val"] = target(*values, **fx.map_arg(kwargs, N.value))
         return node
 
