@@ -39,7 +39,7 @@ types: $(VENV)/.stamp-dev
 layers: $(VENV)/.stamp-dev
 	$(BIN)/lint-imports
 
-pytest: $(VENV)/.stamp-dev
+pytest: $(VENV)/.stamp-dev $(VENV)/.stamp-triton-3.6
 	$(BIN)/pytest -q -n $(JOBS)
 
 # A run of all models writes benchmarks/results/zoo.json and docs/zoo.md.
@@ -73,6 +73,12 @@ $(VENV)/.stamp-venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"attnopt needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]} (choose another with PYTHON=...)")'
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The Hopper kernels are compiled for this version too.
+$(VENV)/.stamp-triton-3.6: $(VENV)/.stamp-venv
+	@echo "Installing Triton 3.6 beside the pinned one, into $(VENV)/triton-3.6"
+	@$(BIN)/python -m pip install -qq --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml constraints.txt

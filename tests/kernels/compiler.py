@@ -23,6 +23,7 @@ from attnopt.kernels.triton import launch, launch_backward
 from attnopt.kernels.triton.flash_forward import MAP_TENSORS
 from attnopt.kernels.triton.launch import Config
 from tests.kernels.cases import BY_NAME, Case, causal, softcap, window
+from tests.kernels.mask_cases import MASKS
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 EXTRA = {"softcap-window": Case("softcap-window", score=softcap, mask=lambda d: E.all_of(causal(d), window(d, 1023, None)))}
@@ -65,7 +66,7 @@ def signature(
 def spec_of(name: str) -> AttentionSpec:
     if name.endswith("-dropout"):
         return spec_of(name.removesuffix("-dropout")).replace(dropout=0.1)
-    return (BY_NAME.get(name) or EXTRA[name]).spec()
+    return (BY_NAME.get(name) or MASKS.get(name) or EXTRA[name]).spec()
 
 
 def compile_kernel(arch: int, function: Any, arguments: Sequence[str], kinds: Sequence[str], dtype: torch.dtype, constexprs: dict[str, Any], c: Config) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def compile_one(name: str, D: int, dtype_name: str, Skv: int = 0, chosen: Config
     )
     stack, hot = spills(done.asm["ptx"], 90)
     label = f"{name} D{D} {dtype_name} {kernel.config}"
-    return {"kernel": label, "shared": done.metadata.shared, "counted": bytes_of(kernel.config, D, D), "spills": stack, "hot": hot}
+    return {"kernel": label, "triton": triton.__version__, "shared": done.metadata.shared, "counted": bytes_of(kernel.config, D, D), "spills": stack, "hot": hot}
 
 
 if __name__ == "__main__":

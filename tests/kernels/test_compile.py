@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile with")
+triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile with")
 
 ROOT = Path(__file__).parents[2]
 LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -53,6 +54,26 @@ BACKWARD_MANY = [
 OUTSIDE_OF_LOOPS = 512
 
 
+# name, D, dtype, keys: of the Hopper kernels.
+GLUON_FEW = [
+    ("causal-GQA", 64, "bfloat16", 2048),
+    ("alibi-causal", 128, "float16", 2048),
+    ("full", 256, "bfloat16", 2048),
+    ("documents-causal-padded-window", 128, "bfloat16", 2048),
+]
+GLUON_MANY = [
+    (name, D, "bfloat16", 2048)
+    for name in ("full", "causal-GQA", "softcap-causal", "window-causal", "sinks-causal-GQA", "relative-buckets", "dense-bias", "padding-zero", "documents")
+    for D in (64, 80, 96, 128, 192, 256)
+]
+THREE = ("full", 64, "bfloat16", 8192)
+"""Three consumers of 160 registers: what is put aside between tiles costs less than a third consumer brings."""
+BETWEEN_TILES = 64
+"""Bytes. A tile takes tens of thousands of cycles."""
+OTHER_TRITON = ROOT / ".venv" / "triton-3.6"
+"""The other version that the kernels are for. The Makefile puts it there."""
+
+
 def compiled(arch: int, wanted: list[tuple[str, int, str, int]], *options: str) -> list[dict[str, Any]]:
     # a process of its own: the kernels of this one may be interpreted, and a compiler's memory is not given back
     done = subprocess.run(
@@ -63,6 +84,49 @@ def compiled(arch: int, wanted: list[tuple[str, int, str, int]], *options: str) 
     for r in results:
         assert 0 < r["shared"] <= LIMIT[arch], r
     return results
+
+
+def gluon_compiled(version: str, wanted: list[tuple[str, int, str, int]]) -> list[dict[str, Any]]:
+    if version == "3.6" and not OTHER_TRITON.is_dir():
+        pytest.skip(f"Triton 3.6 is not in {OTHER_TRITON.relative_to(ROOT)}; make test puts it there")
+    path = os.pathsep.join([str(ROOT), *([str(OTHER_TRITON)] if version == "3.6" else [])])
+    command = [sys.executable, "-m", "tests.kernels.gluon_compiler", json.dumps(wanted)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(wanted)
+    for r in results:
+        assert r["triton"].startswith(version if version == "3.6" else triton.__version__), r
+        assert 0 < r["shared"] <= r["counted"] <= LIMIT[90], r
+    return results
+
+
+def check_gluon(version: str, wanted: list[tuple[str, int, str, int]]) -> None:
+    for r in gluon_compiled(version, wanted):
+        stored = re.search(r"(\d+) bytes spill stores", r["spills"])
+        assert stored is not None and int(stored[1]) <= BETWEEN_TILES and r["hot"] == 0, r
+
+
+VERSIONS = pytest.mark.parametrize("version", ["pinned", "3.6"])
+
+
+@VERSIONS
+def test_hopper_kernels_compile_without_spills_in_loops(version: str) -> None:
+    check_gluon(version, GLUON_FEW)
+
+
+@VERSIONS
+def test_three_consumers_spill_between_tiles(version: str) -> None:
+    (r,) = gluon_compiled(version, [THREE])
+    assert "consumers=3" in r["kernel"]
+    assert r["hot"] <= 12, r  # of about 450 instructions
+
+
+@pytest.mark.slow
+@VERSIONS
+@pytest.mark.parametrize("name", sorted({k[0] for k in GLUON_MANY}))
+def test_hopper_kernels_compile_without_spills_in_loops_in_all_sizes(name: str, version: str) -> None:
+    check_gluon(version, [k for k in GLUON_MANY if k[0] == name])
 
 
 def check(arch: int, wanted: list[tuple[str, int, str, int]]) -> None:

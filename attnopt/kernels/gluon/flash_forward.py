@@ -211,8 +211,9 @@ class _Writer:
         """
         if self.mapped:
             return ["n_cut = gl.maximum(cut, 1)"]
-        whole = "gl.maximum(gl.minimum(first + RIGHT + 1, Skv), 0)" if self.programs.right else "Skv"
-        lines = [f"n_cut = gl.maximum(gl.minimum(hi - {whole} // BLOCK_N, n), 1)"]
+        lines = ["n_cut = 1"]
+        if self.programs.right:
+            lines = ["n_cut = gl.maximum(gl.minimum(hi - gl.maximum(gl.minimum(first + RIGHT + 1, Skv), 0) // BLOCK_N, n), 1)"]
         if self.programs.left:
             lines += ["last = gl.minimum(first + BLOCK_M, Sq) - 1"]
             lines += ["n_whole = gl.maximum(gl.minimum(hi - gl.cdiv(gl.maximum(last - LEFT, 0), BLOCK_N), n), n_cut)"]
@@ -302,7 +303,7 @@ class _Writer:
             *(f"acc{i} = gl.zeros([{ROWS}, {w}], gl.float32, o_layout{i})" for i, w in enumerate(self.v_widths)),
             f"slot = me * {c.q_buffers} + done % {c.q_buffers}",
             *self.stretches(),
-            *self.loop("1", "n_cut", "both"),
+            *(self.loop("1", "n_cut", "both") if self.mapped or self.programs.right else []),
             *self.loop("n_cut", "n_whole" if windowed else "n", ""),
             *(self.loop("n_whole", "n", "left") if windowed else []),
             *([] if c.q_registers else ["mbarrier.arrive(q_empty.index(slot), count=1)"]),
