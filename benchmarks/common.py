@@ -63,13 +63,15 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a plus where files differ from it; ``ATTNOPT_COMMIT`` where git cannot tell."""
+    """``ATTNOPT_COMMIT``, which names the commit of a copy; otherwise that of this checkout, with a plus where files differ from it."""
+    if named := os.environ.get("ATTNOPT_COMMIT"):
+        return named
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "attnopt"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         return head + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("ATTNOPT_COMMIT", "unknown")
+        return "unknown"
 
 
 def save(path: Path, rows: Sequence[dict[str, Any]], **more: Any) -> None:

@@ -57,7 +57,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "capability", lambda: (9, 0))
     monkeypatch.setattr(flash_attn, "newest", lambda: 0)
     monkeypatch.setattr(flash_attn, "generation", lambda spec, backward=False: 0)
-    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    monkeypatch.setattr(registry, "_BACKENDS", {n: b for n, b in registry._BACKENDS.items() if n != "gluon"})
     for name in ("cudnn", "triton"):
         one = registry._BACKENDS[name]
         ready = replace(one, available=lambda: None, accepts=lambda s, setting: None, accepts_backward=lambda s, setting: None)

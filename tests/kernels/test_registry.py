@@ -52,7 +52,7 @@ def test_auto_on_a_gpu_in_float64_and_with_dropout(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_unknown_backend_is_answered_with_the_known() -> None:
-    with pytest.raises(BackendError, match=r"no backend 'sdpaa'; the backends are cudnn, flash_attn, flex, reference, sdpa, triton, and 'auto'"):
+    with pytest.raises(BackendError, match=r"no backend 'sdpaa'; the backends are cudnn, flash_attn, flex, gluon, reference, sdpa, triton, and 'auto'"):
         choose(spec("full"), device="cpu", dtype=torch.float32, backend="sdpaa")
 
 
