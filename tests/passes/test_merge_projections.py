@@ -108,6 +108,18 @@ def groups(model: nn.Module) -> list[tuple[str, ...]]:
     return [g for g in merged(result.graph_module.graph) if "weight" in g[0]]
 
 
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_open_batch_and_length(dtype: torch.dtype) -> None:
+    """In torch 2.11 the C++ form of a linear layer asks for the number of elements, which is a symbol here."""
+    model, x = Attention((False, False, False)).to(dtype), X.to(dtype)
+    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    gm = torch.export.export(model.eval(), (x,), dynamic_shapes=shapes, strict=False).module(check_guards=False)
+    result = pipeline.run_pipeline(gm, OptimizeConfig())
+    assert [g for g in merged(result.graph_module.graph) if "weight" in g[0]] == [QKV]
+    torch.testing.assert_close(result.graph_module(x[:1, :4]), model(x[:1, :4]), rtol=1e-2, atol=1e-2)
+
+
 class Products_(TorchDispatchMode):
     """Counts matrix products."""
 
