@@ -66,7 +66,7 @@ Reads = Literal["nothing", "keys", "pairs"]
 
 
 def config(D: int, Dv: int, *, reads: Reads = "nothing", even: bool = False, Skv: int = 0) -> Config:
-    """Measured on an H100 (``benchmarks/``), with nothing spilled in loops. ``even`` where all queries see the same keys, Skv of them (0: not known).
+    """Measured on an H100 (``benchmarks/forward_probe.py``), with nothing spilled in loops. ``even`` where all queries see the same keys, Skv of them (0: not known).
 
     Two consumers and no turns between them were never slower than turns as in FlashAttention-3. Queries in registers pay at heads of 64 only, and
     three consumers only where few tiles end.
