@@ -71,7 +71,7 @@ class Magnitudes:
         return load.kind == "float" and moves and not (isinstance(load.value, fx.Node) and self._is_ordinary(load.value))
 
     def _is_ordinary(self, node: fx.Node) -> bool:
-        """Whether the node is a parameter, what products and normalisations compute, or made of such by views, sums and gathers."""
+        """Whether the node is a parameter, what products and normalisations compute, or made of such by views, sums, gathers and activations."""
         found = self._nodes.get(node)
         if found is None:
             name = N.op_name(node)
@@ -92,7 +92,13 @@ _COMPUTES = {
         *("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "_softmax", "sigmoid", "tanh", "scaled_dot_product_attention"),
     )
 }
-_KEEPS = {f"aten::{n}" for n in ("add", "sub", "mul", "div", "neg", "cat", "stack", "index", "index_select", "gather", "clone", "relu", "gelu", "silu", "dropout")} | {"getitem"}
+_KEEPS = {"getitem"} | {
+    f"aten::{n}"
+    for n in (
+        *("add", "sub", "mul", "div", "neg", "cumsum", "cat", "stack", "index", "index_select", "gather", "clone"),
+        *("relu", "gelu", "silu", "softplus", "log_sigmoid", "dropout"),
+    )
+}
 
 
 def total(ranges: list[Range]) -> Range:

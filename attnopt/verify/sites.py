@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from attnopt.errors import BackendError
 from attnopt.report import Check
 from attnopt.verify.budget import band, computing_dtype, factor, judge
+from attnopt.verify.compare import leaves as output_leaves
 from attnopt.verify.oracle import Float64Interpreter, GraphInterpreter, LowPrecisionInterpreter, to_dtype
 from attnopt.verify.regions import Region, SiteRegions, operands
 
@@ -93,7 +94,9 @@ class SiteChecker:
         return judge(name, optimized, original, truth, dtype, gradient=True)
 
     def _is_constant(self, node: Node) -> bool:
-        """Whether ``node`` is made of buffers and constants only: nothing has a gradient there, and a formula may stand for their values."""
+        """Whether ``node`` is made of buffers, constants, sizes and integers only: nothing has a gradient there, and a formula may stand for their values."""
+        if "val" in node.meta and not any(_is_float(x) for x in output_leaves(node.meta["val"])):
+            return True
         if node.op == "get_attr":
             owner: Any = self.root if self.root is not None else self.reference
             for part in str(node.target).split("."):

@@ -131,6 +131,23 @@ def test_a_learned_bias_beside_a_fill_is_no_mask() -> None:
     assert spec.causal == "top_left" and spec.traits.mask_rest.value is True and spec.empty_rows == "uniform"
 
 
+def test_a_learned_decay_beside_a_fill_is_no_mask() -> None:
+    """How much is forgotten between two positions: sums of what an activation makes of a projection."""
+
+    class Forgets(Attention):
+        def __init__(self) -> None:
+            super().__init__(lambda m, w, mask: w)
+            self.gate = nn.Linear(4, 1)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            kept = F.logsigmoid(self.gate(k)).squeeze(-1).cumsum(-1)
+            w = q @ k.mT + (kept[..., :, None] - kept[..., None, :])
+            return w.masked_fill(~causal(w), MIN).softmax(-1) @ v
+
+    spec = same(Forgets(), torch.zeros(2, S)).sites[0].spec
+    assert spec.causal == "top_left" and spec.traits.mask_rest.value is True and spec.bias is not None
+
+
 def test_a_buffer_of_numbers_beside_a_fill_may_be_a_mask() -> None:
     module = Attention(lambda m, w, mask: (w + m.hides).masked_fill(~late(w), MIN))
     module.register_buffer("hides", torch.zeros(S, S).masked_fill(ODD & (torch.arange(S)[:, None] % 3 > 0), MIN))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+import attnopt
 from attnopt.verify import verify_graphs
 from attnopt.verify.end_to_end import compare_graphs
 from tests.verify.pairs import HEADS, WIDTH, Function, GraphPair, Replacement, aten, calls, decoder, example, replaced, sdpa
@@ -255,3 +256,24 @@ class TestEachCheckCatchesWhatNoOtherDoes:
         found = failures(pair)
         assert "whole model: example" in found
         assert all(n.startswith("whole model") for n in found)
+
+
+class Tied(torch.nn.Module):
+    """A mask that the module makes of sizes alone, as a product, and a least value at which both operands are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        there = torch.ones(x.shape[:2])
+        seen = torch.minimum(torch.ones(x.shape[1]), torch.einsum("bq,bk->bqk", there, there))
+        return torch.softmax(q @ k.mT * SCALE + (1.0 - seen) * -1e4, -1) @ v
+
+
+def test_a_mask_made_of_sizes_has_no_gradient_to_compare() -> None:
+    """torch.minimum shares its gradient between equal operands, and a clamp does not: either is right, and nothing learns from it."""
+    report = attnopt.optimize(Tied(), (torch.randn(2, 24, WIDTH),)).attnopt_report
+    assert [s.status for s in report.sites] == ["replaced"], report
+    assert any("gradients" in c.name and c.error > 0 for c in report.verdict.checks)

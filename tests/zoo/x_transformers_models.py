@@ -24,7 +24,8 @@ def _wrapped(form: str, kind: str, **options: Any) -> nn.Module:
     layers = getattr(x_transformers, kind)(**{**_SMALL, "attn_flash": form == "sdpa", **options})
     model = x_transformers.TransformerWrapper(num_tokens=VOCAB, max_seq_len=256, attn_layers=layers).eval()
     with torch.no_grad():
-        model(tokens(1, 128))  # position biases that the library keeps from the first call on are there
+        # position biases that the library keeps from the first call on are there
+        model(**(_with_context if options.get("cross_attend") else _text)(False, 1, 128))
     return model
 
 
