@@ -40,7 +40,10 @@ def test_copies_read_before_they_write() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size_bytes": PAGE_BYTES - 1}, f"The cache may take {PAGE_BYTES - 1} bytes, and one page of 16 tokens takes {PAGE_BYTES} over 2 layers; it must hold at least one."),
+        (
+            {"size_bytes": PAGE_BYTES - 1},
+            f"The cache may take {PAGE_BYTES - 1} bytes, and one page of 16 tokens takes {PAGE_BYTES} over 2 layers; it must hold at least one.",
+        ),
         ({"pages": 0}, "The cache has 0 pages; it must have at least one page of 16 tokens."),
         ({}, "pages is None and size_bytes is None; exactly one of them says how large the cache is."),
         ({"pages": 1, "size_bytes": 1}, "pages is 1 and size_bytes is 1; exactly one of them says how large the cache is."),

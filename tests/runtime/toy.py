@@ -94,9 +94,7 @@ class Toy:
             for x in pair:
                 x[free] = torch.nan
 
-    def __call__(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
         if self.manager is not None:
             self.poison()
         T, R = len(tokens), len(seqlens_k)
@@ -105,7 +103,7 @@ class Toy:
         assert [x.dtype for x in (block_table, cu_seqlens_q, seqlens_k)] == [torch.int32] * 3
         assert positions.shape == slots.shape == (T,) and block_table.shape[0] == R and cu_seqlens_q.shape == (R + 1,)
         assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == T and bool((cu_seqlens_q.diff() > 0).all())
-        assert len(set(slots.tolist())) == T and 0 <= block_table.min() and block_table.max() < self.cache.pages
+        assert len(set(slots.tolist())) == T and block_table.min() >= 0 and block_table.max() < self.cache.pages
         size = self.cache.page_size
         x = _embedded(tokens, positions)
         for layer, (k_cache, v_cache) in enumerate(self.cache.tensors):
