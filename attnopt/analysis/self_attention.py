@@ -1,0 +1,39 @@
+"""Which attentions can read their keys from a cache: causal ones of the tokens to themselves, whose program knows nothing but positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from attnopt.analysis import nodes as N
+from attnopt.analysis.layout import Refusal
+from attnopt.analysis.rows import Row, has_symbols, index_of
+from attnopt.analysis.token_flow import TokenFlow
+from attnopt.ir import expr as E
+from attnopt.ir.spec import AttentionSpec
+
+
+def row_of_attention(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row:
+    """The result of ``attnopt::attention`` [B, Hq, S, Dv] belongs to its queries; raises Refusal where a cache cannot serve it."""
+    spec = AttentionSpec.from_json(str(args["spec"]))
+    index = index_of(node)
+    own = E.add(E.mul(index[0], flow.S), index[2])
+    for what, x in (("queries", args["q"]), ("keys", args["k"]), ("values", args["v"])):
+        at = index_of(x)
+        if flow.rows[x].token is not E.add(E.mul(at[0], flow.S), at[2]):
+            raise _refused(node, f"the {what} of this attention, {N.said(x)}, are not those of the tokens in their order")
+    if spec.causal is None or spec.dims.Sq is not spec.dims.Skv:
+        raise _refused(node, f"this attention ({spec}) may see keys after the query, which are not there yet when a token is generated")
+    if spec.dropout:
+        raise _refused(node, f"this attention drops probabilities ({spec.dropout:g}), because the model is in training mode")
+    if spec.sizes:
+        raise Refusal("AO216", f"the score or mask of this attention ({spec}) depends on the length of the whole sequence; supported are functions of query and key positions.", node)
+    for load, x in zip(spec.loads, args["loads"], strict=True):
+        if not flow.rows[x].is_static or has_symbols(x):
+            raise _refused(node, f"the score or mask of this attention ({spec}) reads {load.name}, {N.said(x)}, which is another one for each token or length")
+    return Row(own)
+
+
+def _refused(node: fx.Node, what: str) -> Refusal:
+    return Refusal("AO215", f"{what}; supported is causal self-attention, by any program of head and positions.", node)

@@ -1,0 +1,148 @@
+"""A decoder captured without a cache becomes one that reads keys and values from a paged cache, for the packed tokens of many requests.
+
+The captured graph is a function of ids [B, S]. It is run at B = 1 with S = T packed tokens of all requests, which is the same function
+of each token wherever the analysis (``token_flow``) has proven that tokens are treated one by one. What knows of more than one token
+is rewritten: attentions write their keys and values to the cache and read those of their own request, and where the graph
+computes positions, it reads them from an input. See docs/decisions/0015-packed-tokens.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attnopt.analysis import nodes as N
+from attnopt.analysis.layout import Refusal
+from attnopt.analysis.self_attention import row_of_attention
+from attnopt.analysis.token_flow import Source, flow_of
+from attnopt.ir import expr as E
+from attnopt.passes.attention_nodes import attentions, spec_of
+from attnopt.passes.base import PassResult, Tier
+from attnopt.passes.edit import Editor, aten
+from attnopt.passes.group_heads import site_name
+from attnopt.passes.packed_output import logits_of, packed_logits
+from attnopt.passes.packed_inputs import PackedInputs
+from attnopt.passes.raise_attention import constant_of
+from attnopt.remarks import Remark
+
+PLAN = "attnopt_packed"
+"""Key in the module's meta: the ``PackedPlan``."""
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """What one attention keeps of a token: keys [Hkv, D] and values [Hkv, Dv] of a dtype, for ``window`` tokens (None: for all)."""
+
+    name: str
+    Hkv: int
+    D: int
+    Dv: int
+    window: int | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """How the rewritten graph is called: with ``PackedInputs``' tensors, then each layer's k_cache and v_cache; it gives logits [rows, vocabulary]."""
+
+    layers: tuple[CacheLayer, ...]
+    vocabulary: int
+    max_positions: int | None
+    """How many positions a table of the model has; None where positions are computed."""
+
+
+@dataclass(frozen=True)
+class InsertKVCache:
+    """``positions`` names inputs that hold each token's position, ``output`` the place of the logits among the results (None: the one that fits)."""
+
+    positions: tuple[str, ...] = ()
+    output: int | None = None
+    backend: str = "auto"
+    name: str = "insert-kv-cache"
+    tier: Tier = "exact"
+
+    def run(self, module: fx.GraphModule) -> PassResult:
+        graph = module.graph
+        graph.eliminate_dead_code()
+        tokens, positions = self._inputs(graph)
+        flow = flow_of(graph, tokens, positions, constant_of(module), row_of_attention)
+        logits = logits_of(flow, graph, self.output)
+        result = PassResult(True)
+        inputs = PackedInputs(graph, tokens)
+        layers = [self._cached(graph, node, inputs, result) for node in attentions(graph)]
+        if not layers:
+            raise Refusal("AO215", "the model has no attention that was understood, so there is nothing to cache; supported is a decoder of causal self-attention.", logits)
+        for node, source in flow.sources.items():
+            _redirected(graph, node, source, inputs.positions)
+            result.remarks.append(Remark("AO106", f"{N.said(node)} is {_formula(source)}; it is computed from the positions of the packed tokens.", source=N.source(node)))
+        packed_logits(flow, graph, logits, inputs.rows)
+        inputs.finish()
+        graph.eliminate_dead_code()
+        limits = [n for n, _ in flow.limits]
+        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None)
+        return result
+
+    def _inputs(self, graph: fx.Graph) -> tuple[fx.Node, list[fx.Node]]:
+        """The input that holds the ids, and those that hold positions."""
+        used = [n for n in graph.find_nodes(op="placeholder") if N.is_tensor(n) and any(N.op_name(u) != "aten::sym_size" for u in n.users)]
+        positions = [n for n in used if str(n.target) in self.positions]
+        rest = [n for n in used if n not in positions]
+        ids = [n for n in rest if N.kind(n) == "int" and len(N.shape(n)) == 2]
+        if len(ids) != 1 or len(rest) != 1:
+            said = ", ".join(N.said(n) for n in rest) or "none"
+            raise Refusal("AO217", f"the inputs that the model reads are {said}; supported are one of token ids [B, S], positions, and masks that say which tokens are padding.", (rest or used or list(graph.nodes))[0])
+        fixed = [n for n in N.shape(ids[0]) if n.op != "sym"]
+        if fixed or N.shape(ids[0])[0] is N.shape(ids[0])[1]:
+            raise Refusal("AO217", f"the ids, {N.said(ids[0])}, were captured with a fixed size; supported are open batch and length (dynamic_shapes='auto').", ids[0])
+        return ids[0], positions
+
+    def _cached(self, graph: fx.Graph, node: fx.Node, inputs: PackedInputs, result: PassResult) -> CacheLayer:
+        """Write keys and values where the slots say, and read those of each request in their place."""
+        spec = spec_of(node)
+        edit = Editor(graph, node)
+        q, k, v = (edit.call(aten.transpose.int, edit.call(aten.select.int, x, 0, 0), 0, 1) for x in node.args[:3])
+        name = site_name(node)
+        k_cache, v_cache = inputs.cache(k), inputs.cache(v)
+        edit.call(torch.ops.attnopt.cache_write.default, k, v, k_cache, v_cache, inputs.slots)
+        arguments = (k_cache, v_cache, inputs.block_table, inputs.cu_seqlens_q, inputs.seqlens_k)
+        out = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, *node.args[3:6], self.backend)
+        out = edit.call(aten.unsqueeze.default, edit.call(aten.transpose.int, out, 0, 1), 0)
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+        left, _ = spec.window
+        (_, Hkv, D), Dv = N.value(k).shape, N.value(v).shape[-1]
+        layer = CacheLayer(name, int(Hkv), int(D), int(Dv), None if left is None else left + 1, N.value(k).dtype)
+        window = "" if layer.window is None else f", of the last {layer.window} tokens"
+        result.remarks.append(Remark("AO104", f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}] of each token are kept in a paged cache{window}.", name, N.source(node)))
+        return layer
+
+
+def _formula(source: Source) -> str:
+    position = "the position" if source.slope == 1 else f"{source.slope} times the position"
+    position += f" plus {source.offset}" if source.offset > 0 else f" minus {-source.offset}" if source.offset < 0 else ""
+    return position if source.table is None else f"the entry at {position} of {N.said(source.table)}"
+
+
+def _redirected(graph: fx.Graph, node: fx.Node, source: Source, positions: fx.Node) -> None:
+    """The same values from the ``positions`` [T] of the packed tokens, in place of the axis that they run along."""
+    edit = Editor(graph, node)
+    at = positions
+    if source.slope != 1:
+        at = edit.call(aten.mul.Tensor, at, source.slope)
+    if source.offset:
+        at = edit.call(aten.add.Tensor, at, source.offset)
+    if source.table is not None:
+        new = edit.call(aten.index_select.default, source.table, source.table_axis, at)
+    else:
+        if N.value(at).dtype is not N.value(node).dtype:
+            at = edit.call(aten.to.dtype, at, N.value(node).dtype)
+        shape = N.shape(node)
+        length = edit.size(shape[source.axis])
+        new = edit.call(aten.reshape.default, at, [length if d == source.axis else 1 for d in range(len(shape))]) if len(shape) > 1 else at
+        if any(n is not E.ONE for d, n in enumerate(shape) if d != source.axis):
+            new = edit.call(aten.expand.default, new, [edit.size(n) for n in shape])
+    node.replace_all_uses_with(new)
+
+

@@ -1,0 +1,98 @@
+"""The logits of a graph over packed tokens: those of the wanted rows alone, picked before the projection to the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from attnopt.analysis import nodes as N
+from attnopt.analysis.layout import Refusal
+from attnopt.analysis.rows import has_symbols, index_of
+from attnopt.analysis.token_flow import TokenFlow
+from attnopt.ir import expr as E
+from attnopt.passes.edit import Editor, aten
+
+_PER_TOKEN = {"aten::linear", "aten::to", "aten::matmul", "aten::layer_norm"}
+
+
+def logits_of(flow: TokenFlow, graph: fx.Graph, place: int | None) -> fx.Node:
+    """The result that holds a score of each word of the vocabulary for each token, or for the last one; raises Refusal where there is none, or several."""
+    results = graph.output_node().args[0]
+    leaves = list(results) if isinstance(results, (list, tuple)) else [results]
+    if place is not None:
+        leaves = [leaves[place]]
+    found = [x for x in dict.fromkeys(leaves) if N.is_tensor(x) and N.kind(x) == "float" and _fits(flow, x)]
+    if len(found) != 1:
+        said = ", ".join(N.said(x) for x in leaves if N.is_tensor(x)) or "no tensor"
+        raise Refusal("AO217", f"the model's results are {said}; supported is one that holds logits [B, S, V] of all tokens, or [B, 1, V] or [B, V] of the last.", graph.output_node())
+    return found[0]
+
+
+def _fits(flow: TokenFlow, x: fx.Node) -> bool:
+    index, row = index_of(x), flow.rows[x]
+    if row.token is None or not N.shape(x)[-1].is_const or index[-1] in row.variables:
+        return False
+    if len(index) == 3 and row.token is E.add(E.mul(index[0], flow.S), index[1]):
+        return True
+    last = E.add(E.mul(index[0], flow.S), E.sub(flow.S, E.ONE))
+    return row.token is last and all(n is E.ONE for n in N.shape(x)[1:-1])
+
+
+def packed_logits(flow: TokenFlow, graph: fx.Graph, logits: fx.Node, rows: fx.Node) -> None:
+    """Make logits [N, V] of the tokens that ``rows`` [N] names the only result."""
+    output = graph.output_node()
+    if flow.rows[logits].variables >= {index_of(logits)[1]} and len(N.shape(logits)) == 3:
+        below, reader = _lowest(flow, logits)
+        picked = Editor(graph, reader or output).call(aten.index_select.default, below, 1, rows)
+        if reader is None:
+            logits = picked
+        else:
+            reader.replace_input_with(below, picked)
+        result = Editor(graph, output).call(aten.select.int, logits, 0, 0)
+    else:
+        _pick_rows(flow, graph, logits, rows)
+        result = logits
+        while len(N.shape(result)) > 2:
+            result = Editor(graph, output).call(aten.select.int, result, 1, 0)
+    output.args = (result,)
+
+
+def _lowest(flow: TokenFlow, logits: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """How far up the rows can be picked: the value [B, S, ...] to pick of, and its reader; the reader is None for the logits themselves."""
+    node, reader = logits, None
+    while True:
+        operands = [x for x in node.all_input_nodes if N.is_tensor(x)]
+        moving = [x for x in operands if not flow.rows[x].is_static]
+        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+        if len(moving) != 1 or not (pointwise or N.op_name(node) in _PER_TOKEN) or len(operands) != len(node.all_input_nodes):
+            return node, reader
+        (x,) = moving
+        if len(N.shape(x)) != 3 or N.shape(x)[:2] != N.shape(logits)[:2] or any(has_symbols(o) for o in operands if o is not x):
+            return node, reader
+        node, reader = x, node
+        if len(x.users) > 1:
+            return node, reader
+
+
+def _pick_rows(flow: TokenFlow, graph: fx.Graph, logits: fx.Node, rows: fx.Node) -> None:
+    """Where the graph takes the last token of each sequence, take the wanted rows: what follows then has one row each, in place of the batch."""
+    below = {logits}
+    stack = [logits]
+    while stack:
+        node = stack.pop()
+        if node in flow.last and not any(flow.rows[x].token is not None and flow.picks_last(flow.rows[x].token) for x in node.all_input_nodes if x in flow.rows):  # type: ignore[arg-type]
+            x = next(x for x in node.all_input_nodes if flow.rows[x].token is not None)
+            if len(N.shape(x)) < 2 or flow.rows[x].token is not E.add(E.mul(index_of(x)[0], flow.S), index_of(x)[1]):
+                raise Refusal("AO217", f"the last tokens are taken of {N.said(x)}; supported is a value [B, S, ...].", node)
+            edit = Editor(graph, node)
+            new = edit.call(aten.index_select.default, edit.call(aten.select.int, x, 0, 0), 0, rows)
+            if len(N.shape(node)) == len(N.shape(x)):
+                new = edit.call(aten.unsqueeze.default, new, 1)
+            node.replace_all_uses_with(new)
+            continue
+        for x in node.all_input_nodes:
+            if not N.is_tensor(x):
+                raise Refusal("AO217", f"{N.said(node)}, behind the choice of the last token, has a shape with {N.value(x)} in it; supported are results that keep the batch as first axis.", node)
+            if flow.rows[x].token is not None and x not in below:
+                below.add(x)
+                stack.append(x)
