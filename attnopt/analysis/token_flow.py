@@ -140,7 +140,10 @@ class TokenFlow:
                 raise self.by_length(node, f"{N.said(node)} makes a number of {N.said(tensors[0])}")
             return
         operands = [x for x in node.all_input_nodes if N.is_tensor(x)]
-        if node.op == "call_function" and operands and all(self.rows[x].is_static and not has_symbols(x) and x not in self.counts for x in operands):
+        strange = next((x for x in operands if x.op == "placeholder" and x not in self.rows), None)
+        if strange is not None:
+            raise Refusal("AO217", f"the model reads {N.said(strange)}; supported are inputs of token ids, positions, and masks that say which tokens are padding.", node)
+        if operands and all(self.rows[x].is_static and not has_symbols(x) and x not in self.counts for x in operands):
             if not _symbols(node) and not any(isinstance(N.value(x), (torch.SymInt, torch.SymFloat)) for x in node.all_input_nodes):
                 self.rows[node] = STATIC
                 return
@@ -197,9 +200,14 @@ class TokenFlow:
             self.last.add(node)
         return row
 
+    def is_last(self, x: fx.Node) -> bool:
+        """Whether a value holds nothing but last tokens."""
+        token = self.rows[x].token
+        return token is not None and self.picks_last(token)
+
     def picks_last(self, token: Expr) -> bool:
         """Whether it is the last token of a sequence, whichever that is."""
-        return E.mod(token, self.S) is E.sub(self.S, E.ONE)
+        return E.mod(E.add(token, E.ONE), self.S) is E.ZERO
 
     def _table(self, node: fx.Node, x: fx.Node, index: Index, moving: list[tuple[int, Expr]]) -> Row | None:
         """A part of a constant as long as the sequence: its entries belong to positions."""

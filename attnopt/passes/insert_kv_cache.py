@@ -20,11 +20,13 @@ from attnopt.analysis.token_flow import Source, flow_of
 from attnopt.ir import expr as E
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import PassResult, Tier
-from attnopt.passes.edit import Editor, aten
+from attnopt.passes.describe import describe
+from attnopt.passes.edit import ORIGINAL, Editor, aten
 from attnopt.passes.group_heads import site_name
-from attnopt.passes.packed_output import logits_of, packed_logits
 from attnopt.passes.packed_inputs import PackedInputs
-from attnopt.passes.raise_attention import constant_of
+from attnopt.passes.packed_output import last_places, logits_of, packed_logits
+from attnopt.passes.raise_attention import SITE, constant_of
+from attnopt.passes.select_kernel import KERNEL
 from attnopt.remarks import Remark
 
 PLAN = "attnopt_packed"
@@ -51,6 +53,10 @@ class PackedPlan:
     vocabulary: int
     max_positions: int | None
     """How many positions a table of the model has; None where positions are computed."""
+    ids: str
+    """The captured graph's input that holds the ids."""
+    last_only: bool
+    """The original gives logits of the last token alone."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +70,31 @@ class InsertKVCache:
     tier: Tier = "exact"
 
     def run(self, module: fx.GraphModule) -> PassResult:
+        """Rewrite, with the plan in the module's meta; or leave the module as it is, with the reason as a remark."""
         graph = module.graph
         graph.eliminate_dead_code()
-        tokens, positions = self._inputs(graph)
-        flow = flow_of(graph, tokens, positions, constant_of(module), row_of_attention)
-        logits = logits_of(flow, graph, self.output)
+        try:
+            tokens, positions = self._inputs(graph)
+            flow = flow_of(graph, tokens, positions, constant_of(module), row_of_attention)
+            logits = logits_of(flow, graph, self.output)
+            places = last_places(flow, logits)
+            if not list(attentions(graph)):
+                raise Refusal("AO215", "the model has no attention that was understood, so there is nothing to cache; supported is a decoder of causal self-attention.", logits)
+        except Refusal as r:
+            assert r.node is not None
+            return PassResult(False, [Remark(r.code, r.message, source=N.source(r.node), node=describe(r.node))])
         result = PassResult(True)
         inputs = PackedInputs(graph, tokens)
         layers = [self._cached(graph, node, inputs, result) for node in attentions(graph)]
-        if not layers:
-            raise Refusal("AO215", "the model has no attention that was understood, so there is nothing to cache; supported is a decoder of causal self-attention.", logits)
         for node, source in flow.sources.items():
             _redirected(graph, node, source, inputs.positions)
-            result.remarks.append(Remark("AO106", f"{N.said(node)} is {_formula(source)}; it is computed from the positions of the packed tokens.", source=N.source(node)))
-        packed_logits(flow, graph, logits, inputs.rows)
+            text = f"{N.said(node)} is {_formula(source)}; it is computed from the positions of the packed tokens."
+            result.remarks.append(Remark("AO106", text, source=N.source(node)))
+        packed_logits(flow, graph, logits, places, inputs.rows)
         inputs.finish()
         graph.eliminate_dead_code()
         limits = [n for n, _ in flow.limits]
-        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None)
+        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places))
         return result
 
     def _inputs(self, graph: fx.Graph) -> tuple[fx.Node, list[fx.Node]]:
@@ -107,8 +120,10 @@ class InsertKVCache:
         k_cache, v_cache = inputs.cache(k), inputs.cache(v)
         edit.call(torch.ops.attnopt.cache_write.default, k, v, k_cache, v_cache, inputs.slots)
         arguments = (k_cache, v_cache, inputs.block_table, inputs.cu_seqlens_q, inputs.seqlens_k)
-        out = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, *node.args[3:6], self.backend)
-        out = edit.call(aten.unsqueeze.default, edit.call(aten.transpose.int, out, 0, 1), 0)
+        read = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, *node.args[3:6], self.backend)
+        read.meta |= {KERNEL: ("paged", "keys and values are read from a paged cache"), "attnopt_spec": spec}
+        out = edit.call(aten.unsqueeze.default, edit.call(aten.transpose.int, read, 0, 1), 0)
+        out.meta |= {key: node.meta[key] for key in (SITE, ORIGINAL) if key in node.meta}
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         left, _ = spec.window

@@ -38,22 +38,30 @@ def _fits(flow: TokenFlow, x: fx.Node) -> bool:
     return row.token is last and all(n is E.ONE for n in N.shape(x)[1:-1])
 
 
-def packed_logits(flow: TokenFlow, graph: fx.Graph, logits: fx.Node, rows: fx.Node) -> None:
-    """Make logits [N, V] of the tokens that ``rows`` [N] names the only result."""
+def packed_logits(flow: TokenFlow, graph: fx.Graph, logits: fx.Node, places: list[fx.Node], rows: fx.Node) -> None:
+    """Make logits [N, V] of the tokens that ``rows`` [N] names the only result. ``places`` is what ``last_places`` gave."""
     output = graph.output_node()
-    if flow.rows[logits].variables >= {index_of(logits)[1]} and len(N.shape(logits)) == 3:
+    result = logits
+    if not places:
         below, reader = _lowest(flow, logits)
         picked = Editor(graph, reader or output).call(aten.index_select.default, below, 1, rows)
         if reader is None:
-            logits = picked
+            result = picked
         else:
             reader.replace_input_with(below, picked)
-        result = Editor(graph, output).call(aten.select.int, logits, 0, 0)
-    else:
-        _pick_rows(flow, graph, logits, rows)
-        result = logits
-        while len(N.shape(result)) > 2:
-            result = Editor(graph, output).call(aten.select.int, result, 1, 0)
+        result = Editor(graph, output).call(aten.select.int, result, 0, 0)
+    for node in places:
+        # what follows has one row for each wanted token, in place of the batch
+        x = _source(flow, node)
+        edit = Editor(graph, node)
+        new = edit.call(aten.index_select.default, edit.call(aten.select.int, x, 0, 0), 0, rows)
+        if len(N.shape(node)) == len(N.shape(x)):
+            new = edit.call(aten.unsqueeze.default, new, 1)
+        node.replace_all_uses_with(new)
+        if node is logits:
+            result = new
+    while len(N.shape(result)) > 2:
+        result = Editor(graph, output).call(aten.select.int, result, 1, 0)
     output.args = (result,)
 
 
@@ -74,25 +82,29 @@ def _lowest(flow: TokenFlow, logits: fx.Node) -> tuple[fx.Node, fx.Node | None]:
             return node, reader
 
 
-def _pick_rows(flow: TokenFlow, graph: fx.Graph, logits: fx.Node, rows: fx.Node) -> None:
-    """Where the graph takes the last token of each sequence, take the wanted rows: what follows then has one row each, in place of the batch."""
-    below = {logits}
-    stack = [logits]
+def last_places(flow: TokenFlow, logits: fx.Node) -> list[fx.Node]:
+    """Where the graph takes the last token of each sequence, for logits of that one alone; raises Refusal where the wanted rows cannot be taken instead."""
+    if index_of(logits)[1] in flow.rows[logits].variables:
+        return []
+    found, seen, stack = [], {logits}, [logits]
     while stack:
         node = stack.pop()
-        if node in flow.last and not any(flow.rows[x].token is not None and flow.picks_last(flow.rows[x].token) for x in node.all_input_nodes if x in flow.rows):  # type: ignore[arg-type]
-            x = next(x for x in node.all_input_nodes if flow.rows[x].token is not None)
+        if node in flow.last and not flow.is_last(_source(flow, node)):
+            x = _source(flow, node)
             if len(N.shape(x)) < 2 or flow.rows[x].token is not E.add(E.mul(index_of(x)[0], flow.S), index_of(x)[1]):
                 raise Refusal("AO217", f"the last tokens are taken of {N.said(x)}; supported is a value [B, S, ...].", node)
-            edit = Editor(graph, node)
-            new = edit.call(aten.index_select.default, edit.call(aten.select.int, x, 0, 0), 0, rows)
-            if len(N.shape(node)) == len(N.shape(x)):
-                new = edit.call(aten.unsqueeze.default, new, 1)
-            node.replace_all_uses_with(new)
+            found.append(node)
             continue
         for x in node.all_input_nodes:
             if not N.is_tensor(x):
-                raise Refusal("AO217", f"{N.said(node)}, behind the choice of the last token, has a shape with {N.value(x)} in it; supported are results that keep the batch as first axis.", node)
-            if flow.rows[x].token is not None and x not in below:
-                below.add(x)
+                text = f"{N.said(node)}, behind the choice of the last token, has {N.value(x)} in its shape; supported is what keeps the batch as first axis."
+                raise Refusal("AO217", text, node)
+            if flow.rows[x].token is not None and x not in seen:
+                seen.add(x)
                 stack.append(x)
+    return found
+
+
+def _source(flow: TokenFlow, node: fx.Node) -> fx.Node:
+    """The operand that holds the tokens of which ``node`` picks."""
+    return next(x for x in node.all_input_nodes if N.is_tensor(x) and flow.rows[x].token is not None)

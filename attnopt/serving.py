@@ -1,0 +1,215 @@
+"""From a captured decoder to one that generates: ``optimize(model, inputs, config=OptimizeConfig(kv_cache="paged"))``.
+
+The serving model runs packed tokens of many requests, prompts and generated tokens in one batch, and keeps keys and values in a paged cache that
+the caller owns. It is verified against the original on ragged requests before it is handed out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from attnopt.capture.call import Args, Kwargs
+from attnopt.capture.captured import Captured
+from attnopt.capture.clone import clone_tree, tensors_of
+from attnopt.capture.export import DynamicShapes, capture
+from attnopt.config import OptimizeConfig
+from attnopt.emit.function import GraphFunction, graph_function
+from attnopt.errors import ServingError, VerificationError
+from attnopt.passes.insert_kv_cache import PLAN, CacheLayer, InsertKVCache, PackedPlan
+from attnopt.passes.pipeline import PipelineResult, run_pipeline
+from attnopt.remarks import Remark
+from attnopt.report import Report, Verdict
+from attnopt.verify.packed import verify_packed
+
+Progress = Callable[[str, int, int], None]
+
+
+class ServingModel(nn.Module):
+    """A decoder over packed tokens, with the parameters, buffers and ``state_dict`` keys of the original, which it shares.
+
+    ``layers`` says what each attention caches of a token, ``vocabulary`` how many logits there are, and ``max_positions`` how many tokens a request may
+    have (None: as many as the cache holds). It stays in the dtype and on the device that it was made for.
+    """
+
+    def __init__(self, model: nn.Module, function: GraphFunction, plan: PackedPlan, report: Report) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.training = False
+        self.function = function
+        self.plan = plan
+        self.attnopt_report = report
+
+    @property
+    def layers(self) -> tuple[CacheLayer, ...]:
+        return self.plan.layers
+
+    @property
+    def vocabulary(self) -> int:
+        return self.plan.vocabulary
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.plan.max_positions
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_table: Tensor,
+        cu_seqlens_q: Tensor,
+        seqlens_k: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """One step: logits [N, V] of the tokens whose places in the batch ``rows`` int64 [N] names, of all T tokens without it.
+
+        tokens, positions and slots int64 [T] are packed, those of request r at ``cu_seqlens_q[r] .. cu_seqlens_q[r + 1]``; its keys and values, these tokens' included,
+        are the first ``seqlens_k[r]`` in the pages ``block_table[r]``. A token is written at slot page * page_size + offset of each layer's
+        ``(k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv])``, which are changed in place; at slot -1 it is not written.
+        """
+        rows = torch.arange(tokens.shape[0], device=tokens.device) if rows is None else rows
+        with torch.no_grad():
+            out: Tensor = self._call(tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *(x for pair in caches for x in pair))
+        return out
+
+    def _call(self, *inputs: Tensor) -> Tensor:
+        """The graph, on its inputs in their order."""
+        found: Tensor = self.function.run(self, *inputs, *self.function.constants)[0]
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ServingModel:
+        raise ServingError(
+            "A serving model stays in the dtype and on the device that it was made for.", "Move the original model, and make a serving model of it there."
+        )
+
+    run = forward
+
+    def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Empty caches for ``run``: (k_cache, v_cache) of each layer, of ``pages`` pages of ``page_size`` tokens."""
+        place = next(self.parameters()).device if device is None else device
+        return [
+            (torch.zeros(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=place), torch.zeros(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=place)) for x in self.layers
+        ]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The example call by its roles: which leaf holds the ids, which the positions, and where the logits stand among the results."""
+
+    captured: Captured
+    names: tuple[str, ...]
+    """The graph's name of each leaf."""
+    leaves: tuple[Any, ...]
+    structure: pytree.TreeSpec
+
+    @staticmethod
+    def of(captured: Captured) -> _Call:
+        leaves, structure = pytree.tree_flatten((captured.example.args, captured.example.kwargs))
+        names = tuple(str(n.target) for n in captured.graph_module.graph.find_nodes(op="placeholder"))
+        return _Call(captured, names, tuple(leaves), structure)
+
+    def positions(self) -> tuple[str, ...]:
+        """Inputs that count 0, 1, 2, ... in the example, beside others that do not."""
+        found = tuple(n for n, x in zip(self.names, self.leaves, strict=True) if _counts(x))
+        ids = [x for x in self.leaves if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point()]
+        return found if len(ids) > len(found) or any(x.dim() == 1 for x in self.leaves if isinstance(x, Tensor)) else ()
+
+    def output(self) -> int | None:
+        """The place of what the model's result calls its logits; None where it has no such name, or one result only."""
+        info = self.captured.graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        result = pytree.tree_unflatten(list(range(info.out_spec.num_leaves)), info.out_spec)
+        named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+        return named if isinstance(named, int) else None
+
+    def logits(self, result: Any, place: int | None, last: bool) -> Tensor:
+        """[1, n, V] or [1, 1, V] out of the original's result."""
+        found = pytree.tree_leaves(result)
+        x: Tensor = found[place] if place is not None else next(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
+        return x[:, None] if last and x.dim() == 2 else x
+
+    def alone(self, ids: Tensor, tokens: str, positions: Sequence[str]) -> tuple[Args, Kwargs]:
+        """The call for one request without padding."""
+        n = ids.shape[1]
+        size = next(x.shape for name, x in zip(self.names, self.leaves, strict=True) if name == tokens)
+        out: list[Any] = []
+        for name, x in zip(self.names, self.leaves, strict=True):
+            if name == tokens:
+                x = ids.to(x.dtype)
+            elif name in positions:
+                x = torch.arange(n, dtype=x.dtype, device=x.device).expand((1, n) if x.dim() == 2 else (n,))
+            elif isinstance(x, Tensor) and x.shape == size:
+                x = torch.ones((1, n), dtype=x.dtype, device=x.device)
+            out.append(x)
+        args, kwargs = pytree.tree_unflatten(out, self.structure)
+        return args, kwargs
+
+
+def _counts(x: Any) -> bool:
+    return (
+        isinstance(x, Tensor) and not x.is_floating_point() and not x.is_meta and x.dim() in (1, 2) and x.shape[-1] > 1
+        and bool((x == torch.arange(x.shape[-1], device=x.device)).all())
+    )  # fmt: skip
+
+
+def rewrite(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicShapes, config: OptimizeConfig, check: bool = True) -> tuple[_Call, PipelineResult, Report]:
+    """Capture a decoder and rewrite it to packed tokens. Where that is refused the result's graph has no plan, and the report says why."""
+    captured = capture(model, args, kwargs, dynamic_shapes, check=check)
+    call = _Call.of(captured)
+    start = time.perf_counter()
+    result = run_pipeline(captured.graph_module, config, cache=InsertKVCache(call.positions(), call.output(), config.backend))
+    seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
+    return call, result, Report(result.sites, [*captured.remarks, *result.remarks], seconds=seconds)
+
+
+def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicShapes, config: OptimizeConfig, progress: Progress | None = None) -> ServingModel:
+    """A serving model of ``model``, verified. Raises ServingError where it cannot be served, and VerificationError where the result differs."""
+    call, result, report = rewrite(model, args, kwargs, dynamic_shapes, config)
+    plan = result.graph_module.meta.get(PLAN)
+    if plan is None:
+        raise _refused(model, report)
+    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report)
+    if not config.verify:
+        report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
+        return serving
+    start = time.perf_counter()
+    report.verdict = _verdict(model, serving, call, progress)
+    report.seconds["verify"] = time.perf_counter() - start
+    if report.verdict.passed is None:
+        report.remarks.append(Remark("AO304", "Not compared with the original: the weights are on the meta device."))
+    elif not report.verdict.passed:
+        worst = report.verdict.worst
+        assert worst is not None
+        raise VerificationError(f"The serving model differs from {type(model).__name__}: {worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}.")
+    return serving
+
+
+def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Progress | None) -> Verdict:
+    plan, place, positions = serving.plan, call.output(), call.positions()
+    if any(t.is_meta for t in tensors_of(serving)):
+        return Verdict()
+    example = next(x for name, x in zip(call.names, call.leaves, strict=True) if name == plan.ids)
+    return verify_packed(
+        clone_tree(model),
+        serving._call,
+        plan,
+        example,
+        lambda ids: call.alone(ids, plan.ids, positions),
+        lambda result: call.logits(result, place, plan.last_only),
+        progress,
+    )
+
+
+def _refused(model: nn.Module, report: Report) -> ServingError:
+    why = next(r for r in report.remarks if r.level == "missed")
+    missed = "".join(f" {s.name} was not understood: {s.why}" for s in report.missed[:1])
+    where = f" ({why.source})" if why.source else ""
+    return ServingError(f"{type(model).__name__} cannot be served from a KV cache: {why.message.rstrip('.')}{where}.{missed}", why.advice)
