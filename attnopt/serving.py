@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from attnopt.report import Report, Verdict
 from attnopt.verify.packed import verify_packed
 
 Progress = Callable[[str, int, int], None]
+_LONGEST = 1 << 20
+"""A capture that holds for this many tokens is taken to hold for more."""
 
 
 class ServingModel(nn.Module):
@@ -130,6 +132,29 @@ class _Call:
         named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
         return named if isinstance(named, int) else None
 
+    def longest(self, plan: PackedPlan) -> int | None:
+        """How many tokens a request may have: as many as the tables of the model and its capture admit; None where nothing limits them.
+
+        Raises ServingError where the capture does not hold for all shorter requests.
+        """
+        bounds = [d.upper for d in self.captured.example.dynamic if self.names[d.leaf] == plan.ids and d.dim == 1]
+        known = min((n for n in (*bounds, plan.max_positions) if n is not None), default=None)
+        low, high = 1, known or _LONGEST
+        if self._holds(high, plan.ids):
+            low = high
+        while low + 1 < high:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._holds(middle, plan.ids) else (low, middle)
+        gap = next((n for n in (*range(1, min(low, 64) + 1), low) if not self._holds(n, plan.ids)), None)
+        if gap is not None:
+            raise ServingError(f"The capture of the model does not hold for a single request of {gap} tokens.", "Its report says for which sizes it holds (AO301).")
+        return known if low in (known, _LONGEST) else low
+
+    def _holds(self, length: int, ids: str) -> bool:
+        """Whether the captured graph may be used for one request of this length."""
+        args, kwargs = self.alone(torch.empty((1, length), dtype=torch.int64, device="meta"), ids, self.positions())
+        return self.captured.example.holds(pytree.tree_leaves((args, kwargs)))
+
     def logits(self, result: Any, place: int | None, last: bool) -> Tensor:
         """[1, n, V] or [1, 1, V] out of the original's result."""
         found = pytree.tree_leaves(result)
@@ -176,6 +201,7 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     plan = result.graph_module.meta.get(PLAN)
     if plan is None:
         raise _refused(model, report)
+    plan = replace(plan, max_positions=call.longest(plan))
     serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report)
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))

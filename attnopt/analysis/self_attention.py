@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import fx
 
+from attnopt.analysis import classify
 from attnopt.analysis import nodes as N
 from attnopt.analysis.layout import Refusal
 from attnopt.analysis.rows import Row, has_symbols, index_of
 from attnopt.analysis.token_flow import TokenFlow
 from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
 
 
@@ -27,12 +29,38 @@ def row_of_attention(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Ro
         raise _refused(node, f"this attention ({spec}) may see keys after the query, which are not there yet when a token is generated")
     if spec.dropout:
         raise _refused(node, f"this attention drops probabilities ({spec.dropout:g}), because the model is in training mode")
-    if spec.sizes:
+    if without_shifts(spec).sizes:
         raise Refusal("AO216", f"the score or mask of this attention ({spec}) depends on the length of the whole sequence; supported are functions of query and key positions.", node)
     for load, x in zip(spec.loads, args["loads"], strict=True):
         if not flow.rows[x].is_static or has_symbols(x):
             raise _refused(node, f"the score or mask of this attention ({spec}) reads {load.name}, {N.said(x)}, which is another one for each token or length")
     return Row(own)
+
+
+def without_shifts(spec: AttentionSpec) -> AttentionSpec:
+    """The same attention without what a score adds to all keys of a row alike, which softmax does not see; a sink does, and the spec then stays."""
+    if spec.sink is not None or not spec.sizes:
+        return spec
+    score = _moving(spec.score, spec.dims.k)
+    loads = {x.value for p in (score, spec.mask) for x in p.leaves if x.op == "load"}
+    if loads != set(range(len(spec.loads))):
+        return spec
+    spec = spec.replace(score=score, empty_score=None, empty_rows="nan", traits=classify.traits(score, spec.mask, spec.dims, spec.loads))
+    return spec.replace(sizes=tuple(n for n in spec.sizes if any(x.op == "sym" and x.value[0] == n for p in spec.programs for x in p.leaves)))
+
+
+def _moving(x: Expr, k: Expr) -> Expr:
+    """The part of a sum that depends on the key, factors in front of it taken along."""
+    if not any(v is k or v.op == "score" for v in x.leaves):
+        return E.FZERO if x.kind == "float" else E.ZERO
+    if x.op == "add":
+        return E.add(*(_moving(a, k) for a in x.args))
+    if x.op == "float":
+        return E.as_float(_moving(x.args[0], k))
+    moving = [a for a in x.args if any(v is k or v.op == "score" for v in a.leaves)]
+    if x.op == "mul" and len(moving) == 1:
+        return E.mul(*(a for a in x.args if a is not moving[0]), _moving(moving[0], k))
+    return x
 
 
 def _refused(node: fx.Node, what: str) -> Refusal:

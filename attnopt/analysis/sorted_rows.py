@@ -14,7 +14,7 @@ from attnopt.analysis import nodes as N
 from attnopt.analysis import views
 from attnopt.analysis.rows import STATIC, Row, has_symbols, index_of
 from attnopt.analysis.token_flow import TokenFlow, rule
-from attnopt.analysis.token_rules import _part, _scan
+from attnopt.analysis.token_rules import part, scan
 from attnopt.ir import expr as E
 
 
@@ -23,9 +23,9 @@ def _sort(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
     """A list of all rows' keys put in order; along any other axis it is like a softmax."""
     x = args["self"]
     if len(N.shape(x)) != 1 or N.shape(x)[0].is_const or flow.rows[x].token is None:
-        return _scan(flow, node, args)
+        return scan(flow, node, args)
     order = next((u for u in node.users if N.op_name(u) == "getitem" and u.args[1] == 1), None)
-    if order is None:
+    if order is None or args["descending"]:
         return None
     flow.orders[order] = node
     flow.numbering.add(order)
@@ -35,7 +35,7 @@ def _sort(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
 
 @rule("getitem")
 def _item(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
-    return STATIC if node in flow.orders else _part(flow, node, args)
+    return STATIC if node in flow.orders else part(flow, node, args)
 
 
 @rule("aten::index_put")
@@ -73,7 +73,7 @@ def _ends(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
     """Where each group ends."""
     x = args["self"]
     if x not in flow.counts:
-        return _scan(flow, node, args)
+        return scan(flow, node, args)
     flow.counts[node] = flow.counts[x]
     return STATIC
 
@@ -89,8 +89,8 @@ def _grouped(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None
         return None
     index = index_of(node)
     keys = flow.rows[flow.counts[ends]]
-    found = flow.joined(node, [flow.row(x, (index[0], E.ZERO)), keys])
-    return found if flow.rows[x].token is keys.token else None
+    mine = flow.row(x, (index[0], E.ZERO))
+    return flow.joined(node, [mine]) if mine.token is keys.token else None
 
 
 def _uncast(x: Any) -> Any:

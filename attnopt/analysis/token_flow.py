@@ -8,7 +8,7 @@ slice of a table) are noted as ``Source``: there a packed batch reads its own po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,10 +143,9 @@ class TokenFlow:
         strange = next((x for x in operands if x.op == "placeholder" and x not in self.rows), None)
         if strange is not None:
             raise Refusal("AO217", f"the model reads {N.said(strange)}; supported are inputs of token ids, positions, and masks that say which tokens are padding.", node)
-        if operands and all(self.rows[x].is_static and not has_symbols(x) and x not in self.counts for x in operands):
-            if not _symbols(node) and not any(isinstance(N.value(x), (torch.SymInt, torch.SymFloat)) for x in node.all_input_nodes):
-                self.rows[node] = STATIC
-                return
+        if all(self.rows[x].is_static and not has_symbols(x) and x not in self.counts for x in operands) and _is_fixed(node):
+            self.rows[node] = STATIC
+            return
         row = self._by_rule(node)
         if row is None and all(self.rows[x].token is None for x in operands):
             row = self._lifted(node)
@@ -251,23 +250,22 @@ def _has_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value))
 
 
-def _symbols(node: fx.Node) -> bool:
-    value = N.value(node)
-    return any(isinstance(n, torch.SymInt) for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, torch.Tensor) for n in v.shape)
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether no size takes part in a node, and no random number."""
+    target, value = node.target, N.value(node)
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    if any(isinstance(N.value(x), (torch.SymInt, torch.SymFloat)) for x in node.all_input_nodes):
+        return False
+    return not any(isinstance(n, torch.SymInt) for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, torch.Tensor) for n in v.shape)
 
 
-def flow_of(graph: fx.Graph, tokens: fx.Node, positions: Sequence[fx.Node], constants: Constants, attention: Rule) -> TokenFlow:
-    """The proof for a graph whose ids are ``tokens``, and whose inputs ``positions`` ([B, S] or [S]) hold positions; raises Refusal where there is none."""
+def flow_of(graph: fx.Graph, tokens: fx.Node, constants: Constants, attention: Rule) -> TokenFlow:
+    """The proof for a graph whose ids are ``tokens``; raises Refusal where there is none."""
     import attnopt.analysis.sorted_rows
     import attnopt.analysis.token_rules  # noqa: F401 - the rules register themselves
 
     flow = TokenFlow(tokens, Lifter(constants), attention)
     flow.rows[tokens] = Row(E.add(E.mul(index_of(tokens)[0], flow.S), index_of(tokens)[1]))
-    for node in positions:
-        axis = index_of(node)[-1]
-        if axis.is_const or axis.extent is not flow.S:
-            raise Refusal("AO217", f"the positions, {N.said(node)}, do not run along the sequence; supported are positions [B, S], [1, S] or [S].", node)
-        flow.rows[node] = Row(position=axis)
-        flow.sources[node] = Source(len(N.shape(node)) - 1, 1, 0)
     flow.run(graph)
     return flow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from attnopt.analysis import views
 from attnopt.analysis.contraction import contraction
 from attnopt.analysis.linear import affine
 from attnopt.analysis.rows import STATIC, Row, has_symbols, index_of
-from attnopt.analysis.token_flow import TokenFlow, rule
+from attnopt.analysis.token_flow import Rule, TokenFlow, rule
 from attnopt.analysis.views import Index
 from attnopt.ir import dims
 from attnopt.ir import expr as E
@@ -96,12 +97,12 @@ def _reduction(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | No
     return flow.moved(row, {v: index[p] for v, p in ((index_of(x)[d], p) for d, p in zip(kept, places, strict=True)) if not v.is_const})
 
 
-def _along(*names: str) -> Any:
+def _along(*names: str) -> Callable[[Rule], Rule]:
     return rule(*(f"aten::{n}" for n in names))
 
 
 @_along("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "kthvalue", "glu")
-def _scan(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
+def scan(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
     """Along one axis, which stays, at another length perhaps."""
     x = args["self"]
     dim = args.get("dim", -1)
@@ -150,9 +151,14 @@ def picked(flow: TokenFlow, node: fx.Node, x: fx.Node, axis: int, which: fx.Node
     extent = N.shape(x)[axis]
     if which in flow.numbering or (flow.rows[which].is_static and not has_symbols(which)):
         i = flow.lifter.lift(which, at)
-        if any(v.op == "load" and v.value not in flow.orders and v.value not in flow.inverse for v in i.leaves):
-            return flow.row(which, at), E.ZERO
-        return STATIC, E.add(extent, i) if i.is_const and i.value < 0 else i
+        known = not any(v.op == "load" and v.value not in flow.orders and v.value not in flow.inverse for v in i.leaves)
+        if which in flow.numbering and (extent.is_const or not known):
+            raise flow.mixed(node, f"{N.said(node)} picks entries of {N.said(x)} by the number of a row in the batch")
+        if known:
+            return STATIC, E.add(extent, i) if i.is_const and i.value < 0 else i
+        if not extent.is_const:
+            raise flow.mixed(node, f"{N.said(node)} picks tokens of {N.said(x)} by a table")
+        return STATIC, E.ZERO
     row = flow.row(which, at)
     if not extent.is_const or index_of(x)[axis] in flow.rows[x].variables:
         raise flow.mixed(node, f"{N.said(node)} picks tokens of {N.said(x)} by numbers that are computed")
@@ -230,7 +236,7 @@ def _scatter(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None
     """Written along an axis that is no token's."""
     index = index_of(node)
     d = N.axis(args["dim"], len(index))
-    operands = [x for x in (args["self"], args["index"], args.get("src")) if N.is_tensor(x)]
+    operands: list[fx.Node] = [x for x in (args["self"], args["index"], args.get("src")) if isinstance(x, fx.Node) and N.is_tensor(x)]
     if any(x in flow.numbering or x in flow.counts or not N.shape(x)[d].is_const for x in operands):
         return None
     for x in operands:
@@ -269,14 +275,17 @@ def _stack(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
 
 
 @rule("getitem")
-def _part(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
+def part(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
     """One of several results, all of which have the same rows."""
     parent = node.args[0]
     assert isinstance(parent, fx.Node)
-    return flow.rows.get(parent)
+    return None if N.op_name(parent) in _PARTS else flow.rows.get(parent)
 
 
-@rule("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::tensor_split", "aten::unbind", "aten::unsafe_split", "aten::unsafe_chunk")
+_PARTS = {f"aten::{n}" for n in ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk")}
+
+
+@rule(*_PARTS)
 def _parts(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
     """Its parts are views of its operand, and say it themselves."""
     return STATIC

@@ -15,11 +15,12 @@ from torch import fx
 
 from attnopt.analysis import nodes as N
 from attnopt.analysis.layout import Refusal
-from attnopt.analysis.self_attention import row_of_attention
+from attnopt.analysis.self_attention import row_of_attention, without_shifts
 from attnopt.analysis.token_flow import Source, flow_of
 from attnopt.ir import expr as E
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import PassResult, Tier
+from attnopt.passes.cleanup import drop_unread
 from attnopt.passes.describe import describe
 from attnopt.passes.edit import ORIGINAL, Editor, aten
 from attnopt.passes.group_heads import site_name
@@ -61,7 +62,7 @@ class PackedPlan:
 
 @dataclass(frozen=True)
 class InsertKVCache:
-    """``positions`` names inputs that hold each token's position, ``output`` the place of the logits among the results (None: the one that fits)."""
+    """``positions`` names the inputs that hold positions (known-inputs takes them out), ``output`` is the place of the logits among the results (None: the one that fits)."""
 
     positions: tuple[str, ...] = ()
     output: int | None = None
@@ -72,10 +73,10 @@ class InsertKVCache:
     def run(self, module: fx.GraphModule) -> PassResult:
         """Rewrite, with the plan in the module's meta; or leave the module as it is, with the reason as a remark."""
         graph = module.graph
-        graph.eliminate_dead_code()
+        drop_unread(graph)
         try:
-            tokens, positions = self._inputs(graph)
-            flow = flow_of(graph, tokens, positions, constant_of(module), row_of_attention)
+            tokens = _ids(graph)
+            flow = flow_of(graph, tokens, constant_of(module), row_of_attention)
             logits = logits_of(flow, graph, self.output)
             places = last_places(flow, logits)
             if not list(attentions(graph)):
@@ -92,35 +93,21 @@ class InsertKVCache:
             result.remarks.append(Remark("AO106", text, source=N.source(node)))
         packed_logits(flow, graph, logits, places, inputs.rows)
         inputs.finish()
-        graph.eliminate_dead_code()
+        drop_unread(graph)
         limits = [n for n, _ in flow.limits]
         module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places))
         return result
 
-    def _inputs(self, graph: fx.Graph) -> tuple[fx.Node, list[fx.Node]]:
-        """The input that holds the ids, and those that hold positions."""
-        used = [n for n in graph.find_nodes(op="placeholder") if N.is_tensor(n) and any(N.op_name(u) != "aten::sym_size" for u in n.users)]
-        positions = [n for n in used if str(n.target) in self.positions]
-        rest = [n for n in used if n not in positions]
-        ids = [n for n in rest if N.kind(n) == "int" and len(N.shape(n)) == 2]
-        if len(ids) != 1 or len(rest) != 1:
-            said = ", ".join(N.said(n) for n in rest) or "none"
-            raise Refusal("AO217", f"the inputs that the model reads are {said}; supported are one of token ids [B, S], positions, and masks that say which tokens are padding.", (rest or used or list(graph.nodes))[0])
-        fixed = [n for n in N.shape(ids[0]) if n.op != "sym"]
-        if fixed or N.shape(ids[0])[0] is N.shape(ids[0])[1]:
-            raise Refusal("AO217", f"the ids, {N.said(ids[0])}, were captured with a fixed size; supported are open batch and length (dynamic_shapes='auto').", ids[0])
-        return ids[0], positions
-
     def _cached(self, graph: fx.Graph, node: fx.Node, inputs: PackedInputs, result: PassResult) -> CacheLayer:
         """Write keys and values where the slots say, and read those of each request in their place."""
-        spec = spec_of(node)
+        spec = without_shifts(spec_of(node))
         edit = Editor(graph, node)
         q, k, v = (edit.call(aten.transpose.int, edit.call(aten.select.int, x, 0, 0), 0, 1) for x in node.args[:3])
         name = site_name(node)
         k_cache, v_cache = inputs.cache(k), inputs.cache(v)
         edit.call(torch.ops.attnopt.cache_write.default, k, v, k_cache, v_cache, inputs.slots)
         arguments = (k_cache, v_cache, inputs.block_table, inputs.cu_seqlens_q, inputs.seqlens_k)
-        read = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, *node.args[3:6], self.backend)
+        read = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, node.args[3], [], spec.to_json(), self.backend)
         read.meta |= {KERNEL: ("paged", "keys and values are read from a paged cache"), "attnopt_spec": spec}
         out = edit.call(aten.unsqueeze.default, edit.call(aten.transpose.int, read, 0, 1), 0)
         out.meta |= {key: node.meta[key] for key in (SITE, ORIGINAL) if key in node.meta}
@@ -132,6 +119,20 @@ class InsertKVCache:
         window = "" if layer.window is None else f", of the last {layer.window} tokens"
         result.remarks.append(Remark("AO104", f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}] of each token are kept in a paged cache{window}.", name, N.source(node)))
         return layer
+
+
+def _ids(graph: fx.Graph) -> fx.Node:
+    """The input that holds the ids: the only one that the graph still reads."""
+    used = [n for n in graph.find_nodes(op="placeholder") if N.is_tensor(n) and any(N.op_name(u) != "aten::sym_size" for u in n.users)]
+    if len(used) != 1 or N.kind(used[0]) != "int" or len(N.shape(used[0])) != 2:
+        said = ", ".join(N.said(n) for n in used) or "none"
+        text = f"the inputs that the model reads are {said}; supported are one of token ids [B, S], positions, and masks that say which tokens are padding."
+        raise Refusal("AO217", text, next((u for n in used[::-1] for u in n.users), graph.output_node()))
+    ids: fx.Node = used[0]
+    B, S = N.shape(ids)
+    if B.op != "sym" or S.op != "sym" or B is S:
+        raise Refusal("AO217", f"the ids, {N.said(ids)}, were captured with a fixed size; supported are open batch and length (dynamic_shapes='auto').", ids)
+    return ids
 
 
 def _formula(source: Source) -> str:

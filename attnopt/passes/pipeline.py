@@ -17,11 +17,11 @@ from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import Pass
 from attnopt.passes.canonicalize import Canonicalize
 from attnopt.passes.cleanup import Cleanup
-from attnopt.passes.drop_padding import DropPadding
 from attnopt.passes.edit import ORIGINAL
 from attnopt.passes.group_heads import GroupHeads, site_name
 from attnopt.passes.insert_kv_cache import InsertKVCache
 from attnopt.passes.join_products import JoinProducts
+from attnopt.passes.known_inputs import KnownInputs
 from attnopt.passes.lower import Lower
 from attnopt.passes.merge_projections import MergeProjections
 from attnopt.passes.raise_attention import SITE, RaiseAttention
@@ -32,7 +32,7 @@ from attnopt.report import Site
 
 NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
 """Every pass, in order."""
-SERVING_NAMES = ("canonicalize", "join-products", "drop-padding", "raise-attention", "group-heads", "merge-projections", "insert-kv-cache", "cleanup")
+SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "merge-projections", "insert-kv-cache", "cleanup")
 """Every pass with ``kv_cache``, in order."""
 _REQUIRED = ("canonicalize",)
 _REQUIRED_TO_SERVE = ("canonicalize", "raise-attention", "insert-kv-cache")
@@ -62,7 +62,7 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
         if n in required:
             raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in names if x not in required)}.")
     if config.kv_cache:
-        rewrites: list[Pass] = [DropPadding(), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), cache or InsertKVCache()]
+        rewrites: list[Pass] = [KnownInputs(cache.positions if cache else ()), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), cache or InsertKVCache()]
     else:
         rewrites = [RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend, config.autotune), ShareBlockMaps(), Lower()]
     everything: list[Pass] = [Canonicalize(), JoinProducts(), *rewrites, Cleanup()]
