@@ -82,7 +82,7 @@ def _ends(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
 def _grouped(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
     """Rows in sorted order times the matrix of their group, the groups' ends given: each row meets the matrix that its own key names."""
     tensors = [x for x in node.all_input_nodes if N.is_tensor(x)]
-    if len(tensors) != 3 or tensors[2] not in flow.counts or N.op_name(tensors[2]) != "aten::cumsum":
+    if len(tensors) != 3 or tensors[2] not in flow.counts or N.op_name(_uncast(tensors[2])) != "aten::cumsum":
         return None
     x, weight, ends = tensors
     if not flow.rows[weight].is_static or has_symbols(weight) or len(N.shape(x)) != 2 or len(N.shape(weight)) != 3:

@@ -25,12 +25,15 @@ from attnopt.ir.expr import Expr
 @rule("aten::to", "aten::_to_copy", "aten::type_as", "aten::float", "aten::half", "aten::bfloat16", "aten::double", "aten::log_sigmoid", "aten::hardswish")
 def _cast(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
     x = args.get("self", args.get("input"))
-    if x in flow.numbering and N.kind(node) != "int":
-        return None
+    if x in flow.counts:
+        flow.counts[node] = flow.counts[x]
+        return STATIC
     if x in flow.numbering:
+        if N.kind(node) != "int":
+            return None
         flow.numbering.add(node)
         return STATIC
-    return None if x in flow.counts else flow.row(x, index_of(node))
+    return flow.row(x, index_of(node))
 
 
 @rule("aten::dropout", "aten::alpha_dropout", "aten::feature_dropout")
@@ -132,6 +135,12 @@ def _product(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None
     if not N.shape(form.left)[form.left_index.index(form.summed)].is_const:
         return None
     return flow.joined(node, rows)
+
+
+@rule("aten::outer", "aten::ger")
+def _outer(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
+    index = index_of(node)
+    return flow.joined(node, [flow.row(args["self"], index[:1]), flow.row(args["vec2"], index[1:])])
 
 
 @rule("aten::linear", "attnopt::merged_linear")

@@ -100,7 +100,7 @@ SERVING: dict[str, Page] = {
                     self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
 
                 def forward(self, ids, weights):
-                    x = (self.embed(ids) * weights[..., None])[:, None]
+                    x = (self.embed(ids) * weights[..., None])[:, None]  # <- here
                     x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
                     return self.head(x[:, 0])
 

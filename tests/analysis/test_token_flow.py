@@ -1,0 +1,227 @@
+"""What treats tokens one by one is served, whatever its form; what lets them meet outside of attention is refused, at the line that does it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attnopt
+from attnopt.remarks import NOT_ATTENTION, Remark
+
+WIDTH, LONGEST = 16, 64
+Change = Callable[["Model", Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """Embedding, causal attention, head; ``change`` is made to the hidden states [B, S, WIDTH] in between."""
+
+    def __init__(self, change: Change, mask: Callable[[Model, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.change, self.mask = change, mask
+        self.embed, self.head = nn.Embedding(32, WIDTH), nn.Linear(WIDTH, 32)
+        self.places = nn.Embedding(LONGEST, WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.table = nn.Parameter(torch.randn(LONGEST, WIDTH))
+        self.bias = nn.Parameter(torch.randn(2, LONGEST, LONGEST))
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.convolution = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.experts = nn.Parameter(torch.randn(4, WIDTH, WIDTH))
+        self.router = nn.Linear(WIDTH, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.change(self, self.embed(ids))
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        if self.mask is None:
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        else:
+            x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(self, x)).transpose(1, 2).flatten(2)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def _i(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1])
+
+
+def _rotated(m: Model, x: Tensor) -> Tensor:
+    angle = torch.outer(_i(x).float(), 1.0 / 100.0 ** (torch.arange(0, WIDTH, 2) / WIDTH))
+    a, b = x[..., : WIDTH // 2], x[..., WIDTH // 2 :]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def _dense_experts(m: Model, x: Tensor) -> Tensor:
+    weight, which = m.router(x).softmax(-1).topk(2)
+    gates = torch.zeros_like(m.router(x)).scatter(-1, which, weight)
+    return torch.einsum("bse,bsed->bsd", gates, torch.einsum("bsd,edf->bsef", x, m.experts))
+
+
+def _sorted_experts(m: Model, x: Tensor, descending: bool = False, keys: str = "chosen") -> Tensor:
+    rows = x.reshape(-1, WIDTH)
+    weight, which = m.router(rows).softmax(-1).topk(2)
+    chosen = which.reshape(-1) if keys == "chosen" else which.reshape(-1) % 3
+    ordered, order = chosen.sort(descending=descending)
+    ends = torch.histc(ordered.float(), bins=4, min=0, max=3).cumsum(0).to(torch.int32)
+    done = _grouped(rows[order // 2], m.experts, ends) * weight.reshape(-1)[order][:, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0])
+    return done[back].view(-1, 2, WIDTH).sum(1).view(x.shape)
+
+
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    import transformers.integrations.moe  # noqa: F401 - registers an operator for it
+
+    return torch.ops.transformers.grouped_mm_fallback(x, weight, ends)
+
+
+SERVED: dict[str, Change] = {
+    "nothing": lambda m, x: x,
+    "features": lambda m, x: F.layer_norm(m.mix(x), (WIDTH,)).softmax(-1) + x.mean(-1, keepdim=True),
+    "rows": lambda m, x: m.mix(x.reshape(-1, WIDTH)).view(x.shape),
+    "features first": lambda m, x: (x.transpose(1, 2) * 2).relu().transpose(1, 2),
+    "learned positions": lambda m, x: x + m.places(_i(x)),
+    "learned positions from 2": lambda m, x: x + m.places(_i(x) + 2),
+    "positions, counted": lambda m, x: x + m.places(torch.ones_like(x[..., 0], dtype=torch.long).cumsum(1) - 1),
+    "every other position": lambda m, x: x + m.places(2 * _i(x) % LONGEST),
+    "slice of a table": lambda m, x: x + m.table[: x.shape[1]],
+    "slice of a table from 3": lambda m, x: x + m.table[3 : x.shape[1] + 3],
+    "rotary": _rotated,
+    "temperature by position": lambda m, x: x * torch.log(_i(x).float() + 2)[None, :, None],
+    "experts, dense": _dense_experts,
+    "experts, sorted": _sorted_experts,
+    "one-hot": lambda m, x: F.one_hot(m.router(x).argmax(-1), 4).float() @ m.experts[:, 0] + x,
+}
+
+REFUSED: dict[str, tuple[str, Change]] = {
+    "mean over the sequence": ("AO214", lambda m, x: x - x.mean(1, keepdim=True)),
+    "mean over the batch": ("AO214", lambda m, x: x - x.mean(0, keepdim=True)),
+    "softmax over the sequence": ("AO214", lambda m, x: x * x.softmax(1)),
+    "running sum": ("AO214", lambda m, x: x.cumsum(1)),
+    "maximum of all": ("AO214", lambda m, x: x / x.amax()),
+    "reversed": ("AO214", lambda m, x: x + x.flip(1)),
+    "another request": ("AO214", lambda m, x: x + x.flip(0)),
+    "token shift, rolled": ("AO214", lambda m, x: x + x.roll(1, 1)),
+    "token shift, padded": ("AO214", lambda m, x: x + F.pad(x, (0, 0, 1, 0))[:, :-1]),
+    "first token": ("AO214", lambda m, x: x + x[:, :1]),
+    "last token": ("AO214", lambda m, x: x + x[:, -1:]),
+    "convolution": ("AO214", lambda m, x: m.convolution(x.transpose(1, 2)).transpose(1, 2)),
+    "products of tokens": ("AO214", lambda m, x: (x @ x.transpose(1, 2)).tril() @ x),
+    "tokens in another order": ("AO214", lambda m, x: x[:, x[..., 0].argsort(1)[0]]),
+    "picked by length": ("AO214", lambda m, x: x + x[torch.arange(x.shape[0]), -1][:, None]),
+    "norm of the batch": ("AO214", lambda m, x: F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2)),
+    "random": ("AO214", lambda m, x: x + torch.randn_like(x)),
+    "dropout": ("AO214", lambda m, x: F.dropout(x, 0.5, training=True)),
+    "number of a row": ("AO214", lambda m, x: x + m.table[torch.arange(x.shape[0] * x.shape[1]) % LONGEST].view(x.shape)),
+    "experts, groups in reverse": ("AO214", lambda m, x: _sorted_experts(m, x, descending=True)),
+    "experts, other keys": ("AO214", lambda m, x: _sorted_experts(m, x, keys="other")),
+    "length": ("AO216", lambda m, x: x / x.shape[1]),
+    "position by length": ("AO216", lambda m, x: x * (_i(x) / x.shape[1])[None, :, None]),
+    "reversed positions": ("AO216", lambda m, x: x + m.places(x.shape[1] - 1 - _i(x))),
+}
+
+
+def _inspected(model: nn.Module, *args: Tensor) -> list[Remark]:
+    torch.manual_seed(0)
+    report = attnopt.inspect(model.eval(), args or (torch.randint(0, 32, (2, 11)),), config=attnopt.OptimizeConfig(kv_cache="paged"))
+    return [r for r in (*report.remarks, *(r for s in report.sites for r in s.remarks)) if r.code != "AO101" and r.code not in NOT_ATTENTION]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_tokens_that_are_treated_one_by_one_are_served_and_verified(name: str) -> None:
+    torch.manual_seed(0)
+    made = attnopt.optimize(Model(SERVED[name]).eval(), (torch.randint(0, 32, (2, 11)),), config=attnopt.OptimizeConfig(kv_cache="paged"))
+    assert made.attnopt_report.verdict.passed
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_tokens_that_meet_outside_of_attention_are_refused_where_they_do(name: str) -> None:
+    code, change = REFUSED[name]
+    found = [r for r in _inspected(Model(change)) if r.level == "missed"]
+    assert [r.code for r in found] == [code], [str(r) for r in found]
+    assert __file__.rpartition("/")[2] in found[0].source or "torch" in found[0].source, found[0].source
+    line = int(found[0].source.rpartition(":")[2])
+    lines, first = inspect.getsourcelines(change)
+    if __file__ in found[0].source and "experts" not in name:
+        assert line in (*range(first, first + len(lines)), inspect.getsourcelines(_i)[1] + 1)
+
+
+def _causal(x: Tensor) -> Tensor:
+    i = _i(x)
+    return i[:, None] >= i
+
+
+MASKS: dict[str, tuple[str | None, Callable[[Model, Tensor], Tensor]]] = {
+    "causal": (None, lambda m, x: _causal(x)),
+    "window": (None, lambda m, x: _causal(x) & (_i(x)[:, None] - _i(x) < 5)),
+    "chunks": (None, lambda m, x: _causal(x) & (_i(x)[:, None] // 4 == _i(x) // 4)),
+    "table of distances": (None, lambda m, x: torch.where(_causal(x), m.bias[:, 0, (_i(x)[:, None] - _i(x)).clamp(0, 9)], -torch.inf)),
+    "table of places": (None, lambda m, x: torch.where(_causal(x), m.bias[:, : x.shape[1], : x.shape[1]], -torch.inf)),
+    "all keys": ("AO215", lambda m, x: torch.ones_like(_causal(x))),
+    "later keys only": ("AO215", lambda m, x: ~_causal(x) | (_i(x)[:, None] == _i(x))),
+    "one key more": ("AO215", lambda m, x: _i(x)[:, None] + 1 >= _i(x)),
+    "prefix": ("AO215", lambda m, x: _causal(x) | (_i(x) < 3)),
+    "half of the length": ("AO216", lambda m, x: _causal(x) & (_i(x)[:, None] - _i(x) < x.shape[1] // 2 + 1)),
+    "a weight for each token": ("AO215", lambda m, x: torch.where(_causal(x), x[:, None, None, :, 0], -torch.inf)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_which_attentions_a_cache_serves(name: str) -> None:
+    code, mask = MASKS[name]
+    model = Model(lambda m, x: x, mask)
+    if code is None:
+        torch.manual_seed(0)
+        made = attnopt.optimize(model.eval(), (torch.randint(0, 32, (2, 11)),), config=attnopt.OptimizeConfig(kv_cache="paged"))
+        assert made.attnopt_report.verdict.passed
+    else:
+        assert [r.code for r in _inspected(model) if r.level == "missed"] == [code]
+
+
+class _Other(nn.Module):
+    """Inputs and results of other forms, one for each ``form``."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.inner = Model(lambda m, x: x)
+
+    def forward(self, ids: Tensor, more: Tensor | None = None) -> Any:
+        m = self.inner
+        if self.form == "weights":
+            m.change = lambda m, x: x * more[..., None]
+        if self.form == "memory":
+            q = m.embed(ids)[:, None]
+            k = m.mix(more)[:, None]
+            return m.head(F.scaled_dot_product_attention(q, k, k)[:, 0])
+        if self.form == "ids as a mask":
+            m.mask = lambda m, x: _causal(x) & (ids != 0)[:, None, None]
+        out = m(ids)
+        return {"pooled": out.mean(1), "two results": (out, out * 2), "last of two": out[:, -2:], "no attention": m.head(m.embed(ids))}.get(self.form, out)
+
+
+@pytest.mark.parametrize(
+    ("form", "code", "more"),
+    [
+        ("weights", "AO217", torch.rand(2, 11)),
+        ("memory", "AO217", torch.rand(2, 7, WIDTH)),
+        ("ids as a mask", "AO215", None),
+        ("pooled", "AO214", None),
+        ("two results", "AO217", None),
+        ("last of two", "AO217", None),
+        ("no attention", "AO215", None),
+    ],
+)
+def test_inputs_and_results_of_another_form_are_refused(form: str, code: str, more: Tensor | None) -> None:
+    args = (torch.randint(0, 32, (2, 11)),) + (() if more is None else (more,))
+    assert [r.code for r in _inspected(_Other(form), *args) if r.level == "missed"] == [code]
+
+
+def test_a_capture_of_fixed_sizes_is_refused() -> None:
+    model = Model(lambda m, x: x).eval()
+    report = attnopt.inspect(model, torch.randint(0, 32, (2, 11)), dynamic_shapes="static", config=attnopt.OptimizeConfig(kv_cache="paged"))
+    assert [r.code for r in report.remarks if r.level == "missed"] == ["AO217"]
