@@ -22,8 +22,8 @@ from attnopt.capture.export import DynamicShapes, capture
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import GraphFunction, graph_function
 from attnopt.errors import ServingError, VerificationError
-from attnopt.passes.insert_kv_cache import PLAN, CacheLayer, InsertKVCache, PackedPlan
-from attnopt.passes.pipeline import PipelineResult, run_pipeline
+from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCache, PackedPlan
+from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 from attnopt.verify.packed import verify_packed
@@ -40,12 +40,13 @@ class ServingModel(nn.Module):
     have (None: as many as the cache holds). It stays in the dtype and on the device that it was made for.
     """
 
-    def __init__(self, model: nn.Module, function: GraphFunction, plan: PackedPlan, report: Report) -> None:
+    def __init__(self, model: nn.Module, function: GraphFunction, plan: PackedPlan, report: Report, context: GraphFunction | None = None) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = False
         self.function = function
+        self.context = context
         self.plan = plan
         self.attnopt_report = report
 
@@ -71,17 +72,35 @@ class ServingModel(nn.Module):
         seqlens_k: Tensor,
         caches: Sequence[tuple[Tensor, Tensor]],
         rows: Tensor | None = None,
+        cross: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """One step: logits [N, V] of the tokens whose places in the batch ``rows`` int64 [N] names, of all T tokens without it.
 
         tokens, positions and slots int64 [T] are packed, those of request r at ``cu_seqlens_q[r] .. cu_seqlens_q[r + 1]``; its keys and values, these tokens' included,
         are the first ``seqlens_k[r]`` in the pages ``block_table[r]``. A token is written at slot page * page_size + offset of each layer's
         ``(k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv])``, which are changed in place; at slot -1 it is not written.
+        ``cross`` is (block table [R, max_pages], lengths [R]) of the other sequences, whose keys and values, those of ``encode``, stand in the caches of layers that are ``cross``.
         """
+        if (cross is None) != (self.context is None):
+            raise ServingError(f"This model {'reads another sequence, and cross was not given' if cross is None else 'reads no other sequence, and cross was given'}.")
         rows = torch.arange(tokens.shape[0], device=tokens.device) if rows is None else rows
         with torch.no_grad():
-            out: Tensor = self._call(tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *(x for pair in caches for x in pair))
+            out: Tensor = self._call(tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *(cross or ()), *(x for pair in caches for x in pair))
         return out
+
+    def encode(self, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys [S, Hkv, D] and values [S, Hkv, Dv] of one request's other sequence, for each layer that is ``cross``.
+
+        ``inputs`` are those that ``plan.context`` names, each a batch of one, without padding.
+        """
+        if self.context is None:
+            raise ServingError("This model reads no other sequence; encode is for those that do.")
+        if len(inputs) != len(self.plan.context) or any(x.shape[:1] != (1,) for x in inputs):
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs) or "none"
+            raise ServingError(f"encode takes {', '.join(self.plan.context)}, each a batch of one; it was given tensors of shape {shapes}.")
+        with torch.no_grad():
+            found = self.context.run(self, *inputs, *self.context.constants)[0]
+        return list(zip(found[0::2], found[1::2], strict=True))
 
     def _call(self, *inputs: Tensor) -> Tensor:
         """The graph, on its inputs in their order."""
@@ -132,6 +151,11 @@ class _Call:
         named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
         return named if isinstance(named, int) else None
 
+    def row(self, name: str, request: int) -> Tensor:
+        """One row of an input of the example."""
+        x: Tensor = self.leaves[self.names.index(name)]
+        return x[request % x.shape[0]][None]
+
     def longest(self, plan: PackedPlan) -> int | None:
         """How many tokens a request may have: as many as the tables of the model and its capture admit; None where nothing limits them.
 
@@ -140,19 +164,19 @@ class _Call:
         bounds = [d.upper for d in self.captured.example.dynamic if self.names[d.leaf] == plan.ids and d.dim == 1]
         known = min((n for n in (*bounds, plan.max_positions) if n is not None), default=None)
         low, high = 1, known or _LONGEST
-        if self._holds(high, plan.ids):
+        if self._holds(high, plan):
             low = high
         while low + 1 < high:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._holds(middle, plan.ids) else (low, middle)
-        gap = next((n for n in (*range(1, min(low, 64) + 1), low) if not self._holds(n, plan.ids)), None)
+            low, high = (middle, high) if self._holds(middle, plan) else (low, middle)
+        gap = next((n for n in (*range(1, min(low, 64) + 1), low) if not self._holds(n, plan)), None)
         if gap is not None:
             raise ServingError(f"The capture of the model does not hold for a single request of {gap} tokens.", "Its report says for which sizes it holds (AO301).")
         return known if low in (known, _LONGEST) else low
 
-    def _holds(self, length: int, ids: str) -> bool:
+    def _holds(self, length: int, plan: PackedPlan) -> bool:
         """Whether the captured graph may be used for one request of this length."""
-        args, kwargs = self.alone(torch.empty((1, length), dtype=torch.int64, device="meta"), ids, self.positions())
+        args, kwargs = self.alone(torch.empty((1, length), dtype=torch.int64, device="meta"), plan)
         return self.captured.example.holds(pytree.tree_leaves((args, kwargs)))
 
     def logits(self, result: Any, place: int | None, last: bool) -> Tensor:
@@ -161,13 +185,17 @@ class _Call:
         x: Tensor = found[place] if place is not None else next(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
         return x[:, None] if last and x.dim() == 2 else x
 
-    def alone(self, ids: Tensor, tokens: str, positions: Sequence[str]) -> tuple[Args, Kwargs]:
-        """The call for one request without padding."""
-        n = ids.shape[1]
+    def alone(self, ids: Tensor, plan: PackedPlan, request: int = 0) -> tuple[Args, Kwargs]:
+        """The call for one request without padding. What other sequences are made of is a row of the example."""
+        n, tokens, positions = ids.shape[1], plan.ids, self.positions()
         size = next(x.shape for name, x in zip(self.names, self.leaves, strict=True) if name == tokens)
         out: list[Any] = []
         for name, x in zip(self.names, self.leaves, strict=True):
-            if name == tokens:
+            if name in plan.context:
+                x = self.row(name, request)
+            elif plan.context and isinstance(x, Tensor) and name != tokens and x.shape[:1] == size[:1] and x.shape != size:
+                x = torch.ones_like(x[:1])
+            elif name == tokens:
                 x = ids.to(x.dtype)
             elif name in positions:
                 x = torch.arange(n, dtype=x.dtype, device=x.device).expand((1, n) if x.dim() == 2 else (n,))
@@ -202,7 +230,9 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     if plan is None:
         raise _refused(model, report)
     plan = replace(plan, max_positions=call.longest(plan))
-    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report)
+    module = result.graph_module.meta.get(CONTEXT)
+    context = None if module is None else graph_function(lowered(module, config), model)
+    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context)
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving
@@ -219,7 +249,7 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
 
 
 def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Progress | None) -> Verdict:
-    plan, place, positions = serving.plan, call.output(), call.positions()
+    plan, place = serving.plan, call.output()
     if any(t.is_meta for t in tensors_of(serving)):
         return Verdict()
     example = next(x for name, x in zip(call.names, call.leaves, strict=True) if name == plan.ids)
@@ -228,8 +258,9 @@ def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Pro
         serving._call,
         plan,
         example,
-        lambda ids: call.alone(ids, plan.ids, positions),
+        lambda ids, request: call.alone(ids, plan, request),
         lambda result: call.logits(result, place, plan.last_only),
+        None if serving.context is None else lambda request: serving.encode(*(call.row(name, request) for name in plan.context)),
         progress,
     )
 

@@ -1,4 +1,7 @@
-"""Which attentions can read their keys from a cache: causal ones of the tokens to themselves, whose program knows nothing but positions."""
+"""Which attentions can read their keys from a cache: causal ones of the tokens to themselves, and those to another sequence.
+
+Their programs know nothing but head and positions.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,31 @@ from attnopt.ir.spec import AttentionSpec
 
 def row_of_attention(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row:
     """The result of ``attnopt::attention`` [B, Hq, S, Dv] belongs to its queries; raises Refusal where a cache cannot serve it."""
-    spec = AttentionSpec.from_json(str(args["spec"]))
+    spec = without_shifts(AttentionSpec.from_json(str(args["spec"])))
     index = index_of(node)
-    own = E.add(E.mul(index[0], flow.S), index[2])
-    for what, x in (("queries", args["q"]), ("keys", args["k"]), ("values", args["v"])):
+    crosses = reads_context(flow, node)
+    for what, x in (("queries", args["q"]), *(() if crosses else (("keys", args["k"]), ("values", args["v"])))):
         at = index_of(x)
-        if flow.rows[x].token is not E.add(E.mul(at[0], flow.S), at[2]):
+        if x in flow.context or flow.rows[x].token is not E.add(E.mul(at[0], flow.S), at[2]):
             raise _refused(node, f"the {what} of this attention, {N.said(x)}, are not those of the tokens in their order")
-    if spec.causal is None or spec.dims.Sq is not spec.dims.Skv:
+    if crosses and any(spec.dims.q in p.variables for p in spec.programs):
+        raise _refused(node, f"this attention ({spec}) to keys of another sequence depends on the place of the query")
+    if not crosses and (spec.causal is None or spec.dims.Sq is not spec.dims.Skv):
         raise _refused(node, f"this attention ({spec}) may see keys after the query, which are not there yet when a token is generated")
     if spec.dropout:
         raise _refused(node, f"this attention drops probabilities ({spec.dropout:g}), because the model is in training mode")
-    if without_shifts(spec).sizes:
+    if spec.sizes:
         raise Refusal("AO216", f"the score or mask of this attention ({spec}) depends on the length of the whole sequence; supported are functions of query and key positions.", node)
     for load, x in zip(spec.loads, args["loads"], strict=True):
-        if not flow.rows[x].is_static or has_symbols(x):
+        if x in flow.context or not flow.rows[x].is_static or has_symbols(x):
             raise _refused(node, f"the score or mask of this attention ({spec}) reads {load.name}, {N.said(x)}, which is another one for each token or length")
-    return Row(own)
+    return Row(E.add(E.mul(index[0], flow.S), index[2]))
+
+
+def reads_context(flow: TokenFlow, node: fx.Node) -> bool:
+    """Whether an attention's keys and values are those of another sequence, which no token changes."""
+    k, v = node.args[1:3]
+    return k in flow.context and v in flow.context
 
 
 def without_shifts(spec: AttentionSpec) -> AttentionSpec:
@@ -64,4 +75,4 @@ def _moving(x: Expr, k: Expr) -> Expr:
 
 
 def _refused(node: fx.Node, what: str) -> Refusal:
-    return Refusal("AO215", f"{what}; supported is causal self-attention, by any program of head and positions.", node)
+    return Refusal("AO215", f"{what}; supported are causal self-attention and attention to another sequence, by any program of head and positions.", node)

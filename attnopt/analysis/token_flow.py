@@ -59,6 +59,10 @@ class TokenFlow:
     lifter: Lifter
     attention: Rule
     """The rule of ``attnopt::attention``, which alone may look at other tokens."""
+    context: frozenset[fx.Node] = frozenset()
+    """What depends on other inputs and on no token: an encoder's states. Only attentions may read it, as keys and values."""
+    needed: frozenset[fx.Node] = frozenset()
+    """What the results are made of, without the context."""
     rows: dict[fx.Node, Row] = field(default_factory=dict)
     sources: dict[fx.Node, Source] = field(default_factory=dict)
     numbering: set[fx.Node] = field(default_factory=set)
@@ -123,14 +127,12 @@ class TokenFlow:
         """Visit every node; raises Refusal."""
         writes, _ = written(graph)
         for node in graph.nodes:
-            if node in writes and node.op == "call_function":
+            if node in writes and node in self.needed and node.op == "call_function":
                 raise self.mixed(node, f"{N.said(node)} is written in place")
-            if node.op in ("output", "get_attr") or (node.op == "call_function" and node not in self.rows):
+            if node in self.needed and node not in self.rows:
                 self._visit(node)
 
     def _visit(self, node: fx.Node) -> None:
-        if node.op == "output":
-            return
         if node.op == "get_attr":
             self.rows[node] = STATIC
             return
@@ -140,9 +142,11 @@ class TokenFlow:
                 raise self.by_length(node, f"{N.said(node)} makes a number of {N.said(tensors[0])}")
             return
         operands = [x for x in node.all_input_nodes if N.is_tensor(x)]
-        strange = next((x for x in operands if x.op == "placeholder" and x not in self.rows), None)
-        if strange is not None:
-            raise Refusal("AO217", f"the model reads {N.said(strange)}; supported are inputs of token ids, positions, and masks that say which tokens are padding.", node)
+        strange = next((x for x in operands if x in self.context), None)
+        if strange is not None and N.op_name(node) != "attnopt::attention":
+            text = f"{N.said(node)} reads {N.said(strange)}, made of an input that holds no token ids"
+            raise Refusal("AO217", f"{text}; supported are inputs of token ids, positions, padding, and what attentions alone read.", node)
+        operands = [x for x in operands if x not in self.context]
         if all(self.rows[x].is_static and not has_symbols(x) and x not in self.counts for x in operands) and _is_fixed(node):
             self.rows[node] = STATIC
             return
@@ -265,7 +269,32 @@ def flow_of(graph: fx.Graph, tokens: fx.Node, constants: Constants, attention: R
     import attnopt.analysis.sorted_rows
     import attnopt.analysis.token_rules  # noqa: F401 - the rules register themselves
 
-    flow = TokenFlow(tokens, Lifter(constants), attention)
+    others = [n for n in graph.find_nodes(op="placeholder") if N.is_tensor(n) and n is not tokens]
+    mine = _made_of([tokens])
+    context = _made_of(others) - mine
+    results = graph.output_node().all_input_nodes
+    flow = TokenFlow(tokens, Lifter(constants), attention, frozenset(context), frozenset(_above([r for r in results if r in mine], context)))
     flow.rows[tokens] = Row(E.add(E.mul(index_of(tokens)[0], flow.S), index_of(tokens)[1]))
     flow.run(graph)
     return flow
+
+
+def _made_of(inputs: list[fx.Node]) -> set[fx.Node]:
+    """Inputs and all values that depend on theirs, not on their sizes alone."""
+    found, stack = set(inputs), list(inputs)
+    while stack:
+        for user in stack.pop().users:
+            if user not in found and user.op != "output" and N.op_name(user) != "aten::sym_size":
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def _above(results: list[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
+    found, stack = set(results), list(results)
+    while stack:
+        for x in stack.pop().all_input_nodes:
+            if x not in found and x not in stop:
+                found.add(x)
+                stack.append(x)
+    return found

@@ -15,12 +15,13 @@ from torch import fx
 
 from attnopt.analysis import nodes as N
 from attnopt.analysis.layout import Refusal
-from attnopt.analysis.self_attention import row_of_attention, without_shifts
-from attnopt.analysis.token_flow import Source, flow_of
+from attnopt.analysis.self_attention import reads_context, row_of_attention, without_shifts
+from attnopt.analysis.token_flow import Source, TokenFlow, flow_of
 from attnopt.ir import expr as E
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.cleanup import drop_unread
+from attnopt.passes.context import context_module
 from attnopt.passes.describe import describe
 from attnopt.passes.edit import ORIGINAL, Editor, aten
 from attnopt.passes.group_heads import site_name
@@ -32,6 +33,8 @@ from attnopt.remarks import Remark
 
 PLAN = "attnopt_packed"
 """Key in the module's meta: the ``PackedPlan``."""
+CONTEXT = "attnopt_context"
+"""Key in the module's meta: the module that makes keys and values of another sequence, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class CacheLayer:
     Dv: int
     window: int | None
     dtype: torch.dtype
+    cross: bool = False
+    """Kept of the tokens of another sequence, once for each request; see ``PackedPlan.context``."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class PackedPlan:
     """The captured graph's input that holds the ids."""
     last_only: bool
     """The original gives logits of the last token alone."""
+    context: tuple[str, ...] = ()
+    """The captured graph's inputs that another sequence is made of, by the module at ``CONTEXT``: its k and v for each layer that is ``cross``."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +82,20 @@ class InsertKVCache:
         graph = module.graph
         drop_unread(graph)
         try:
-            tokens = _ids(graph)
-            flow = flow_of(graph, tokens, constant_of(module), row_of_attention)
+            tokens, flow = _flow(module)
             logits = logits_of(flow, graph, self.output)
             places = last_places(flow, logits)
-            if not list(attentions(graph)):
+            served = [n for n in attentions(graph) if n in flow.needed]
+            if not served:
                 raise Refusal("AO215", "the model has no attention that was understood, so there is nothing to cache; supported is a decoder of causal self-attention.", logits)
         except Refusal as r:
             assert r.node is not None
             return PassResult(False, [Remark(r.code, r.message, source=N.source(r.node), node=describe(r.node))])
         result = PassResult(True)
-        inputs = PackedInputs(graph, tokens)
-        layers = [self._cached(graph, node, inputs, result) for node in attentions(graph)]
+        crossing = [n for n in served if reads_context(flow, n)]
+        context = context_module(module, [(n.args[1], n.args[2]) for n in crossing]) if crossing else None  # type: ignore[misc]
+        inputs = PackedInputs(graph, tokens, bool(crossing))
+        layers = [self._cached(graph, node, inputs, node in crossing, result) for node in served]
         for node, source in flow.sources.items():
             _redirected(graph, node, source, inputs.positions)
             text = f"{N.said(node)} is {_formula(source)}; it is computed from the positions of the packed tokens."
@@ -95,18 +104,26 @@ class InsertKVCache:
         inputs.finish()
         drop_unread(graph)
         limits = [n for n, _ in flow.limits]
-        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places))
+        names = () if context is None else tuple(str(n.target) for n in context.graph.find_nodes(op="placeholder"))
+        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places), names)
+        if context is not None:
+            module.meta[CONTEXT] = context
         return result
 
-    def _cached(self, graph: fx.Graph, node: fx.Node, inputs: PackedInputs, result: PassResult) -> CacheLayer:
+    def _cached(self, graph: fx.Graph, node: fx.Node, inputs: PackedInputs, cross: bool, result: PassResult) -> CacheLayer:
         """Write keys and values where the slots say, and read those of each request in their place."""
         spec = without_shifts(spec_of(node))
         edit = Editor(graph, node)
         q, k, v = (edit.call(aten.transpose.int, edit.call(aten.select.int, x, 0, 0), 0, 1) for x in node.args[:3])
         name = site_name(node)
+        if cross:
+            block_table, seqlens_k = inputs.cross
+        else:
+            block_table, seqlens_k = inputs.block_table, inputs.seqlens_k
         k_cache, v_cache = inputs.cache(k), inputs.cache(v)
-        edit.call(torch.ops.attnopt.cache_write.default, k, v, k_cache, v_cache, inputs.slots)
-        arguments = (k_cache, v_cache, inputs.block_table, inputs.cu_seqlens_q, inputs.seqlens_k)
+        if not cross:
+            edit.call(torch.ops.attnopt.cache_write.default, k, v, k_cache, v_cache, inputs.slots)
+        arguments = (k_cache, v_cache, block_table, inputs.cu_seqlens_q, seqlens_k)
         read = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, node.args[3], [], spec.to_json(), self.backend)
         read.meta |= {KERNEL: ("paged", "keys and values are read from a paged cache"), "attnopt_spec": spec}
         out = edit.call(aten.unsqueeze.default, edit.call(aten.transpose.int, read, 0, 1), 0)
@@ -115,24 +132,35 @@ class InsertKVCache:
         graph.erase_node(node)
         left, _ = spec.window
         (_, Hkv, D), Dv = N.value(k).shape, N.value(v).shape[-1]
-        layer = CacheLayer(name, int(Hkv), int(D), int(Dv), None if left is None else left + 1, N.value(k).dtype)
+        layer = CacheLayer(name, int(Hkv), int(D), int(Dv), None if left is None or cross else left + 1, N.value(k).dtype, cross)
+        whose = "each token of another sequence, computed once for each request," if cross else "each token"
         window = "" if layer.window is None else f", of the last {layer.window} tokens"
-        result.remarks.append(Remark("AO104", f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}] of each token are kept in a paged cache{window}.", name, N.source(node)))
+        result.remarks.append(Remark("AO104", f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}] of {whose} are kept in a paged cache{window}.", name, N.source(node)))
         return layer
 
 
-def _ids(graph: fx.Graph) -> fx.Node:
-    """The input that holds the ids: the only one that the graph still reads."""
+def _flow(module: fx.GraphModule) -> tuple[fx.Node, TokenFlow]:
+    """The input that holds the ids, and the proof for it; of several that could, the one that has a proof. Raises Refusal."""
+    graph = module.graph
     used = [n for n in graph.find_nodes(op="placeholder") if N.is_tensor(n) and any(N.op_name(u) != "aten::sym_size" for u in n.users)]
-    if len(used) != 1 or N.kind(used[0]) != "int" or len(N.shape(used[0])) != 2:
+    ids = [n for n in used if N.kind(n) == "int" and len(N.shape(n)) == 2]
+    if not ids:
         said = ", ".join(N.said(n) for n in used) or "none"
-        text = f"the inputs that the model reads are {said}; supported are one of token ids [B, S], positions, and masks that say which tokens are padding."
-        raise Refusal("AO217", text, next((u for n in used[::-1] for u in n.users), graph.output_node()))
-    ids: fx.Node = used[0]
-    B, S = N.shape(ids)
-    if B.op != "sym" or S.op != "sym" or B is S:
-        raise Refusal("AO217", f"the ids, {N.said(ids)}, were captured with a fixed size; supported are open batch and length (dynamic_shapes='auto').", ids)
-    return ids
+        text = f"the inputs that the model reads are {said}; supported are one of token ids [B, S], and positions, padding and another sequence beside it."
+        raise Refusal("AO217", text, graph.output_node())
+    refusal: Refusal | None = None
+    for tokens in ids:
+        B, S = N.shape(tokens)
+        if B.op != "sym" or S.op != "sym" or B is S:
+            text = f"the ids, {N.said(tokens)}, were captured with a fixed size; supported are open batch and length (dynamic_shapes='auto')."
+            refusal = Refusal("AO217", text, tokens)
+            continue
+        try:
+            return tokens, flow_of(graph, tokens, constant_of(module), row_of_attention)
+        except Refusal as r:
+            refusal = r
+    assert refusal is not None
+    raise refusal
 
 
 def _formula(source: Source) -> str:

@@ -17,6 +17,7 @@ from attnopt.analysis.sites import find_sites
 from attnopt.ir import expr as E
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.edit import Editor, aten
+from attnopt.passes.packed_inputs import sizes_from
 from attnopt.passes.raise_attention import constant_of
 from attnopt.remarks import Remark
 
@@ -41,7 +42,7 @@ class KnownInputs:
             others = [x for x in inputs if x not in known and set(_symbols(node)) <= set(_symbols(x))]
             if not others:
                 continue
-            _read_sizes_from(others[0], node)
+            sizes_from(node, others)
             if not node.users:
                 continue
             edit = Editor(graph, next(n for n in graph.nodes if node in n.all_input_nodes))
@@ -54,15 +55,6 @@ class KnownInputs:
 
 def _symbols(node: fx.Node) -> list[E.Expr]:
     return [n for n in N.shape(node) if not n.is_const]
-
-
-def _read_sizes_from(other: fx.Node, node: fx.Node) -> None:
-    """What reads a size of ``node`` reads it from ``other``."""
-    for user in [u for u in node.users if N.op_name(u) == "aten::sym_size"]:
-        axis = user.args[1]
-        assert isinstance(axis, int)
-        if not N.shape(node)[axis].is_const:
-            user.args = (other, N.shape(other).index(N.shape(node)[axis]))
 
 
 def _ones(edit: Editor, node: fx.Node, like: fx.Node) -> fx.Node:

@@ -20,7 +20,7 @@ def logits_of(flow: TokenFlow, graph: fx.Graph, place: int | None) -> fx.Node:
     results = graph.output_node().args[0]
     leaves = list(results) if isinstance(results, (list, tuple)) else [results]
     nodes = [x for x in (leaves if place is None else [leaves[place]]) if isinstance(x, fx.Node) and N.is_tensor(x)]
-    found = [x for x in dict.fromkeys(nodes) if N.kind(x) == "float" and _fits(flow, x)]
+    found = [x for x in dict.fromkeys(nodes) if x in flow.rows and N.kind(x) == "float" and _fits(flow, x)]
     if len(found) != 1:
         said = ", ".join(N.said(x) for x in nodes) or "no tensor"
         raise Refusal("AO217", f"the model's results are {said}; supported is one that holds logits [B, S, V] of all tokens, or [B, 1, V] or [B, V] of the last.", graph.output_node())

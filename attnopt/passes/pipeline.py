@@ -78,6 +78,15 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
         return _run(duplicate(gm), config, skip_sites, cache)
 
 
+def lowered(gm: fx.GraphModule, config: OptimizeConfig) -> fx.GraphModule:
+    """A graph of raised attentions, with a kernel chosen for each, in place."""
+    with _no_new_guards(gm):
+        for p in (SelectKernel(config.backend, config.autotune), ShareBlockMaps(), Lower(), Cleanup()):
+            p.run(gm)
+    gm.recompile()
+    return gm
+
+
 @contextlib.contextmanager
 def _no_new_guards(gm: fx.GraphModule) -> Iterator[None]:
     """Inside, shapes may be computed on the graph's symbols without narrowing what the graph holds for."""
