@@ -36,23 +36,43 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_PAIR = {"vocab_size": VOCABULARY, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128}
+_PAIR |= {"decoder_ffn_dim": 128, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (
+        "AutoModelForSeq2SeqLM",
+        {
+            "vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 32, "decoder_start_token_id": 0,
+        },
+    ),
+    "bart": ("AutoModelForSeq2SeqLM", _PAIR),
+    "whisper": (
+        "AutoModelForSpeechSeq2Seq",
+        {**_PAIR, "num_mel_bins": 16, "max_source_positions": 64, "max_target_positions": 64, "suppress_tokens": None, "begin_suppress_tokens": None},
+    ),
+}  # fmt: skip
+"""Encoder-decoders: the class, and the configuration."""
+
+
 def transformers_model(kind: str) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind])
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    return sharpened(model)
+    auto, settings = PAIRS[kind] if kind in PAIRS else ("AutoModelForCausalLM", CONFIGS[kind])
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    model: nn.Module = getattr(transformers, auto).from_config(config, attn_implementation="eager").eval()
+    return sharpened(model, 0.6 if kind == "bart" else 0.3)
 
 
-def sharpened(model: nn.Module) -> nn.Module:
+def sharpened(model: nn.Module, scale: float = 0.3) -> nn.Module:
     """Larger weights in all but the embeddings: a freshly made tiny model repeats its last token whatever stands before it."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() >= 2 and id(p) not in embeddings:
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+                p.copy_(scale * torch.randn(p.shape, generator=generator))
     return model
 
 
@@ -64,6 +84,25 @@ def transformers_generate(model: Any, prompt: Sequence[int], new_tokens: int) ->
     ids = torch.tensor([list(prompt)])
     out: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, len(prompt) :].tolist()
     return out
+
+
+def transformers_translate(model: Any, source: Tensor, new_tokens: int) -> list[int]:
+    """What an encoder-decoder makes of one source [1, ...], its start token included."""
+    from transformers import GenerationConfig
+
+    for name in ("eos_token_id", "forced_eos_token_id"):
+        setattr(model.generation_config, name, None)
+    config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, use_cache=True, decoder_start_token_id=model.config.decoder_start_token_id)
+    more = {} if source.is_floating_point() else {"attention_mask": torch.ones_like(source)}
+    out: list[int] = model.generate(source, generation_config=config, **more)[0].tolist()
+    start = [model.config.decoder_start_token_id] if len(out) == new_tokens else []  # some leave it out
+    return start + out
+
+
+def source(kind: str, length: int) -> Tensor:
+    """One input of an encoder."""
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(1, 16, 128, generator=generator) if kind == "whisper" else torch.randint(3, VOCABULARY, (1, length), generator=generator)
 
 
 def example(length: int = 24) -> dict[str, Any]:

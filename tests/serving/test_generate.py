@@ -11,7 +11,18 @@ from torch import Tensor
 import attnopt
 from attnopt.serving import ServingModel
 from serving.greedy import generate
-from serving.models import CONFIGS, example, hand_written, plain_generate, prompts, transformers_generate, transformers_model
+from serving.models import (
+    CONFIGS,
+    PAIRS,
+    example,
+    hand_written,
+    plain_generate,
+    prompts,
+    source,
+    transformers_generate,
+    transformers_model,
+    transformers_translate,
+)
 
 CHUNKS = (1, 7, 1000)
 NEW = 14
@@ -35,6 +46,22 @@ def test_a_model_of_transformers_generates_what_its_own_generate_does(kind: str)
     for chunk in CHUNKS:
         assert generate(serving, texts, NEW, chunk) == expected, f"chunks of {chunk}"
     assert generate(serving, texts[1:2], NEW, 7) == expected[1:2], "alone"
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "t5" else pytest.mark.slow) for k in PAIRS])
+def test_an_encoder_decoder_generates_what_its_own_generate_does(kind: str) -> None:
+    model = transformers_model(kind)
+    sources = [source(kind, n) for n in (9, 40, 2)]
+    expected = [transformers_translate(model, x, NEW) for x in sources]
+    assert len({tuple(x) for x in expected}) == 3 and any(len(set(x)) > 3 for x in expected), "a model that always says the same shows nothing"
+    name = "input_features" if kind == "whisper" else "input_ids"
+    serving = serving_model(model, **{name: torch.cat([source(kind, 24)] * 2), "decoder_input_ids": torch.randint(3, 128, (2, 11)), "use_cache": False})
+    assert serving.plan.context == (name,)
+    contexts = [serving.encode(x) for x in sources]
+    start = [x[:1] for x in expected]
+    for chunk in CHUNKS:
+        assert generate(serving, start, NEW, chunk, contexts) == [x[1:] for x in expected], f"chunks of {chunk}"
+    assert generate(serving, [x[:6] for x in expected], NEW - 5, 4, contexts) == [x[6:] for x in expected], "from a longer start"
 
 
 @pytest.mark.parametrize(
