@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from attnopt.analysis import nodes as N
 from attnopt.analysis.site import AttentionSite
 from attnopt.ir import expr as E
 
@@ -21,12 +20,10 @@ def padding_inputs(sites: Iterable[AttentionSite]) -> list[fx.Node]:
         spec = site.spec
         for c in E.conjuncts(spec.mask):
             reads = {x for x in c.leaves if x.op == "load"}
-            if len(reads) != 1 or not c.variables <= {spec.dims.b, spec.dims.k}:
-                continue
-            (read,) = reads
-            node = site.loads[read.value]
-            if node.op == "placeholder" and N.is_tensor(node) and read.args == (spec.dims.b, spec.dims.k) and _shown(c, read) and node not in found:
-                found.append(node)
+            for read in reads if len(reads) == 1 else ():
+                node = site.loads[read.value]
+                if node.op == "placeholder" and read.args == (spec.dims.b, spec.dims.k) and _shown(c, read) and node not in found:
+                    found.append(node)
     return found
 
 
