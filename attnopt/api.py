@@ -172,6 +172,8 @@ def compile_report(clear: bool = False) -> Report:
 
 
 def _backend(config: OptimizeConfig, frames: Frames, mode: str | None = None) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    if config.kv_cache:
+        raise AttnoptError("kv_cache needs the whole model, and a compiler gives parts of it; attnopt.optimize(model, inputs, config=...) makes a serving model.")
     passes(config)  # a misspelt name is an error of the caller, not of the compiler
 
     def rewrite(graph: fx.GraphModule) -> tuple[fx.GraphModule, Report]:

@@ -139,10 +139,10 @@ class _Call:
         return _Call(captured, names, tuple(leaves), structure)
 
     def positions(self) -> tuple[str, ...]:
-        """Inputs that count 0, 1, 2, ... in the example, beside others that do not."""
+        """Inputs that count 0, 1, 2, ... in the example, where another one can hold the ids: integers [B, S] that are no mask of zeros and ones."""
         found = tuple(n for n, x in zip(self.names, self.leaves, strict=True) if _counts(x))
-        ids = [x for x in self.leaves if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point()]
-        return found if len(ids) > len(found) or any(x.dim() == 1 for x in self.leaves if isinstance(x, Tensor)) else ()
+        others = [x for n, x in zip(self.names, self.leaves, strict=True) if n not in found and isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point()]
+        return found if any(not x.is_meta and bool((x > 1).any()) for x in others) else ()
 
     def output(self) -> int | None:
         """The place of what the model's result calls its logits; None where it has no such name, or one result only."""

@@ -88,6 +88,23 @@ def test_inputs_of_padding_and_positions_disappear_and_the_result_is_found_by_it
     assert sorted(r.code for r in made.attnopt_report.remarks) == ["AO105", "AO105", "AO106"]
 
 
+def test_ids_that_happen_to_count_are_no_positions() -> None:
+    class Masked(HandWritten):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.tokens(ids)[:, None]
+            i = torch.arange(ids.shape[1])
+            seen = (i[:, None] >= i) & (mask[:, None, None] != 0)
+            return self.head(torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen)[:, 0])
+
+    report = attnopt.inspect(Masked().eval(), (torch.arange(9).expand(2, -1), torch.ones(2, 9, dtype=torch.long)), config=PAGED)
+    assert {r.code for s in report.sites for r in s.remarks} >= {"AO104"} and [r.code for r in report.remarks] == ["AO105"]
+
+
+def test_a_compiler_makes_no_serving_model() -> None:
+    with pytest.raises(Exception, match="kv_cache needs the whole model"):
+        torch.compile(nn.Linear(4, 4), backend="attnopt", options={"kv_cache": "paged"})(torch.ones(1, 4))
+
+
 def test_positions_that_the_example_does_not_count_are_refused() -> None:
     with pytest.raises(ServingError, match="Padded cannot be served from a KV cache"):
         attnopt.optimize(Padded().eval(), (IDS, torch.ones(2, 12, dtype=torch.long), torch.arange(12).flip(0).expand(2, -1)), config=PAGED)
