@@ -69,7 +69,7 @@ def _sorted_experts(m: Model, x: Tensor, twist: str = "") -> Tensor:
     weight, which = m.router(rows).softmax(-1).topk(2)
     chosen = which.reshape(-1) % 3 if twist == "other keys" else which.reshape(-1)
     ordered, order = chosen.sort(descending=twist == "descending")
-    counted = chosen.roll(1) * 0 if twist == "counts of others" else ordered
+    counted = 3 - chosen if twist == "counts of others" else ordered
     counts = torch.histc(counted.float(), bins=4, min=0, max=4 if twist == "other bins" else 3)
     ends = (counts if twist == "counts" else counts.cumsum(0)).to(torch.int32)
     first = rows[order // 3] if twist == "other rows" else rows[order // 2]
@@ -77,7 +77,12 @@ def _sorted_experts(m: Model, x: Tensor, twist: str = "") -> Tensor:
     done = _grouped(first, matrices, ends) * weight.reshape(-1)[order][:, None]
     back = torch.empty_like(order)
     number = torch.arange(order.shape[0])
-    back[chosen if twist == "by keys" else order] = number.flip(0) if twist == "one on" else number
+    if twist == "added":
+        back = torch.ones_like(order).index_put((order,), number, accumulate=True)
+    else:
+        back[chosen if twist == "by keys" else order] = number.flip(0) if twist == "one on" else number
+    if twist == "counts as values":
+        done = done * counts.view(1, 4).sum(1)
     return done[back].view(-1, 2, WIDTH).sum(1).view(x.shape)
 
 
@@ -138,11 +143,13 @@ REFUSED: dict[str, tuple[str, Change]] = {
     "number of a row": ("AO214", lambda m, x: x + m.table[torch.arange(x.shape[0] * x.shape[1]) % LONGEST].view(x.shape)),
     **{
         f"experts, {twist}": ("AO214", lambda m, x, twist=twist: _sorted_experts(m, x, twist))
-        for twist in ("descending", "other keys", "counts of others", "other bins", "counts", "other rows", "experts of tokens", "by keys", "one on")
+        for twist in ("descending", "other keys", "counts of others", "other bins", "counts", "other rows", "experts of tokens", "by keys", "one on", "added", "counts as values")
     },
     "numbers of rows, stacked": ("AO214", lambda m, x: x * torch.stack([_order(m, x)] * 2).sum(0).view(x.shape[:2])[..., None]),
     "numbers of rows, as floats": ("AO214", lambda m, x: x * _order(m, x).float().view(x.shape[:2])[..., None]),
-    "numbers of rows, summed": ("AO214", lambda m, x: x * _order(m, x).cumsum(0).view(x.shape[:2])[..., None]),
+    "numbers of rows, summed": ("AO214", lambda m, x: x * _order(m, x).view(*x.shape[:2], 1).sum(-1)[..., None]),
+    "numbers of rows, of numbers": ("AO214", lambda m, x: x * _order(m, x)[_order(m, x)].view(x.shape[:2])[..., None]),
+    "sum of ones over the length": ("AO214", lambda m, x: x + x.new_ones(x.shape[:2]).sum(1)[:, None, None]),
     "numbers of rows, in products": ("AO214", lambda m, x: x * (_order(m, x) * m.router(x).argmax(-1).reshape(-1)).view(x.shape[:2])[..., None]),
     "numbers of rows, of a table": ("AO214", lambda m, x: x + m.places(_order(m, x) % LONGEST).view(x.shape)),
     "numbers of rows, gathered": ("AO214", lambda m, x: x + x.reshape(-1, WIDTH).gather(0, _order(m, x)[:, None].expand(-1, WIDTH)).view(x.shape)),
@@ -153,7 +160,7 @@ REFUSED: dict[str, tuple[str, Change]] = {
     "noise, the same for all": ("AO214", lambda m, x: x + torch.randn(WIDTH)),
     "sum of as many ones": ("AO214", lambda m, x: x + x.new_ones(1, x.shape[1]) @ x.new_ones(x.shape[1], 1)),
     "weights of positions": ("AO214", lambda m, x: x + F.linear(x, m.places(_i(x)))[..., :1]),
-    "table of tokens": ("AO214", lambda m, x: x + F.embedding(m.router(x).argmax(-1), x[0])),
+    "table of tokens": ("AO214", lambda m, x: x + F.embedding(m.router(x).argmax(-1), m.router(x)[0].T)[..., :1]),
     "gathered along the sequence": ("AO214", lambda m, x: x + x.gather(1, m.router(x).argmax(-1, keepdim=True).expand_as(x))),
     "scattered along the sequence": ("AO214", lambda m, x: x + torch.zeros_like(x).scatter(1, m.router(x).argmax(-1, keepdim=True).expand_as(x), x)),
     "scattered by the first token": ("AO214", lambda m, x: torch.zeros_like(m.router(x)).scatter(-1, m.router(x)[:, :1].topk(2)[1], 1.0) @ m.experts[0, :4] + x),
@@ -268,10 +275,10 @@ class _Other(nn.Module):
             m.change = lambda m, x: x * more[..., None]
         if self.form == "memory":
             m.change = lambda m, x: x + m.mix(more).mean(1, keepdim=True)
-        if self.form.startswith("keys"):
+        if self.form.startswith(("keys", "values")):
             x, y = m.embed(ids)[:, None], m.mix(more)[:, None]
             mask = m.bias[0, : x.shape[2], : y.shape[2]] if self.form == "keys of a memory, by place" else None
-            k, v = {"keys and values of a memory": (y, y), "keys alone of a memory": (y, x)}.get(self.form, (y, y))
+            k, v = {"keys and values of a memory": (y, y), "keys alone of a memory": (y, x), "values alone of a memory": (x, y)}.get(self.form, (y, y))
             return m.head((x + F.scaled_dot_product_attention(x, k, v, attn_mask=mask))[:, 0])
         if self.form == "ids as a mask":
             m.mask = lambda m, x: _causal(x) & (ids != 0)[:, None, None]
@@ -291,6 +298,7 @@ class _Other(nn.Module):
         ("two results", "AO217", None),
         ("last of two", "AO217", None),
         ("no attention", "AO215", None),
+        ("values alone of a memory", "AO215", torch.rand(2, 11, WIDTH)),
     ],
 )
 def test_inputs_and_results_of_another_form_are_refused(form: str, code: str, more: Tensor | None) -> None:

@@ -62,17 +62,23 @@ def transformers_model(kind: str) -> nn.Module:
     auto, settings = PAIRS[kind] if kind in PAIRS else ("AutoModelForCausalLM", CONFIGS[kind])
     config = transformers.AutoConfig.for_model(kind, **settings)
     model: nn.Module = getattr(transformers, auto).from_config(config, attn_implementation="eager").eval()
-    return sharpened(model, 0.6 if kind == "bart" else 0.3)
+    return sharpened(model, norms=kind == "bart")
 
 
-def sharpened(model: nn.Module, scale: float = 0.3) -> nn.Module:
-    """Larger weights in all but the embeddings: a freshly made tiny model repeats its last token whatever stands before it."""
+def sharpened(model: nn.Module, norms: bool = False) -> nn.Module:
+    """Larger weights in all but the embeddings: a freshly made tiny model repeats its last token whatever stands before it.
+
+    With ``norms`` those of norms are scattered too, for models that normalise after each layer.
+    """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() >= 2 and id(p) not in embeddings:
-                p.copy_(scale * torch.randn(p.shape, generator=generator))
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+        for m in model.modules():
+            if norms and isinstance(m, nn.LayerNorm):
+                m.weight.copy_(1.0 + torch.randn(m.weight.shape, generator=generator))
     return model
 
 
