@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -69,7 +70,11 @@ def refusal(name: str, spec: AttentionSpec, setting: CacheSetting) -> str | None
 
 
 def _triton_refusal(spec: AttentionSpec, setting: CacheSetting) -> str | None:
-    return "it has no kernels for a paged cache"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from attnopt.kernels.triton import launch_paged
+
+    return launch_paged.refusal(spec, setting)
 
 
 @lru_cache(maxsize=4096)

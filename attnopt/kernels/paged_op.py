@@ -66,7 +66,10 @@ def _paged_attention(
         parsed = AttentionSpec.from_json(spec)
         check_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
         _, kernel = prepared(spec, setting, backend, frozenset(disabled_backends()))
-        assert kernel == "reference"
+        if kernel == "triton":
+            from attnopt.kernels.triton import launch_paged
+
+            return launch_paged.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
         return paged_reference.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
 
 

@@ -1,5 +1,5 @@
 """Compiles generated kernels for a GPU that need not be there. Run as ``python -m tests.kernels.compiler ARCH '[[name, D, dtype, Sq], ...]'``,
-or with ``backward`` behind it for the kernels of the gradients."""
+or with ``backward`` behind it for the kernels of the gradients, ``paged`` for those over a paged cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.triton import launch, launch_backward
+from attnopt.kernels.triton import launch, launch_backward, launch_paged
 from attnopt.kernels.triton.flash_forward import MAP_TENSORS
 from attnopt.kernels.triton.launch import Config
 from tests.kernels.cases import BY_NAME, Case, causal, softcap, window
@@ -95,6 +95,41 @@ def compile_backward(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> 
     return out
 
 
+PAGED_TYPES = {"TABLE": "*i32", "STARTS": "*i32", "LENGTHS": "*i32", "PART": "*fp32", "LSE": "*fp32", "K_SCALE": "*fp32", "V_SCALE": "*fp32"}
+CACHES = {"int8": (torch.int8, "*i8"), "fp8": (torch.float8_e4m3fn, "*fp8e4nv")}
+
+
+def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, groups: int = 4, page: int = 16, cache: str = "") -> list[dict[str, Any]]:
+    """The forward over pages with splits and without. D 576 is that of latents: one KV head, and the values are features of the keys."""
+    spec, dtype = spec_of(name), getattr(torch, dtype_name)
+    kernel = launch_paged.kernel_for(spec, bool(cache))
+    Dv = min(D, launch_paged.MAX_VALUE_DIM)
+    c = launch_paged.config(D, Dv, groups, queries, dtype, SHARED[arch])
+    kinds = [x.kind for x in spec.loads] + [p.kind for p in kernel.source.parts]
+    types, fixed, aligned = signature(kernel.source.arguments, kinds, dtype)
+    for i, argument in enumerate(kernel.source.arguments):
+        if argument in PAGED_TYPES:
+            types[argument] = PAGED_TYPES[argument]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif argument in ("K", "V") and cache:
+            types[argument] = CACHES[cache][1]
+        elif argument in ("Q_s2", "O_s2"):
+            types[argument], fixed[argument] = "constexpr", 1
+            aligned.pop((i,), None)
+        elif argument in ("T", "R"):
+            types[argument] = "i32"
+    out = []
+    for split in (False, True):
+        constexprs = launch_paged.constants(D, Dv, groups, 16, page, split, D == 576, c, dtype)
+        all_types = types | dict.fromkeys(constexprs, "constexpr")
+        source = ASTSource(fn=kernel.module.paged_forward, signature=all_types, constexprs=fixed | constexprs, attrs=aligned)
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": c.num_warps, "num_stages": c.num_stages})
+        stack, hot = spills(done.asm["ptx"], arch)
+        label = f"paged {name} D{D} {dtype_name} {cache} queries{queries} groups{groups} page{page} split {split} sm_{arch} {c}"
+        out.append({"kernel": label, "shared": done.metadata.shared, "spills": stack, "hot": hot})
+    return out
+
+
 def binary(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
@@ -125,5 +160,5 @@ def hot_spills(listing: str) -> int:
 
 if __name__ == "__main__":
     arch = int(sys.argv[1])
-    one = compile_backward if "backward" in sys.argv[3:] else compile_one
+    one = compile_backward if "backward" in sys.argv[3:] else compile_paged if "paged" in sys.argv[3:] else compile_one
     print(json.dumps([r for k in json.loads(sys.argv[2]) for r in one(arch, *k)]))

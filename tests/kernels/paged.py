@@ -56,13 +56,13 @@ def paged(
     spare: int = 2,
     seed: int = 0,
 ) -> Paged:
-    """Caches in which all that holds no key is NaN, and every unused entry of the block table is -1. ``spare`` pages more than any request needs."""
+    """Caches in which all that holds no key is NaN, and every unused entry of the block table is -1. ``spare`` columns more than any request needs."""
     g = torch.Generator().manual_seed(seed)
     columns = max([-(-n // page_size) for _, n in lengths], default=0) + spare
-    needed = sum(-(-n // page_size) for _, n in lengths)
-    pages = torch.randperm(needed + spare, generator=g).tolist()
-    k_cache = torch.full((needed + spare, page_size, Hkv, D), math.nan, dtype=dtype)
-    v_cache = torch.full((needed + spare, page_size, Hkv, Dv), math.nan, dtype=dtype)
+    count = sum(-(-n // page_size) for _, n in lengths) + 2
+    pages = torch.randperm(count, generator=g).tolist()
+    k_cache = torch.full((count, page_size, Hkv, D), math.nan, dtype=dtype)
+    v_cache = torch.full((count, page_size, Hkv, Dv), math.nan, dtype=dtype)
     table = torch.full((len(lengths), columns), -1, dtype=torch.int32)
     keys, values, slots = [], [], []
     for r, (_, n) in enumerate(lengths):
@@ -127,15 +127,15 @@ CASES = [
     Case(
         "prefix",
         shape=SEQUENCE,
-        mask=lambda d: E.any_of(causal(d), E.lt(d.k, E.const(12))),
-        naive_mask=lambda i, j, L: (j <= i) | (j < 12),
+        mask=lambda d: E.any_of(causal(d), E.lt(d.k, E.const(60))),
+        naive_mask=lambda i, j, L: (j <= i) | (j < 60),
     ),
     Case(
         "by-request-prefix",
         shape=(len(MIXED), HQ, HKV, 70, 70, D, DV),
         mask=lambda d: E.any_of(causal(d), E.lt(d.k, E.load(0, (d.b,), "int"))),
         naive_mask=lambda i, j, L: (j <= i) | (j < L[0][:, None, None, None]),
-        loads=lambda shape: [torch.tensor([3, 9, 1, 30, 1, 0, 0])],
+        loads=lambda shape: [torch.tensor([3, 9, 1, 60, 1, 40, 0])],
     ),
     Case(
         "by-request-padding-zero",

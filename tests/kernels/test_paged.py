@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import AttnoptError, BackendError
+from tests.kernels.conftest import Run
 from tests.kernels.paged import BY_CASE, CASES, MIXED, Paged, call, loads_of, one_by_one, paged
 
 
@@ -108,3 +109,47 @@ def test_what_does_not_fit_is_named() -> None:
         attend(*p.arguments, p.loads, [], spec, "flash")
     with pytest.raises(AttnoptError, match=r"each token has one slot"):
         torch.ops.attnopt.cache_write(p.keys[0], p.values[0], p.k_cache, p.v_cache, torch.tensor([0]))
+
+
+# ------------------------------------------------------------------------------------------------ the generated kernels, interpreted
+
+WIDE_PAGES = ("full", "window", "softcap-window-sinks", "by-request-padding-zero")
+"""Cases that are also tried where a block of keys is a part of a page."""
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_triton(interpreted: Run, name: str) -> None:
+    interpreted("paged", "case", name, "float32", "16")
+
+
+@pytest.mark.parametrize("name", WIDE_PAGES)
+def test_triton_with_wide_pages(interpreted: Run, name: str) -> None:
+    interpreted("paged", "case", name, "float32", "64")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_triton_in_half_precision(interpreted: Run, dtype: str) -> None:
+    interpreted("paged", "case", "softcap-window-sinks", dtype, "16")
+
+
+@pytest.mark.parametrize("name", ["window", "sinks-causal-GQA"])
+def test_any_number_of_splits(interpreted: Run, name: str) -> None:
+    interpreted("paged", "splits", name)
+
+
+@pytest.mark.parametrize("heads", ["4-4-16-16", "6-2-24-40", "5-1-80-16", "34-1-16-16"])
+def test_any_heads(interpreted: Run, heads: str) -> None:
+    interpreted("paged", "heads", *heads.split("-"), "16")
+
+
+def test_latents(interpreted: Run) -> None:
+    interpreted("paged", "latents", "")
+
+
+@pytest.mark.parametrize("name", ["softcap-window-sinks", "alibi-causal"])
+def test_chunks(interpreted: Run, name: str) -> None:
+    interpreted("paged", "chunks", name)
+
+
+def test_nothing_else_is_read(interpreted: Run) -> None:
+    interpreted("paged", "nothing-else-is-read", "")

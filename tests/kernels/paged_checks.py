@@ -1,0 +1,107 @@
+"""What is asked of the generated kernels over a paged cache, under the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnopt.kernels.triton import launch_paged
+from attnopt.kernels.triton.launch_paged import Config
+from tests.kernels.paged import BY_CASE, MIXED, Paged, call, loads_of, one_by_one, paged
+
+TOLERANCE = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
+
+
+def launched(name: str, p: Paged, **options: object) -> Tensor:
+    case = BY_CASE[name]
+    return launch_paged.attention(*p.arguments, p.loads, list(case.sizes.values()), case.spec(), **options)  # type: ignore[arg-type]
+
+
+def check_case(name: str, dtype: str, page_size: str) -> None:
+    """The operator's choice, a mixed batch."""
+    case = BY_CASE[name]
+    p = paged(MIXED, int(page_size), getattr(torch, dtype), Hkv=case.shape[2], loads=loads_of(case))
+    o = call(case, p, "triton")
+    assert o.dtype == p.q.dtype and o.shape == (len(p.q), 4, 16)
+    torch.testing.assert_close(o.double(), one_by_one(case, p), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def check_splits(name: str) -> None:
+    """Any number of splits gives the same, with blocks so small that there are more of all kinds; the same number twice gives the same bits."""
+    case = BY_CASE[name]
+    p = paged(((1, 70), (9, 65), (0, 3)), 16, loads=loads_of(case))
+    want = one_by_one(case, p)
+    for n in (1, 4):
+        c = Config(16, 16, 2, 4, 1)
+        o = launched(name, p, chosen=c, num_splits=n)
+        torch.testing.assert_close(o.double(), want, atol=5e-6, rtol=5e-6)
+        assert torch.equal(o, launched(name, p, chosen=c, num_splits=n))
+
+
+def check_heads(Hq: str, Hkv: str, D: str, Dv: str, page_size: str) -> None:
+    """Any number of heads in a group, and head sizes of one block or two."""
+    case = BY_CASE["causal"]
+    p = paged(((2, 21), (1, 33)), int(page_size), Hq=int(Hq), Hkv=int(Hkv), D=int(D), Dv=int(Dv))
+    want = one_by_one(case, p)
+    for n in (1, 2):
+        torch.testing.assert_close(launched("causal", p, num_splits=n).double(), want, atol=2e-5, rtol=2e-5)
+
+
+def check_latents(_: str) -> None:
+    """The values are the first features of the keys, in one tensor."""
+    case = BY_CASE["causal"]
+    p = paged(((2, 21), (1, 33)), 16, Hq=20, Hkv=1, D=48, Dv=32)
+    p = replace(p, v_cache=p.k_cache[..., :32], values=[k[..., :32] for k in p.keys])
+    assert launch_paged.shares(p.k_cache, p.v_cache)
+    torch.testing.assert_close(launched("causal", p).double(), one_by_one(case, p), atol=2e-5, rtol=2e-5)
+
+
+def check_chunks(name: str) -> None:
+    """A prompt at once, in chunks and token by token: the same numbers."""
+    case = BY_CASE[name]
+    long, short = 17, 11
+    whole = paged(((long, long), (short, short)), 16, loads=loads_of(case))
+    want = one_by_one(case, whole)
+    for chunk in (1, 7, long):
+        got: list[list[Tensor]] = [[], []]
+        for start in range(0, long, chunk):
+            ends = [min(start + chunk, n) for n in (long, short)]
+            counts = [max(0, e - start) for e in ends]
+            q = torch.cat([whole.q[base + start : base + start + m] for base, m in zip((0, long), counts, strict=True)])
+            cu = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
+            step = replace(whole, q=q, cu_seqlens_q=cu, seqlens_k=torch.tensor(ends, dtype=torch.int32))
+            for r, x in enumerate(call(case, step, "triton").split(counts)):
+                got[r].append(x)
+        torch.testing.assert_close(torch.cat([*got[0], *got[1]]).double(), want, atol=5e-6, rtol=5e-6)
+
+
+def check_nothing_else_is_read(_: str) -> None:
+    """Pages before a window may be given away, tokens of no request are zero, a batch may have no tokens, and a cache one page a request."""
+    case = BY_CASE["window"]
+    p = paged(((1, 65), (3, 70)), 16)
+    want = launched("window", p)
+    torch.testing.assert_close(want.double(), one_by_one(case, p), atol=5e-6, rtol=5e-6)
+    p.block_table[:, :2] = -1
+    assert torch.equal(launched("window", p), want)
+    more = replace(p, q=torch.cat([p.q, torch.full_like(p.q[:3], torch.nan)]))
+    for n in (1, 2):
+        o = launched("window", more, num_splits=n)
+        assert not o[-3:].any()
+        torch.testing.assert_close(o[:-3], want, atol=5e-6, rtol=5e-6)
+    assert launched("window", paged(((0, 9), (0, 0)), 16)).shape == (0, 4, 16)
+    one = paged(((7, 33), (1, 75)), 75, spare=0)  # a page that is no power of two
+    assert one.block_table.shape == (2, 1)
+    torch.testing.assert_close(launched("window", one, num_splits=2).double(), one_by_one(case, one), atol=5e-6, rtol=5e-6)
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "case": check_case,
+    "splits": check_splits,
+    "heads": check_heads,
+    "latents": check_latents,
+    "chunks": check_chunks,
+    "nothing-else-is-read": check_nothing_else_is_read,
+}
