@@ -73,7 +73,7 @@ GREATEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [T, Hkv, D] in ``dtype``, and the float32 scale [T, Hkv] of each token and head: its greatest magnitude becomes the dtype's."""
     x = x.float()
-    scale = x.abs().amax(-1) / GREATEST[dtype] if x.shape[-1] else x.new_zeros(x.shape[:2])
+    scale = x.abs().amax(-1) / GREATEST[dtype]
     small = x / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
     return (small.round() if dtype == torch.int8 else small).to(dtype), scale
 
@@ -92,6 +92,8 @@ def cache_write(
     slots = slots[kept]
     at = slots // k_cache.shape[1], slots % k_cache.shape[1]
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if x.shape[2] == 0:  # values that are features of the keys
+            continue
         if scale is None:
             cache[at] = x[kept].to(cache.dtype)
         else:

@@ -78,6 +78,12 @@ def paged(
     return Paged(q, k_cache, v_cache, table, cu_seqlens_q, seqlens_k, loads or [], keys, values)
 
 
+def slots_of(p: Paged) -> Tensor:
+    """Of all keys, request by request."""
+    page_size = p.k_cache.shape[1]
+    return torch.tensor([int(p.block_table[r, i // page_size]) * page_size + i % page_size for r, k in enumerate(p.keys) for i in range(len(k))])
+
+
 def one_by_one(case: Case, p: Paged) -> Tensor:
     """The definition, in float64: each request alone, all its keys before it, its queries at its last positions."""
     o = p.q.new_zeros((*p.q.shape[:2], p.v_cache.shape[3]), dtype=torch.float64)

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnopt.kernels.triton import launch_paged
+from attnopt.kernels import paged_reference
+from attnopt.kernels.triton import cache_write, launch_paged
 from attnopt.kernels.triton.launch_paged import Config
-from tests.kernels.paged import BY_CASE, MIXED, Paged, call, loads_of, one_by_one, paged
+from tests.kernels.paged import BY_CASE, MIXED, Paged, call, loads_of, one_by_one, paged, slots_of
 
 TOLERANCE = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
 
@@ -97,11 +98,48 @@ def check_nothing_else_is_read(_: str) -> None:
     torch.testing.assert_close(launched("window", one, num_splits=2).double(), one_by_one(case, one), atol=5e-6, rtol=5e-6)
 
 
+def check_quantized(cache: str, dtype: str) -> None:
+    """What the kernel writes is what PyTorch writes, and what it reads is cache * scale."""
+    case, kind = BY_CASE["window"], getattr(torch, cache)
+    p = paged(((1, 40), (9, 21)), 16, getattr(torch, dtype))
+    k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8).view(kind) for x in (p.k_cache, p.v_cache))
+    caches = (k8, v8, *(torch.full(k8.shape[:3], torch.nan) for _ in range(2)))
+    same = tuple(x.clone() for x in caches)
+    k, v, slots = torch.cat(p.keys), torch.cat(p.values), slots_of(p)
+    cache_write.write(k, v, *caches[:2], slots, *caches[2:])
+    paged_reference.cache_write(k, v, *same[:2], slots, *same[2:])
+    for a, b in zip(caches, same, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
+    held = [(x.double() * s.double().unsqueeze(-1)).flatten(0, 1)[slots].split([len(x) for x in p.keys]) for x, s in zip(caches[:2], caches[2:], strict=True)]
+    want = one_by_one(case, replace(p, keys=list(held[0]), values=list(held[1])))
+    for n in (1, 2):
+        quantized = replace(p, k_cache=k8, v_cache=v8)
+        o = launched("window", quantized, k_scale=caches[2], v_scale=caches[3], num_splits=n)
+        torch.testing.assert_close(o.double(), want, atol=2 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def check_write(dtype: str) -> None:
+    """As PyTorch writes it: tokens without a slot left out, values of no size, keys in a tensor of another order."""
+    for D, Dv in ((24, 40), (48, 0)):
+        k, v = (torch.randn(3, 20, n).to(getattr(torch, dtype)).transpose(0, 1) for n in (D, Dv))
+        slots = torch.randperm(20 * 8)[:20]
+        slots[5] = -1
+        found = []
+        for f in (paged_reference.cache_write, cache_write.write):
+            caches = tuple(torch.full((20, 8, 3, n), 7.0, dtype=k.dtype) for n in (D, Dv))
+            f(k, v, *caches, slots)
+            found.append(caches)
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "case": check_case,
     "splits": check_splits,
     "heads": check_heads,
     "latents": check_latents,
     "chunks": check_chunks,
+    "quantized": check_quantized,
+    "write": check_write,
     "nothing-else-is-read": check_nothing_else_is_read,
 }

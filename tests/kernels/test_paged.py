@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnopt.errors import AttnoptError, BackendError
 from tests.kernels.conftest import Run
-from tests.kernels.paged import BY_CASE, CASES, MIXED, Paged, call, loads_of, one_by_one, paged
+from tests.kernels.paged import BY_CASE, CASES, MIXED, Paged, call, loads_of, one_by_one, paged, slots_of
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 5])
@@ -51,7 +51,7 @@ def test_quantized_cache(dtype: torch.dtype) -> None:
     p = paged(MIXED, 16)
     k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8).view(dtype) for x in (p.k_cache, p.v_cache))
     ks, vs = (torch.full(p.k_cache.shape[:3], torch.nan) for _ in range(2))
-    slots = slots_of(p, 16)
+    slots = slots_of(p)
     torch.ops.attnopt.cache_write(torch.cat(p.keys), torch.cat(p.values), k8, v8, slots, ks, vs)
     o: Tensor = torch.ops.attnopt.paged_attention(p.q, k8, v8, *p.arguments[3:], p.loads, [], case.spec().to_json(), "reference", ks, vs)
     # exact for what the cache holds; its numbers are within half a step of the originals
@@ -62,10 +62,6 @@ def test_quantized_cache(dtype: torch.dtype) -> None:
     held, given = wide[0].flatten(0, 1)[slots], torch.cat(p.keys)
     most = given.abs().amax(-1, keepdim=True)
     assert bool(((held - given).abs() <= (most if dtype == torch.int8 else given.abs() + most / 448) * step * 1.001).all())
-
-
-def slots_of(p: Paged, page_size: int) -> Tensor:
-    return torch.tensor([int(p.block_table[r, i // page_size]) * page_size + i % page_size for r, k in enumerate(p.keys) for i in range(len(k))])
 
 
 def test_cache_write_leaves_out_negative_slots() -> None:
@@ -153,3 +149,13 @@ def test_chunks(interpreted: Run, name: str) -> None:
 
 def test_nothing_else_is_read(interpreted: Run) -> None:
     interpreted("paged", "nothing-else-is-read", "")
+
+
+@pytest.mark.parametrize("cache", ["int8-float16", "float8_e4m3fn-float32"])
+def test_quantized(interpreted: Run, cache: str) -> None:
+    interpreted("paged", "quantized", *cache.split("-"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_write(interpreted: Run, dtype: str) -> None:
+    interpreted("paged", "write", dtype)
