@@ -127,7 +127,7 @@ def config(D: int, Dv: int, groups: int, queries: int, dtype: torch.dtype, share
     else:
         tallest, BLOCK_N, stages = 64 if large else 16, 32, 2
     BLOCK_M = min(tallest, power_of_two(groups * queries))
-    warps = 8 if BLOCK_M * width >= 64 * 128 or width > 256 else 4
+    warps = 8 if BLOCK_M * width >= 64 * 128 or width > (64 if dtype == torch.float32 else 128) else 4
     return Config(BLOCK_M, BLOCK_N, min(groups, BLOCK_M), warps, stages)
 
 
