@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from attnopt.errors import AttnoptError
+from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.tiling import bounds, may_be_empty
@@ -28,6 +31,11 @@ def attention(
     """``attnopt::paged_attention`` for any spec, page size and dtype: o [T, Hq, Dv]; zero for tokens of no request and requests without keys."""
     o = q.new_zeros((*q.shape[:2], v_cache.shape[3]))
     starts, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
+    longest = max(lengths, default=0)
+    for slot, axis in axes_by(spec, "qk"):
+        if loads[slot].shape[axis] < longest:
+            name, shape = spec.loads[slot].name, tuple(loads[slot].shape)
+            raise AttnoptError(f"A request has {longest} keys, and {name} {shape}, which is read by position, has {shape[axis]} positions.")
     for r, n in enumerate(lengths):
         t0, t1 = starts[r], starts[r + 1]
         if t0 == t1 or n == 0:
@@ -40,6 +48,13 @@ def attention(
         mine = q[t0:t1].transpose(0, 1).unsqueeze(0)
         o[t0:t1] = reference.attention_at(mine, k, v, loads, values, spec, r, first)[0].transpose(0, 1)
     return o
+
+
+@lru_cache(maxsize=1024)
+def axes_by(spec: AttentionSpec, variables: str) -> tuple[tuple[int, int], ...]:
+    """(load, axis) where the index is one of these variables itself."""
+    nodes = (e for e in E.postorder(*spec.programs) if e.op == "load")
+    return tuple(sorted({(e.value, axis) for e in nodes for axis, a in enumerate(e.args) if a.op == "var" and a.value in variables}))
 
 
 def request_sizes(

@@ -38,9 +38,10 @@ class Paged:
     def arguments(self) -> tuple[Tensor, ...]:
         return self.q, self.k_cache, self.v_cache, self.block_table, self.cu_seqlens_q, self.seqlens_k
 
-    @property
-    def requests(self) -> int:
-        return len(self.seqlens_k)
+    def on(self, device: str) -> Paged:
+        """What the operator reads, on ``device``; the keys and values by request stay."""
+        moved = (x.to(device) for x in self.arguments)
+        return Paged(*moved, [x.to(device) for x in self.loads], self.keys, self.values)
 
 
 def paged(
@@ -86,15 +87,16 @@ def slots_of(p: Paged) -> Tensor:
 
 def one_by_one(case: Case, p: Paged) -> Tensor:
     """The definition, in float64: each request alone, all its keys before it, its queries at its last positions."""
-    o = p.q.new_zeros((*p.q.shape[:2], p.v_cache.shape[3]), dtype=torch.float64)
+    q, loads = p.q.cpu(), [x.cpu() for x in p.loads]
+    o = q.new_zeros((*q.shape[:2], p.v_cache.shape[3]), dtype=torch.float64)
     starts = p.cu_seqlens_q.tolist()
     for r, (k, v) in enumerate(zip(p.keys, p.values, strict=True)):
         t0, t1, n = starts[r], starts[r + 1], len(k)
         if t1 == t0 or n == 0:
             continue
-        whole = p.q.new_zeros(n, *p.q.shape[1:])  # queries before those of this call are not asked for
-        whole[n - (t1 - t0) :] = p.q[t0:t1]
-        mine = [x[r : r + 1] if case.name.startswith("by-request") else x for x in p.loads]
+        whole = q.new_zeros(n, *q.shape[1:])  # queries before those of this call are not asked for
+        whole[n - (t1 - t0) :] = q[t0:t1]
+        mine = [x[r : r + 1] if case.name.startswith("by-request") else x for x in loads]
         o_r, _ = case.naive(*(x.transpose(0, 1).unsqueeze(0) for x in (whole, k, v)), mine)
         o[t0:t1] = o_r[0].transpose(0, 1)[n - (t1 - t0) :]
     return o
@@ -159,6 +161,15 @@ CASES = [
         mask=causal,
         naive_mask=naive_causal,
         loads=lambda shape: [torch.rand(70)],
+    ),
+    Case(
+        "bias-by-key",
+        shape=SEQUENCE,
+        score=lambda d, s: E.add(E.mul(E.const(0.25), s), E.load(0, (d.k,), "float")),
+        naive_score=lambda s, i, j, L: 0.25 * s + L[0][: j.shape[-1]],
+        mask=causal,
+        naive_mask=naive_causal,
+        loads=lambda shape: [torch.randn(70)],
     ),
     Case(
         "scale-by-length",

@@ -8,9 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attnopt.ir import expr as E
 from attnopt.kernels import paged_reference
+from attnopt.kernels.paged_choice import CacheSetting, choose
+from attnopt.kernels.registry import BackendRefusal
 from attnopt.kernels.triton import cache_write, launch_paged
 from attnopt.kernels.triton.launch_paged import Config
+from tests.kernels.cases import BY_NAME
 from tests.kernels.paged import BY_CASE, MIXED, Paged, call, loads_of, one_by_one, paged, slots_of
 
 TOLERANCE = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
@@ -133,6 +137,41 @@ def check_write(dtype: str) -> None:
             assert torch.equal(a, b)
 
 
+def check_more_queries_than_keys(_: str) -> None:
+    """As in cross attention: where no program looks at positions, they may lie before the first key."""
+    p, case = paged(((5, 3), (2, 40)), 16), BY_CASE["full"]
+    want = torch.cat([case.naive(*(x.transpose(0, 1).unsqueeze(0) for x in one), [])[0][0].transpose(0, 1) for one in zip(p.q.split([5, 2]), p.keys, p.values, strict=True)])
+    for o in (call(case, p), launched("full", p)):
+        torch.testing.assert_close(o.double(), want, atol=5e-6, rtol=5e-6)
+
+
+def check_refusals(_: str) -> None:
+    """What the generated kernels do not compute, in words; ``auto`` then names the reference, and why."""
+    cpu = CacheSetting("cpu", torch.float32, 16, 16, 16)
+    causal, dense = BY_CASE["causal"].spec(), BY_NAME["padding-uniform"].spec()
+    k, q, length = causal.dims.k, causal.dims.q, causal.dims.Skv
+    by_length = causal.replace(mask=E.le(k, E.add(q, E.floordiv(length, E.const(2)))))
+    table = causal.replace(score=E.add(causal.score, E.as_float(E.as_int(E.function("sqrt", E.as_float(E.mul(q, k)))))))
+    said = {
+        "its pages hold a power of two of keys from 16 on, and page_size is 24": (causal, replace(cpu, page_size=24)),
+        "it has D up to 576 and Dv up to 512, and they are 640 and 16": (causal, replace(cpu, D=640)),
+        "it computes float16, bfloat16 and float32, and the query is float64": (causal, replace(cpu, dtype=torch.float64)),
+        "rows without a visible key average all keys, of which there are more at each step": (dense, cpu),
+        "how far a query sees depends on the length of each request": (by_length, cpu),
+        "a part of its program would be a table of all queries times all keys": (table, cpu),
+    }
+    assert choose(causal, cpu)[0] == "triton"
+    assert choose(causal, replace(cpu, page_size=24, contiguous=True))[0] == "triton"
+    for reason, (spec, setting) in said.items():
+        assert choose(spec, setting) == ("reference", f"interprets the spec request by request (not triton: {reason})"), choose(spec, setting)
+        try:
+            choose(spec, setting, "triton")
+        except BackendRefusal as e:
+            assert e.reason == reason
+        else:
+            raise AssertionError(f"triton took what it cannot compute: {reason}")
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "case": check_case,
     "splits": check_splits,
@@ -141,5 +180,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "chunks": check_chunks,
     "quantized": check_quantized,
     "write": check_write,
+    "more-queries-than-keys": check_more_queries_than_keys,
+    "refusals": check_refusals,
     "nothing-else-is-read": check_nothing_else_is_read,
 }

@@ -84,6 +84,13 @@ def test_operators_are_registered_as_they_behave() -> None:
     torch.library.opcheck(torch.ops.attnopt.cache_write.default, (k, v, p.k_cache.zero_(), p.v_cache.zero_(), slots), test_utils=tests)
 
 
+def test_a_request_longer_than_what_is_read_by_position() -> None:
+    case = BY_CASE["bias-by-key"]
+    p = paged(((1, 71), (1, 5)), 16, loads=loads_of(case))
+    with pytest.raises(AttnoptError, match=r"A request has 71 keys, and load0 \(70,\), which is read by position, has 70 positions"):
+        call(case, p)
+
+
 def test_what_does_not_fit_is_named() -> None:
     case = BY_CASE["by-request-prefix"]
     p = paged(MIXED, 16, loads=loads_of(case))
@@ -128,7 +135,7 @@ def test_triton_in_half_precision(interpreted: Run, dtype: str) -> None:
     interpreted("paged", "case", "softcap-window-sinks", dtype, "16")
 
 
-@pytest.mark.parametrize("name", ["window", "sinks-causal-GQA"])
+@pytest.mark.parametrize("name", ["window", "sinks-causal-GQA", "bias-by-key"])
 def test_any_number_of_splits(interpreted: Run, name: str) -> None:
     interpreted("paged", "splits", name)
 
@@ -145,6 +152,14 @@ def test_latents(interpreted: Run) -> None:
 @pytest.mark.parametrize("name", ["softcap-window-sinks", "alibi-causal"])
 def test_chunks(interpreted: Run, name: str) -> None:
     interpreted("paged", "chunks", name)
+
+
+def test_more_queries_than_keys(interpreted: Run) -> None:
+    interpreted("paged", "more-queries-than-keys", "")
+
+
+def test_refusals(interpreted: Run) -> None:
+    interpreted("paged", "refusals", "")
 
 
 def test_nothing_else_is_read(interpreted: Run) -> None:

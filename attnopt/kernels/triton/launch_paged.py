@@ -139,6 +139,7 @@ def head_parts(D: int) -> tuple[int, int]:
     return first // 2, power_of_two(D - first // 2)
 
 
+@lru_cache(maxsize=4096)
 def splits(programs: int, blocks: int, processors: int) -> int:
     """How many programs share the keys of a tile, where there are ``programs`` tiles of at most ``blocks`` blocks of keys.
 

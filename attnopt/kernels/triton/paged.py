@@ -21,7 +21,7 @@ from attnopt.kernels.materialise import QUERIES
 from attnopt.kernels.triton.flash_forward import Source, Writer
 
 TENSORS = ("Q", "K", "V", "O", "PART", "LSE", "TABLE", "STARTS", "LENGTHS")
-_STRIDES = ("Q_s0", "Q_s1", "Q_s2", "K_s0", "K_s1", "K_s2", "K_s3", "V_s0", "V_s1", "V_s2", "V_s3", "O_s0", "O_s1", "O_s2", "TABLE_s0")
+_STRIDES = ("Q_s0", "Q_s1", "Q_s2", "K_s0", "K_s1", "K_s2", "K_s3", "V_s0", "V_s1", "V_s2", "V_s3", "O_s0", "O_s1", "O_s2")
 _SCALES = ("K_SCALE", "V_SCALE")
 _SCALE_STRIDES = tuple(f"{t}_s{d}" for t in _SCALES for d in range(3))
 CONSTEXPRS = ("D", "DV", "GROUPS", "HEADS", "BLOCK_D", "BLOCK_D2", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "BLOCK_R", "PAGE", "SPLIT", "SHARED", "PRECISION")
@@ -93,7 +93,7 @@ class PagedWriter(Writer):
         extents = tuple(f"L{s}_n{d}" for s, d in em.measured)
         limits = tuple(x for x, used in (("LEFT", self.left), ("RIGHT", self.right)) if used)
         sizes = tuple(f"size{i}" for i in range(len(em.sizes)))
-        unspecialised = ("T", "R", "Hkv", "SPLITS", "POSITIONS", *extents, *limits, *sizes)
+        unspecialised = ("TABLE_s0", "T", "R", "Hkv", "SPLITS", "POSITIONS", *extents, *limits, *sizes)
         scales, scale_strides = (_SCALES, _SCALE_STRIDES) if self.quantized else ((), ())
         arguments = (*TENSORS, *scales, *loads, *_STRIDES, *scale_strides, *strides, *unspecialised)
         head = f"@triton.jit(do_not_specialize={list(unspecialised)!r})\ndef {self.name}(\n    {', '.join(arguments)},\n"
