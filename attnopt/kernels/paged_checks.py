@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from attnopt.errors import AttnoptError
-from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.paged_reference import GREATEST
+from attnopt.kernels.paged_reference import GREATEST, axes_by
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -55,18 +53,11 @@ def check_attention(
         raise AttnoptError(f"This attention reads {len(spec.sizes)} sizes {spec.sizes} and was given {len(sizes)}.")
     if spec.dropout:
         raise AttnoptError(f"This attention has dropout {spec.dropout:g}; attention over a cache has none.")
-    for slot, axis in axes_by_request(spec):
+    for slot, axis in axes_by(spec, "b"):
         if loads[slot].shape[axis] != R:
             raise AttnoptError(
                 f"Axis {axis} of {spec.loads[slot].name} {tuple(loads[slot].shape)} is read by request, of which there are {R}; it must have one entry for each."
             )
-
-
-@lru_cache(maxsize=1024)
-def axes_by_request(spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
-    """(load, axis) where the index is the request itself."""
-    found = {(e.value, axis) for e in E.postorder(*spec.programs) if e.op == "load" for axis, a in enumerate(e.args) if a.op == "var" and a.value == "b"}
-    return tuple(sorted(found))
 
 
 def check_write(

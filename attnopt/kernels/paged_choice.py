@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from attnopt.config import disabled_backends
 from attnopt.errors import BackendError
@@ -69,7 +71,20 @@ def refusal(name: str, spec: AttentionSpec, setting: CacheSetting) -> str | None
 
 
 def _triton_refusal(spec: AttentionSpec, setting: CacheSetting) -> str | None:
-    return "it has no kernels for a paged cache"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from attnopt.kernels.triton import launch_paged
+
+    return launch_paged.refusal(spec, setting)
+
+
+def writer(k: Tensor, k_cache: Tensor) -> str:
+    """Who writes keys and values to a cache: the Triton kernel on a GPU where it can, otherwise PyTorch, whose indexing waits for the device."""
+    if not k.is_cuda or "triton" in disabled_backends() or importlib.util.find_spec("triton") is None:
+        return "reference"
+    from attnopt.kernels.triton import cache_write
+
+    return "reference" if cache_write.refusal(k, k_cache) else "triton"
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ from attnopt.config import disabled_backends
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import paged_reference
 from attnopt.kernels.paged_checks import check_attention, check_write
-from attnopt.kernels.paged_choice import CacheSetting, prepared
+from attnopt.kernels.paged_choice import CacheSetting, prepared, writer
 
 _LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
 _LIBRARY.define(
@@ -66,7 +66,10 @@ def _paged_attention(
         parsed = AttentionSpec.from_json(spec)
         check_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
         _, kernel = prepared(spec, setting, backend, frozenset(disabled_backends()))
-        assert kernel == "reference"
+        if kernel == "triton":
+            from attnopt.kernels.triton import launch_paged
+
+            return launch_paged.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
         return paged_reference.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
 
 
@@ -75,11 +78,16 @@ def _cache_write(
 ) -> None:
     """Writes k [T, Hkv, D] and v [T, Hkv, Dv] to the slots int64 [T] of the caches; ``slot = page * page_size + offset``, a negative one: not written.
 
-    Two tokens never have the same slot. Where the caches have scales, numbers are quantized, each token and head by its greatest magnitude.
+    Two tokens never have the same slot, and slots lie within the caches. Where the caches have scales, numbers are quantized, each token and head by its greatest magnitude.
     """
     with torch.no_grad():
         check_write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
-        paged_reference.cache_write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+        if writer(k, k_cache) == "triton":
+            from attnopt.kernels.triton import cache_write
+
+            cache_write.write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+        else:
+            paged_reference.cache_write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
 
 _LIBRARY.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")

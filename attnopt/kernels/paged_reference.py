@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from attnopt.errors import AttnoptError
+from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.tiling import bounds, may_be_empty
@@ -28,6 +31,11 @@ def attention(
     """``attnopt::paged_attention`` for any spec, page size and dtype: o [T, Hq, Dv]; zero for tokens of no request and requests without keys."""
     o = q.new_zeros((*q.shape[:2], v_cache.shape[3]))
     starts, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
+    longest = max(lengths, default=0)
+    for slot, axis in axes_by(spec, "qk"):
+        if loads[slot].shape[axis] < longest:
+            name, shape = spec.loads[slot].name, tuple(loads[slot].shape)
+            raise AttnoptError(f"A request has {longest} keys, and {name} {shape}, which is read by position, has {shape[axis]} positions.")
     for r, n in enumerate(lengths):
         t0, t1 = starts[r], starts[r + 1]
         if t0 == t1 or n == 0:
@@ -40,6 +48,13 @@ def attention(
         mine = q[t0:t1].transpose(0, 1).unsqueeze(0)
         o[t0:t1] = reference.attention_at(mine, k, v, loads, values, spec, r, first)[0].transpose(0, 1)
     return o
+
+
+@lru_cache(maxsize=1024)
+def axes_by(spec: AttentionSpec, variables: str) -> tuple[tuple[int, int], ...]:
+    """(load, axis) where the index is one of these variables itself."""
+    nodes = (e for e in E.postorder(*spec.programs) if e.op == "load")
+    return tuple(sorted({(e.value, axis) for e in nodes for axis, a in enumerate(e.args) if a.op == "var" and a.value in variables}))
 
 
 def request_sizes(
@@ -73,7 +88,7 @@ GREATEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [T, Hkv, D] in ``dtype``, and the float32 scale [T, Hkv] of each token and head: its greatest magnitude becomes the dtype's."""
     x = x.float()
-    scale = x.abs().amax(-1) / GREATEST[dtype] if x.shape[-1] else x.new_zeros(x.shape[:2])
+    scale = x.abs().amax(-1) / GREATEST[dtype]
     small = x / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
     return (small.round() if dtype == torch.int8 else small).to(dtype), scale
 
@@ -92,6 +107,8 @@ def cache_write(
     slots = slots[kept]
     at = slots // k_cache.shape[1], slots % k_cache.shape[1]
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if x.shape[2] == 0:  # values that are features of the keys
+            continue
         if scale is None:
             cache[at] = x[kept].to(cache.dtype)
         else:

@@ -38,9 +38,10 @@ class Paged:
     def arguments(self) -> tuple[Tensor, ...]:
         return self.q, self.k_cache, self.v_cache, self.block_table, self.cu_seqlens_q, self.seqlens_k
 
-    @property
-    def requests(self) -> int:
-        return len(self.seqlens_k)
+    def on(self, device: str) -> Paged:
+        """What the operator reads, on ``device``; the keys and values by request stay."""
+        moved = (x.to(device) for x in self.arguments)
+        return Paged(*moved, [x.to(device) for x in self.loads], self.keys, self.values)
 
 
 def paged(
@@ -56,13 +57,13 @@ def paged(
     spare: int = 2,
     seed: int = 0,
 ) -> Paged:
-    """Caches in which all that holds no key is NaN, and every unused entry of the block table is -1. ``spare`` pages more than any request needs."""
+    """Caches in which all that holds no key is NaN, and every unused entry of the block table is -1. ``spare`` columns more than any request needs."""
     g = torch.Generator().manual_seed(seed)
     columns = max([-(-n // page_size) for _, n in lengths], default=0) + spare
-    needed = sum(-(-n // page_size) for _, n in lengths)
-    pages = torch.randperm(needed + spare, generator=g).tolist()
-    k_cache = torch.full((needed + spare, page_size, Hkv, D), math.nan, dtype=dtype)
-    v_cache = torch.full((needed + spare, page_size, Hkv, Dv), math.nan, dtype=dtype)
+    count = sum(-(-n // page_size) for _, n in lengths) + 2
+    pages = torch.randperm(count, generator=g).tolist()
+    k_cache = torch.full((count, page_size, Hkv, D), math.nan, dtype=dtype)
+    v_cache = torch.full((count, page_size, Hkv, Dv), math.nan, dtype=dtype)
     table = torch.full((len(lengths), columns), -1, dtype=torch.int32)
     keys, values, slots = [], [], []
     for r, (_, n) in enumerate(lengths):
@@ -78,17 +79,24 @@ def paged(
     return Paged(q, k_cache, v_cache, table, cu_seqlens_q, seqlens_k, loads or [], keys, values)
 
 
+def slots_of(p: Paged) -> Tensor:
+    """Of all keys, request by request."""
+    page_size = p.k_cache.shape[1]
+    return torch.tensor([int(p.block_table[r, i // page_size]) * page_size + i % page_size for r, k in enumerate(p.keys) for i in range(len(k))])
+
+
 def one_by_one(case: Case, p: Paged) -> Tensor:
     """The definition, in float64: each request alone, all its keys before it, its queries at its last positions."""
-    o = p.q.new_zeros((*p.q.shape[:2], p.v_cache.shape[3]), dtype=torch.float64)
+    q, loads = p.q.cpu(), [x.cpu() for x in p.loads]
+    o = q.new_zeros((*q.shape[:2], p.v_cache.shape[3]), dtype=torch.float64)
     starts = p.cu_seqlens_q.tolist()
     for r, (k, v) in enumerate(zip(p.keys, p.values, strict=True)):
         t0, t1, n = starts[r], starts[r + 1], len(k)
         if t1 == t0 or n == 0:
             continue
-        whole = p.q.new_zeros(n, *p.q.shape[1:])  # queries before those of this call are not asked for
-        whole[n - (t1 - t0) :] = p.q[t0:t1]
-        mine = [x[r : r + 1] if case.name.startswith("by-request") else x for x in p.loads]
+        whole = q.new_zeros(n, *q.shape[1:])  # queries before those of this call are not asked for
+        whole[n - (t1 - t0) :] = q[t0:t1]
+        mine = [x[r : r + 1] if case.name.startswith("by-request") else x for x in loads]
         o_r, _ = case.naive(*(x.transpose(0, 1).unsqueeze(0) for x in (whole, k, v)), mine)
         o[t0:t1] = o_r[0].transpose(0, 1)[n - (t1 - t0) :]
     return o
@@ -127,15 +135,15 @@ CASES = [
     Case(
         "prefix",
         shape=SEQUENCE,
-        mask=lambda d: E.any_of(causal(d), E.lt(d.k, E.const(12))),
-        naive_mask=lambda i, j, L: (j <= i) | (j < 12),
+        mask=lambda d: E.any_of(causal(d), E.lt(d.k, E.const(60))),
+        naive_mask=lambda i, j, L: (j <= i) | (j < 60),
     ),
     Case(
         "by-request-prefix",
         shape=(len(MIXED), HQ, HKV, 70, 70, D, DV),
         mask=lambda d: E.any_of(causal(d), E.lt(d.k, E.load(0, (d.b,), "int"))),
         naive_mask=lambda i, j, L: (j <= i) | (j < L[0][:, None, None, None]),
-        loads=lambda shape: [torch.tensor([3, 9, 1, 30, 1, 0, 0])],
+        loads=lambda shape: [torch.tensor([3, 9, 1, 60, 1, 40, 0])],
     ),
     Case(
         "by-request-padding-zero",
@@ -153,6 +161,15 @@ CASES = [
         mask=causal,
         naive_mask=naive_causal,
         loads=lambda shape: [torch.rand(70)],
+    ),
+    Case(
+        "bias-by-key",
+        shape=SEQUENCE,
+        score=lambda d, s: E.add(E.mul(E.const(0.25), s), E.load(0, (d.k,), "float")),
+        naive_score=lambda s, i, j, L: 0.25 * s + L[0][: j.shape[-1]],
+        mask=causal,
+        naive_mask=naive_causal,
+        loads=lambda shape: [torch.randn(70)],
     ),
     Case(
         "scale-by-length",

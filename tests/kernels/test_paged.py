@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import AttnoptError, BackendError
-from tests.kernels.paged import BY_CASE, CASES, MIXED, Paged, call, loads_of, one_by_one, paged
+from tests.kernels.conftest import Run
+from tests.kernels.paged import BY_CASE, CASES, MIXED, Paged, call, loads_of, one_by_one, paged, slots_of
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 5])
@@ -50,7 +51,7 @@ def test_quantized_cache(dtype: torch.dtype) -> None:
     p = paged(MIXED, 16)
     k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8).view(dtype) for x in (p.k_cache, p.v_cache))
     ks, vs = (torch.full(p.k_cache.shape[:3], torch.nan) for _ in range(2))
-    slots = slots_of(p, 16)
+    slots = slots_of(p)
     torch.ops.attnopt.cache_write(torch.cat(p.keys), torch.cat(p.values), k8, v8, slots, ks, vs)
     o: Tensor = torch.ops.attnopt.paged_attention(p.q, k8, v8, *p.arguments[3:], p.loads, [], case.spec().to_json(), "reference", ks, vs)
     # exact for what the cache holds; its numbers are within half a step of the originals
@@ -61,10 +62,6 @@ def test_quantized_cache(dtype: torch.dtype) -> None:
     held, given = wide[0].flatten(0, 1)[slots], torch.cat(p.keys)
     most = given.abs().amax(-1, keepdim=True)
     assert bool(((held - given).abs() <= (most if dtype == torch.int8 else given.abs() + most / 448) * step * 1.001).all())
-
-
-def slots_of(p: Paged, page_size: int) -> Tensor:
-    return torch.tensor([int(p.block_table[r, i // page_size]) * page_size + i % page_size for r, k in enumerate(p.keys) for i in range(len(k))])
 
 
 def test_cache_write_leaves_out_negative_slots() -> None:
@@ -85,6 +82,13 @@ def test_operators_are_registered_as_they_behave() -> None:
     k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
     slots = torch.tensor([1, -1, 20])
     torch.library.opcheck(torch.ops.attnopt.cache_write.default, (k, v, p.k_cache.zero_(), p.v_cache.zero_(), slots), test_utils=tests)
+
+
+def test_a_request_longer_than_what_is_read_by_position() -> None:
+    case = BY_CASE["bias-by-key"]
+    p = paged(((1, 71), (1, 5)), 16, loads=loads_of(case))
+    with pytest.raises(AttnoptError, match=r"A request has 71 keys, and load0 \(70,\), which is read by position, has 70 positions"):
+        call(case, p)
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -108,3 +112,65 @@ def test_what_does_not_fit_is_named() -> None:
         attend(*p.arguments, p.loads, [], spec, "flash")
     with pytest.raises(AttnoptError, match=r"each token has one slot"):
         torch.ops.attnopt.cache_write(p.keys[0], p.values[0], p.k_cache, p.v_cache, torch.tensor([0]))
+
+
+# ------------------------------------------------------------------------------------------------ the generated kernels, interpreted
+
+WIDE_PAGES = ("full", "window", "softcap-window-sinks", "by-request-padding-zero")
+"""Cases that are also tried where a block of keys is a part of a page."""
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_triton(interpreted: Run, name: str) -> None:
+    interpreted("paged", "case", name, "float32", "16")
+
+
+@pytest.mark.parametrize("name", WIDE_PAGES)
+def test_triton_with_wide_pages(interpreted: Run, name: str) -> None:
+    interpreted("paged", "case", name, "float32", "64")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_triton_in_half_precision(interpreted: Run, dtype: str) -> None:
+    interpreted("paged", "case", "softcap-window-sinks", dtype, "16")
+
+
+@pytest.mark.parametrize("name", ["window", "sinks-causal-GQA", "bias-by-key"])
+def test_any_number_of_splits(interpreted: Run, name: str) -> None:
+    interpreted("paged", "splits", name)
+
+
+@pytest.mark.parametrize("heads", ["4-4-16-16", "6-2-24-40", "5-1-80-16", "34-1-16-16"])
+def test_any_heads(interpreted: Run, heads: str) -> None:
+    interpreted("paged", "heads", *heads.split("-"), "16")
+
+
+def test_latents(interpreted: Run) -> None:
+    interpreted("paged", "latents", "")
+
+
+@pytest.mark.parametrize("name", ["softcap-window-sinks", "alibi-causal"])
+def test_chunks(interpreted: Run, name: str) -> None:
+    interpreted("paged", "chunks", name)
+
+
+def test_more_queries_than_keys(interpreted: Run) -> None:
+    interpreted("paged", "more-queries-than-keys", "")
+
+
+def test_refusals(interpreted: Run) -> None:
+    interpreted("paged", "refusals", "")
+
+
+def test_nothing_else_is_read(interpreted: Run) -> None:
+    interpreted("paged", "nothing-else-is-read", "")
+
+
+@pytest.mark.parametrize("cache", ["int8-float16", "float8_e4m3fn-float32"])
+def test_quantized(interpreted: Run, cache: str) -> None:
+    interpreted("paged", "quantized", *cache.split("-"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_write(interpreted: Run, dtype: str) -> None:
+    interpreted("paged", "write", dtype)
