@@ -39,8 +39,9 @@ SERVING: dict[str, Page] = {
         text="An attention is not one of the tokens to those before them, or its program reads tensors that are others for each token.",
         cause="Keys and values are kept when their token is computed, and later queries read them as they are. So no query may see a key after it, keys and values must be "
         "those of the tokens themselves, and score and mask must be functions of head and positions.",
-        supported="causal self-attention with any window, chunk, softcap, sink, ALiBi or table of distances; masks that an input of padding makes.",
-        hint="An encoder, and attention to the encoder's states, are not served.",
+        supported="causal self-attention with any window, chunk, softcap, sink, ALiBi or table of distances; attention to another sequence, such as an encoder's; "
+        "masks that an input of padding makes.",
+        hint="A model that attends to all tokens at once, such as an encoder alone, generates nothing and needs no cache.",
         example=script(
             """
             class Model(nn.Module):
@@ -88,9 +89,9 @@ SERVING: dict[str, Page] = {
     ),
     "AO217": Page(
         title="not served: inputs or results of another form",
-        text="The model reads an input that is neither token ids, positions nor padding, was captured with fixed sizes, or gives no logits of each token.",
+        text="The model reads an input that is neither token ids, positions nor padding outside of its attentions, was captured with fixed sizes, or gives no logits of each token.",
         cause="A serving model is called with packed tokens and their positions, and must know where they enter and which result holds the logits.",
-        supported="ids [B, S] of open sizes, positions [B, S], padding [B, S] that attentions mask keys with; logits [B, S, V], or [B, 1, V] or [B, V] of the last token.",
+        supported="ids [B, S] of open sizes, positions [B, S], padding [B, S] that attentions mask keys with, inputs that become keys and values of attentions; logits [B, S, V], or [B, 1, V] or [B, V] of the last token.",
         hint="Wrap the model in one that takes ids and returns logits.",
         example=script(
             """

@@ -27,7 +27,7 @@ from serving.models import (
 CHUNKS = (1, 7, 1000)
 NEW = 14
 IN_CI = {"llama", "bloom", "gpt_oss"}
-"""A rotary embedding and groups; ALiBi; a window, sinks and experts. The others are slow for their number alone."""
+"""A rotary embedding and groups; ALiBi; a window, sinks and experts. The others are slow for their number alone, as are encoder-decoders."""
 
 
 def serving_model(model: torch.nn.Module, *args: Tensor, **kwargs: object) -> ServingModel:
@@ -48,7 +48,8 @@ def test_a_model_of_transformers_generates_what_its_own_generate_does(kind: str)
     assert generate(serving, texts[1:2], NEW, 7) == expected[1:2], "alone"
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "t5" else pytest.mark.slow) for k in PAIRS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(PAIRS))
 def test_an_encoder_decoder_generates_what_its_own_generate_does(kind: str) -> None:
     model = transformers_model(kind)
     sources = [source(kind, n) for n in (9, 40, 2)]
