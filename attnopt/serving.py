@@ -1,13 +1,13 @@
 """From a captured decoder to one that generates: ``optimize(model, inputs, config=OptimizeConfig(kv_cache="paged"))``.
 
 The serving model runs packed tokens of many requests, prompts and generated tokens in one batch, and keeps keys and values in a paged cache that
-the caller owns. It is verified against the original on ragged requests before it is handed out.
+the caller owns, or that ``generate`` and ``stream`` make for it (docs/serving.md). It is verified against the original on ragged requests before it is handed out.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +26,13 @@ from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCa
 from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
+from attnopt.runtime import Engine, Event, PagedCache, Result, SamplingParams
 from attnopt.verify.packed import verify_packed
 
 Progress = Callable[[str, int, int], None]
+Params = SamplingParams | Sequence[SamplingParams] | None
+_CACHE_BYTES = 4 << 30
+"""The most that the cache of ``generate`` takes where nothing else is said."""
 _LONGEST = 1 << 20
 """A capture that holds for this many tokens is taken to hold for more."""
 
@@ -113,6 +117,40 @@ class ServingModel(nn.Module):
         )
 
     run = forward
+
+    def engine(self, *, page_size: int = 16, pages: int | None = None, size_bytes: int | None = None, **options: Any) -> Engine:
+        """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ..."""
+        if self.context is not None:
+            raise ServingError("This model reads another sequence, which the engine does not hold yet; call encode and run instead.")
+        windows = [x.window for x in self.layers]
+        window = None if None in windows else max(x for x in windows if x is not None)
+        place = next((x.device for x in (*self.parameters(), *self.buffers())), None)
+        cache = PagedCache(self.layers, page_size, pages, size_bytes, place)
+
+        def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
+            return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, cache.tensors, rows)
+
+        return Engine(run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, **options)
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, progress: bool = False, **options: Any) -> list[Result]:
+        """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.
+
+        Without ``pages`` and ``size_bytes`` the cache holds all that these prompts may come to, or takes 4 GiB where that would be more.
+        """
+        return self._engine_for(prompts, params, options).generate(prompts, params, progress)
+
+    def stream(self, prompts: Sequence[Sequence[int]], params: Params = None, **options: Any) -> Iterator[Event]:
+        """Tokens as they come. See ``Engine.stream``, and ``generate`` for ``options``."""
+        return self._engine_for(prompts, params, options).stream(prompts, params)
+
+    def _engine_for(self, prompts: Sequence[Sequence[int]], params: Params, options: dict[str, Any]) -> Engine:
+        if options.get("pages") is not None or options.get("size_bytes") is not None:
+            return self.engine(**options)
+        rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
+        page_size = max(1, options.get("page_size", 16))
+        ends = [min(len(p) + r.max_new_tokens, self.max_positions or _LONGEST) for p, r in zip(prompts, rules, strict=False)]
+        page_bytes = page_size * sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in self.layers)
+        return self.engine(**options, pages=max(1, min(sum(-(-n // page_size) for n in ends), _CACHE_BYTES // page_bytes)))
 
     def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
         """Empty caches for ``run``: (k_cache, v_cache) of each layer, of ``pages`` pages of ``page_size`` tokens."""

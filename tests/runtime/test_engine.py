@@ -12,7 +12,7 @@ from rich.console import Console
 from attnopt.errors import ServingError
 from attnopt.runtime import Engine, PagedCache, SamplingParams
 from attnopt.runtime.progress import ProgressBar
-from tests.runtime.toy import VOCABULARY, Toy, alone, expected, make_engine
+from runtime.toy import VOCABULARY, Toy, alone, expected, make_engine
 
 SAMPLED = SamplingParams(max_new_tokens=9, temperature=0.8, top_k=11, top_p=0.9, seed=5)
 
@@ -30,7 +30,7 @@ def assert_empty(engine: Engine) -> None:
 def test_the_toy_reads_every_key() -> None:
     """Otherwise the tests with it would prove little: each token of the prompt, and the order of any two neighbours, changes the result."""
     text = [3, 1, 4, 15, 9, 2, 6, 5, 3, 5]
-    from tests.runtime.toy import whole
+    from runtime.toy import whole
 
     base = whole(text, None)
     for i in range(len(text)):

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from attnopt.errors import ServingError
 from attnopt.runtime import BlockManager, OutOfPages, Request, SamplingParams
 from attnopt.runtime.block_manager import DEAD
-from tests.runtime.toy import VOCABULARY, expected, make_engine
+from runtime.toy import VOCABULARY, expected, make_engine
 
 TEXTS = st.one_of(st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(1, 14).map(lambda n: [0, 1, 2, 1] * 3 + [2] * n))
 """Few different tokens, so that prefixes meet."""
