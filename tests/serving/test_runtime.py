@@ -13,8 +13,6 @@ from attnopt.runtime import SamplingParams
 from attnopt.serving import ServingModel
 from serving.models import CONFIGS, example, hand_written, plain_generate, prompts, transformers_generate, transformers_model
 
-IN_CI = {"llama"}
-
 
 def serving_model(model: torch.nn.Module, *args: torch.Tensor, **kwargs: object) -> ServingModel:
     made = attnopt.optimize(model, args, kwargs=kwargs, config=attnopt.OptimizeConfig(kv_cache="paged", verify=False))
@@ -22,9 +20,10 @@ def serving_model(model: torch.nn.Module, *args: torch.Tensor, **kwargs: object)
     return made
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in IN_CI else pytest.mark.slow) for k in CONFIGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(CONFIGS))
 def test_ragged_requests_get_what_the_model_generates_by_itself(kind: str) -> None:
-    """Whole prompts, chunks of 1 and 7, and a cache so small that requests are preempted; where it is quick to run, the last alone."""
+    """Whole prompts, chunks of 1 and 7, and a cache so small that requests are preempted."""
     model = transformers_model(kind)
     texts = prompts(5, 23, 1, 17)
     texts += [texts[1] + [3, 4]]
@@ -32,7 +31,7 @@ def test_ragged_requests_get_what_the_model_generates_by_itself(kind: str) -> No
     serving = serving_model(model, **example())
     small = {"pages": 10, "page_size": 4, "chunk": 7, "token_budget": 12}
     many: list[dict[str, int | bool]] = [{}, {"chunk": 1}, {"chunk": 7}, {"pages": 4, "chunk": 7}, small, {**small, "prefix_sharing": False}]
-    for options in [small] if kind in IN_CI else many:
+    for options in many:
         engine = serving._engine_for(texts, SamplingParams(14), options)
         for x in (x for pair in engine.cache.tensors for x in pair):
             x.fill_(torch.nan)
@@ -44,13 +43,25 @@ def test_ragged_requests_get_what_the_model_generates_by_itself(kind: str) -> No
             assert engine.statistics().preemptions > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 7, None], ids=["chunk1", "chunk7", "whole"])
-def test_forty_requests_that_arrive_at_random_with_preemption(chunk: int | None) -> None:
-    rng = random.Random(0)
+@pytest.fixture(scope="module")
+def hand_made() -> tuple[torch.nn.Module, ServingModel]:
+    torch.manual_seed(0)
     model = hand_written(None)
-    engine = serving_model(model, torch.randint(0, 128, (2, 12))).engine(pages=6, chunk=chunk, token_budget=48)
-    left = prompts(*(rng.randint(1, 30) for _ in range(40)))
+    return model, serving_model(model, torch.randint(0, 128, (2, 12)))
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk"),
+    [(8, 7), *(pytest.param(40, chunk, marks=pytest.mark.slow) for chunk in (1, 7, None))],
+    ids=["few", "40-chunk1", "40-chunk7", "40-whole"],
+)
+def test_requests_that_arrive_at_random_are_preempted_and_get_their_tokens(
+    hand_made: tuple[torch.nn.Module, ServingModel], count: int, chunk: int | None
+) -> None:
+    rng = random.Random(0)
+    model, serving = hand_made
+    engine = serving.engine(pages=6, chunk=chunk, token_budget=48)
+    left = prompts(*(rng.randint(1, 30) for _ in range(count)))
     requests = []
     while left or engine.scheduler.busy:
         for _ in range(min(len(left), rng.randint(0, 4))):
@@ -61,9 +72,8 @@ def test_forty_requests_that_arrive_at_random_with_preemption(chunk: int | None)
         assert r.output == plain_generate(model, r.prompt, r.params.max_new_tokens)
 
 
-def test_generate_and_stream_make_a_cache_of_their_own_and_tell_errors_by_prompt() -> None:
-    model = hand_written(None)
-    serving = serving_model(model, torch.randint(0, 128, (2, 12)))
+def test_generate_and_stream_make_a_cache_of_their_own_and_tell_errors_by_prompt(hand_made: tuple[torch.nn.Module, ServingModel]) -> None:
+    model, serving = hand_made
     text = [5, 6, 7]
     expected = tuple(plain_generate(model, text, 6))
     good, empty, unknown, long, ends = serving.generate([text, [], [128], [1] * 64, [1] * 63], SamplingParams(6))
