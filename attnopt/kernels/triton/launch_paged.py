@@ -201,7 +201,7 @@ def attention(
     BLOCK_Q, lanes = c.BLOCK_M // c.HEADS, Hkv * -(-groups // c.HEADS)
     if num_splits is None:
         likely = R + (T - R) // BLOCK_Q if T > R else R
-        num_splits = splits(likely * lanes, -(-reach(limits, BLOCK_Q, capacity) // c.BLOCK_N), processors(index) if on_gpu else INTERPRETED_PROCESSORS)
+        num_splits = splits(likely * lanes, -(-reach(limits, spec.traits.chunk, BLOCK_Q, capacity) // c.BLOCK_N), processors(index) if on_gpu else INTERPRETED_PROCESSORS)
     split = num_splits > 1
     part = torch.empty((T, Hq, num_splits, Dv), dtype=torch.float32, device=q.device) if split else o
     lse = torch.empty((T, Hq, num_splits), dtype=torch.float32, device=q.device) if split else o
@@ -223,11 +223,15 @@ def attention(
     return o
 
 
-def reach(limits: Bounds, queries: int, capacity: int) -> int:
+def reach(limits: Bounds, chunk: int | None, queries: int, capacity: int) -> int:
     """The most keys that a tile of ``queries`` queries walks over."""
-    if limits.left is None or limits.right is None:
-        return capacity
-    return max(1, min(capacity, limits.left + limits.right + queries))
+    found = capacity
+    if limits.right is not None:
+        if limits.left is not None:
+            found = min(found, limits.left + limits.right + queries)
+        if chunk is not None:
+            found = min(found, chunk + limits.right + queries)
+    return max(1, found)
 
 
 def shares(k_cache: Tensor, v_cache: Tensor) -> bool:

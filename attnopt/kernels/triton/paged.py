@@ -84,6 +84,8 @@ class PagedWriter(Writer):
     def __init__(self, spec: AttentionSpec, quantized: bool) -> None:
         super().__init__(spec)
         self.quantized = quantized
+        self.chunk = spec.traits.chunk
+        """Queries see no key before the chunk of this many positions that they lie in."""
         self.emitter = _Emitter(self.roots, frozenset(range(len(spec.loads))), lengths=lengths_of(spec))
 
     def source(self) -> Source:
@@ -178,6 +180,7 @@ class PagedWriter(Writer):
             "first = position_0 + token",
             "last = position_0 + tl.minimum(token + BLOCK_Q, token_end) - 1",
             f"lo = {'tl.minimum(tl.maximum(first - LEFT, 0), Skv)' if self.left else '0'}",
+            *([f"lo = tl.maximum(lo, tl.maximum(first, 0) // {self.chunk} * {self.chunk})"] if self.chunk else []),
             f"hi = {'tl.maximum(tl.minimum(last + RIGHT + 1, Skv), 0)' if self.right else 'Skv'}",
             "begin = lo // BLOCK_N * BLOCK_N",
             "end = hi",
@@ -226,7 +229,7 @@ class PagedWriter(Writer):
             "    slot = (start + offs_n) % PAGE",
         ]
         if tail:
-            lines += [f"inside = (start + offs_n < hi){' & (start + offs_n >= lo)' if self.left else ''}", "key_inside = inside[None, :]"]
+            lines += [f"inside = (start + offs_n < hi){' & (start + offs_n >= lo)' if self.left or self.chunk else ''}", "key_inside = inside[None, :]"]
         guard = "key_inside & " if tail else ""
         address = "p_k + (slot_page * K_s0 + slot * K_s1)[None, :]"
         to_float = ".to(b_q.dtype)" if self.quantized else ""
