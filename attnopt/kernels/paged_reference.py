@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnopt.errors import AttnoptError
 from attnopt.ir import expr as E
+from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.tiling import bounds, may_be_empty
@@ -52,8 +53,8 @@ def attention(
 
 def chunk_start(spec: AttentionSpec, first: int) -> int:
     """The first key that the query at ``first`` and those after it can see, as far as chunks say."""
-    chunk = spec.traits.chunk
-    return 0 if chunk is None else max(first, 0) // chunk * chunk
+    n = chunk(spec.mask)
+    return 0 if n is None else max(first, 0) // n * n
 
 
 @lru_cache(maxsize=1024)

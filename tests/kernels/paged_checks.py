@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from attnopt.ir import expr as E
-from attnopt.ir.spec import Traits
 from attnopt.kernels import paged_reference
 from attnopt.kernels.paged_choice import CacheSetting, choose
 from attnopt.kernels.registry import BackendRefusal
@@ -99,7 +98,7 @@ def check_nothing_else_is_read(_: str) -> None:
         torch.testing.assert_close(o[:-3], want, atol=5e-6, rtol=5e-6)
     assert launched("window", paged(((0, 9), (0, 0)), 16)).shape == (0, 4, 16)
     case = BY_CASE["chunks"]  # of 8 positions
-    spec = case.spec().replace(traits=Traits(chunk=8))
+    spec = case.spec()
     p = paged(((1, 68), (3, 69)), 16)
     want = one_by_one(case, p)
     p.block_table[:, :4] = -1

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnopt.errors import AttnoptError
 from attnopt.ir.expr import Expr
+from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import capability
@@ -201,7 +202,7 @@ def attention(
     BLOCK_Q, lanes = c.BLOCK_M // c.HEADS, Hkv * -(-groups // c.HEADS)
     if num_splits is None:
         likely = R + (T - R) // BLOCK_Q if T > R else R
-        num_splits = splits(likely * lanes, -(-reach(limits, spec.traits.chunk, BLOCK_Q, capacity) // c.BLOCK_N), processors(index) if on_gpu else INTERPRETED_PROCESSORS)
+        num_splits = splits(likely * lanes, -(-reach(limits, chunk(spec.mask), BLOCK_Q, capacity) // c.BLOCK_N), processors(index) if on_gpu else INTERPRETED_PROCESSORS)
     split = num_splits > 1
     part = torch.empty((T, Hq, num_splits, Dv), dtype=torch.float32, device=q.device) if split else o
     lse = torch.empty((T, Hq, num_splits), dtype=torch.float32, device=q.device) if split else o
@@ -223,14 +224,14 @@ def attention(
     return o
 
 
-def reach(limits: Bounds, chunk: int | None, queries: int, capacity: int) -> int:
+def reach(limits: Bounds, of_chunk: int | None, queries: int, capacity: int) -> int:
     """The most keys that a tile of ``queries`` queries walks over."""
     found = capacity
     if limits.right is not None:
         if limits.left is not None:
             found = min(found, limits.left + limits.right + queries)
-        if chunk is not None:
-            found = min(found, chunk + limits.right + queries)
+        if of_chunk is not None:
+            found = min(found, of_chunk + limits.right + queries)
     return max(1, found)
 
 

@@ -15,6 +15,7 @@ from textwrap import indent
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import HELPERS, Emitter, literal
 from attnopt.kernels.materialise import QUERIES
@@ -84,7 +85,7 @@ class PagedWriter(Writer):
     def __init__(self, spec: AttentionSpec, quantized: bool) -> None:
         super().__init__(spec)
         self.quantized = quantized
-        self.chunk = spec.traits.chunk
+        self.chunk = chunk(spec.mask)
         """Queries see no key before the chunk of this many positions that they lie in."""
         self.emitter = _Emitter(self.roots, frozenset(range(len(spec.loads))), lengths=lengths_of(spec))
 
