@@ -232,12 +232,18 @@ class PagedWriter(Writer):
         if tail:
             lines += [f"inside = (start + offs_n < hi){' & (start + offs_n >= lo)' if self.left or self.chunk else ''}", "key_inside = inside[None, :]"]
         guard = "key_inside & " if tail else ""
-        address = "p_k + (slot_page * K_s0 + slot * K_s1)[None, :]"
+        guard_v = "inside[:, None] & " if tail else ""
+        address, by_key = (f"p_k + (slot_page * K_s0 + slot * K_s1){axes}" for axes in ("[None, :]", "[:, None]"))
         to_float = ".to(b_q.dtype)" if self.quantized else ""
         lines += [
-            "# [BLOCK_D, BLOCK_N], and below it [BLOCK_D2, BLOCK_N]",
-            f"b_k = tl.load({address} + offs_d[:, None] * K_s3, mask={guard}(offs_d[:, None] < D), other=0.0){to_float}",
-            "s = tl.dot(b_q, b_k, input_precision=PRECISION)",
+            "if SHARED:",
+            "    # [BLOCK_N, BLOCK_D]: as the second product reads it, so that one copy to shared memory, made ahead of time, serves both",
+            f"    b_v = tl.load({by_key} + offs_d[None, :] * K_s3, mask={guard_v}(offs_d[None, :] < D), other=0.0){to_float}",
+            "    s = tl.dot(b_q, tl.trans(b_v), input_precision=PRECISION)",
+            "else:",
+            "    # [BLOCK_D, BLOCK_N], and below it [BLOCK_D2, BLOCK_N]",
+            f"    b_k = tl.load({address} + offs_d[:, None] * K_s3, mask={guard}(offs_d[:, None] < D), other=0.0){to_float}",
+            "    s = tl.dot(b_q, b_k, input_precision=PRECISION)",
             "if BLOCK_D2 > 0:",
             f"    b_k2 = tl.load({address} + offs_d2[:, None] * K_s3, mask={guard}(offs_d2[:, None] < D), other=0.0){to_float}",
             "    s = tl.dot(b_q2, b_k2, s, input_precision=PRECISION)",
@@ -250,7 +256,7 @@ class PagedWriter(Writer):
         guard = "inside[:, None] & " if tail else ""
         to_float = ".to(b_q.dtype)" if self.quantized else ""
         load = f"b_v = tl.load(p_v + (slot_page * V_s0 + slot * V_s1)[:, None] + offs_dv[None, :] * V_s3, mask={guard}(offs_dv[None, :] < DV), other=0.0){to_float}"
-        lines = ["# [BLOCK_N, BLOCK_DV]", "if SHARED:", "    b_v = tl.trans(b_k)", "else:", f"    {load}"]
+        lines = ["if not SHARED:", "    # [BLOCK_N, BLOCK_DV]", f"    {load}"]
         if self.quantized:
             lines.append(f"p = p * tl.load(p_vs + slot_page * V_SCALE_s0 + slot * V_SCALE_s1{', mask=inside, other=0.0' if tail else ''})[None, :]")
         return lines
