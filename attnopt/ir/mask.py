@@ -56,3 +56,18 @@ def diagonal(c: Expr) -> tuple[int, Expr] | None:
     if slope == {"q": -1, "k": 1}:
         return -1, E.add(E.ZERO, *offset)
     return None
+
+
+def chunk(mask: Expr) -> int | None:
+    """The least n for which the mask demands ``q // n == k // n``: query and key lie in the same chunk of n positions. None where there is no such n."""
+    found = [n for c in E.conjuncts(mask) if (n := _same_chunk(c)) is not None]
+    return min(found, default=None)
+
+
+def _same_chunk(c: Expr) -> int | None:
+    terms = E.terms(c.args[0]) if c.op == "eq0" else []
+    if sorted(n for n, _ in terms) != [-1, 1] or any(a is None or a.op != "floordiv" or a.args[0].op != "var" or not a.args[1].is_const for _, a in terms):
+        return None
+    (_, x), (_, y) = terms
+    assert x is not None and y is not None
+    return int(x.args[1].value) if {x.args[0].value, y.args[0].value} == {"q", "k"} and x.args[1] is y.args[1] and x.args[1].value > 0 else None

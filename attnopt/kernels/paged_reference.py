@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnopt.errors import AttnoptError
 from attnopt.ir import expr as E
+from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.tiling import bounds, may_be_empty
@@ -43,11 +44,17 @@ def attention(
         values = request_sizes(spec, sizes, q, k_cache, v_cache, len(lengths), n)
         first = n - (t1 - t0)
         every = may_be_empty(spec) and spec.empty_rows in ("uniform", "program")
-        seen = 0 if every else bounds(spec, values).keys(first, n, n)[0]
+        seen = 0 if every else max(bounds(spec, values).keys(first, n, n)[0], chunk_start(spec, first))
         k, v = (gathered(x, scale, block_table[r], seen, n, q.dtype) for x, scale in ((k_cache, k_scale), (v_cache, v_scale)))
         mine = q[t0:t1].transpose(0, 1).unsqueeze(0)
         o[t0:t1] = reference.attention_at(mine, k, v, loads, values, spec, r, first)[0].transpose(0, 1)
     return o
+
+
+def chunk_start(spec: AttentionSpec, first: int) -> int:
+    """The first key that the query at ``first`` and those after it can see, as far as chunks say."""
+    n = chunk(spec.mask)
+    return 0 if n is None else max(first, 0) // n * n
 
 
 @lru_cache(maxsize=1024)

@@ -106,7 +106,7 @@ def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, g
     spec, dtype = spec_of(name), getattr(torch, dtype_name)
     kernel = launch_paged.kernel_for(spec, bool(cache))
     Dv = min(D, launch_paged.MAX_VALUE_DIM)
-    c = launch_paged.config(D, Dv, groups, queries, dtype, SHARED[arch])
+    c = launch_paged.config(D, Dv, groups, queries, dtype, SHARED[arch], D == 576)
     kinds = [x.kind for x in spec.loads] + [p.kind for p in kernel.source.parts]
     types, fixed, aligned = signature(kernel.source.arguments, kinds, dtype)
     for i, argument in enumerate(kernel.source.arguments):

@@ -38,6 +38,11 @@ class Paged:
     def arguments(self) -> tuple[Tensor, ...]:
         return self.q, self.k_cache, self.v_cache, self.block_table, self.cu_seqlens_q, self.seqlens_k
 
+    def give_away(self, pages: int) -> None:
+        """The first ``pages`` pages of each request are no longer its own: all in them is NaN."""
+        taken = set(self.block_table.flatten().tolist())
+        self.block_table[:, :pages] = next(i for i in range(len(self.k_cache)) if i not in taken)
+
     def on(self, device: str) -> Paged:
         """What the operator reads, on ``device``; the keys and values by request stay."""
         moved = (x.to(device) for x in self.arguments)

@@ -84,12 +84,12 @@ def check_chunks(name: str) -> None:
 
 
 def check_nothing_else_is_read(_: str) -> None:
-    """Pages before a window may be given away, tokens of no request are zero, a batch may have no tokens, and a cache one page a request."""
+    """Pages before a window or a chunk may be given away, tokens of no request are zero, a batch may have no tokens, and a cache one page a request."""
     case = BY_CASE["window"]
-    p = paged(((1, 65), (3, 70)), 16)
+    p = paged(((1, 73), (3, 75)), 16)
     want = launched("window", p)
     torch.testing.assert_close(want.double(), one_by_one(case, p), atol=5e-6, rtol=5e-6)
-    p.block_table[:, :2] = -1
+    p.give_away(3)  # keys 0..47: the query at 72 sees keys from 52 on, in a block that begins at 32
     assert torch.equal(launched("window", p), want)
     more = replace(p, q=torch.cat([p.q, torch.full_like(p.q[:3], torch.nan)]))
     for n in (1, 2):
@@ -97,6 +97,14 @@ def check_nothing_else_is_read(_: str) -> None:
         assert not o[-3:].any()
         torch.testing.assert_close(o[:-3], want, atol=5e-6, rtol=5e-6)
     assert launched("window", paged(((0, 9), (0, 0)), 16)).shape == (0, 4, 16)
+    case = BY_CASE["chunks"]  # of 8 positions
+    spec = case.spec()
+    p = paged(((1, 60), (3, 62)), 16)
+    want = one_by_one(case, p)
+    p.give_away(3)
+    for f in (paged_reference.attention, launch_paged.attention):
+        torch.testing.assert_close(f(*p.arguments, [], [], spec).double(), want, atol=5e-6, rtol=5e-6)
+    case = BY_CASE["window"]
     one = paged(((7, 33), (1, 75)), 75, spare=0)  # a page that is no power of two
     assert one.block_table.shape == (2, 1)
     torch.testing.assert_close(launched("window", one, num_splits=2).double(), one_by_one(case, one), atol=5e-6, rtol=5e-6)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnopt.errors import AttnoptError
 from attnopt.ir.expr import Expr
+from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import capability
@@ -110,13 +111,16 @@ class Config:
     num_stages: int
 
 
-def config(D: int, Dv: int, groups: int, queries: int, dtype: torch.dtype, shared: int) -> Config:
-    """Block sizes for about ``queries`` queries a request, on a device with ``shared`` bytes of shared memory per block of threads.
+@lru_cache(maxsize=1024)
+def config(D: int, Dv: int, groups: int, queries: int, dtype: torch.dtype, memory: int, one_load: bool = False) -> Config:
+    """Block sizes for about ``queries`` queries a request, on a device with ``memory`` bytes of shared memory per block of threads.
+
+    ``one_load`` where the values are read with the keys (``shares``).
 
     No choice spills on sm_80 and sm_90 (``tests/kernels/test_compile.py``).
     """
     width = max(D, power_of_two(Dv))
-    large = shared >= 200 * 1024
+    large = memory >= 200 * 1024
     if dtype == torch.float32:
         # no tensor cores at full precision: products are unrolled FMAs, and small tiles keep them in registers
         tallest, BLOCK_N, stages = (32, 32, 2) if width <= 64 else (16, 32, 2) if width <= 128 else (16, 16, 1)
@@ -125,7 +129,7 @@ def config(D: int, Dv: int, groups: int, queries: int, dtype: torch.dtype, share
     elif width <= 256:
         tallest, BLOCK_N, stages = 64, 64 if large else 32, 2
     else:
-        tallest, BLOCK_N, stages = 64 if large else 16, 32, 2
+        tallest, BLOCK_N, stages = 64 if large else 16, 32, 3 if one_load else 2
     BLOCK_M = min(tallest, power_of_two(groups * queries))
     warps = 8 if BLOCK_M * width >= 64 * 128 or width > (64 if dtype == torch.float32 else 128) else 4
     return Config(BLOCK_M, BLOCK_N, min(groups, BLOCK_M), warps, stages)
@@ -196,12 +200,13 @@ def attention(
     values = request_sizes(spec, sizes, q, k_cache, v_cache, R, capacity)
     limits = bounds(spec, values)
     memory = shared_memory(index) if on_gpu else SHARED_MEMORY_SM90
-    c = chosen or config(D, Dv, groups, -(-T // R), q.dtype, memory)
+    one_load = shares(k_cache, v_cache)
+    c = chosen or config(D, Dv, groups, -(-T // R), q.dtype, memory, one_load)
     kernel = kernel_for(spec, k_scale is not None)
     BLOCK_Q, lanes = c.BLOCK_M // c.HEADS, Hkv * -(-groups // c.HEADS)
     if num_splits is None:
         likely = R + (T - R) // BLOCK_Q if T > R else R
-        num_splits = splits(likely * lanes, -(-reach(limits, BLOCK_Q, capacity) // c.BLOCK_N), processors(index) if on_gpu else INTERPRETED_PROCESSORS)
+        num_splits = splits(likely * lanes, -(-reach(limits, chunk(spec.mask), BLOCK_Q, capacity) // c.BLOCK_N), processors(index) if on_gpu else INTERPRETED_PROCESSORS)
     split = num_splits > 1
     part = torch.empty((T, Hq, num_splits, Dv), dtype=torch.float32, device=q.device) if split else o
     lse = torch.empty((T, Hq, num_splits), dtype=torch.float32, device=q.device) if split else o
@@ -212,7 +217,7 @@ def attention(
     arguments |= {"PART": part, "LSE": lse, "STARTS": cu_seqlens_q.contiguous(), "LENGTHS": seqlens_k.contiguous()}
     arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "LEFT": limits.left, "RIGHT": limits.right}
     grid = ((T // BLOCK_Q + R + 1) * lanes, num_splits)
-    fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, shares(k_cache, v_cache), c, q.dtype)
+    fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype)
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         kernel.module.paged_forward[grid](*(arguments[n] for n in kernel.source.arguments), **fixed, num_warps=c.num_warps, num_stages=c.num_stages)
         if split:
@@ -223,11 +228,15 @@ def attention(
     return o
 
 
-def reach(limits: Bounds, queries: int, capacity: int) -> int:
+def reach(limits: Bounds, of_chunk: int | None, queries: int, capacity: int) -> int:
     """The most keys that a tile of ``queries`` queries walks over."""
-    if limits.left is None or limits.right is None:
-        return capacity
-    return max(1, min(capacity, limits.left + limits.right + queries))
+    found = capacity
+    if limits.right is not None:
+        if limits.left is not None:
+            found = min(found, limits.left + limits.right + queries)
+        if of_chunk is not None:
+            found = min(found, of_chunk + limits.right + queries)
+    return max(1, found)
 
 
 def shares(k_cache: Tensor, v_cache: Tensor) -> bool:

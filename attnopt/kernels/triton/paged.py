@@ -15,6 +15,7 @@ from textwrap import indent
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import HELPERS, Emitter, literal
 from attnopt.kernels.materialise import QUERIES
@@ -84,6 +85,8 @@ class PagedWriter(Writer):
     def __init__(self, spec: AttentionSpec, quantized: bool) -> None:
         super().__init__(spec)
         self.quantized = quantized
+        self.chunk = chunk(spec.mask)
+        """Queries see no key before the chunk of this many positions that they lie in."""
         self.emitter = _Emitter(self.roots, frozenset(range(len(spec.loads))), lengths=lengths_of(spec))
 
     def source(self) -> Source:
@@ -178,6 +181,7 @@ class PagedWriter(Writer):
             "first = position_0 + token",
             "last = position_0 + tl.minimum(token + BLOCK_Q, token_end) - 1",
             f"lo = {'tl.minimum(tl.maximum(first - LEFT, 0), Skv)' if self.left else '0'}",
+            *([f"lo = tl.maximum(lo, tl.maximum(first, 0) // {self.chunk} * {self.chunk})"] if self.chunk else []),
             f"hi = {'tl.maximum(tl.minimum(last + RIGHT + 1, Skv), 0)' if self.right else 'Skv'}",
             "begin = lo // BLOCK_N * BLOCK_N",
             "end = hi",
@@ -226,14 +230,20 @@ class PagedWriter(Writer):
             "    slot = (start + offs_n) % PAGE",
         ]
         if tail:
-            lines += [f"inside = (start + offs_n < hi){' & (start + offs_n >= lo)' if self.left else ''}", "key_inside = inside[None, :]"]
+            lines += [f"inside = (start + offs_n < hi){' & (start + offs_n >= lo)' if self.left or self.chunk else ''}", "key_inside = inside[None, :]"]
         guard = "key_inside & " if tail else ""
-        address = "p_k + (slot_page * K_s0 + slot * K_s1)[None, :]"
+        guard_v = "inside[:, None] & " if tail else ""
+        address, by_key = (f"p_k + (slot_page * K_s0 + slot * K_s1){axes}" for axes in ("[None, :]", "[:, None]"))
         to_float = ".to(b_q.dtype)" if self.quantized else ""
         lines += [
-            "# [BLOCK_D, BLOCK_N], and below it [BLOCK_D2, BLOCK_N]",
-            f"b_k = tl.load({address} + offs_d[:, None] * K_s3, mask={guard}(offs_d[:, None] < D), other=0.0){to_float}",
-            "s = tl.dot(b_q, b_k, input_precision=PRECISION)",
+            "if SHARED:",
+            "    # [BLOCK_N, BLOCK_D]: as the second product reads it, so that one copy to shared memory, made ahead of time, serves both",
+            f"    b_v = tl.load({by_key} + offs_d[None, :] * K_s3, mask={guard_v}(offs_d[None, :] < D), other=0.0){to_float}",
+            "    s = tl.dot(b_q, tl.trans(b_v), input_precision=PRECISION)",
+            "else:",
+            "    # [BLOCK_D, BLOCK_N], and below it [BLOCK_D2, BLOCK_N]",
+            f"    b_k = tl.load({address} + offs_d[:, None] * K_s3, mask={guard}(offs_d[:, None] < D), other=0.0){to_float}",
+            "    s = tl.dot(b_q, b_k, input_precision=PRECISION)",
             "if BLOCK_D2 > 0:",
             f"    b_k2 = tl.load({address} + offs_d2[:, None] * K_s3, mask={guard}(offs_d2[:, None] < D), other=0.0){to_float}",
             "    s = tl.dot(b_q2, b_k2, s, input_precision=PRECISION)",
@@ -246,7 +256,7 @@ class PagedWriter(Writer):
         guard = "inside[:, None] & " if tail else ""
         to_float = ".to(b_q.dtype)" if self.quantized else ""
         load = f"b_v = tl.load(p_v + (slot_page * V_s0 + slot * V_s1)[:, None] + offs_dv[None, :] * V_s3, mask={guard}(offs_dv[None, :] < DV), other=0.0){to_float}"
-        lines = ["# [BLOCK_N, BLOCK_DV]", "if SHARED:", "    b_v = tl.trans(b_k)", "else:", f"    {load}"]
+        lines = ["if not SHARED:", "    # [BLOCK_N, BLOCK_DV]", f"    {load}"]
         if self.quantized:
             lines.append(f"p = p * tl.load(p_vs + slot_page * V_SCALE_s0 + slot * V_SCALE_s1{', mask=inside, other=0.0' if tail else ''})[None, :]")
         return lines

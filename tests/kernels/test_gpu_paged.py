@@ -1,0 +1,111 @@
+"""Attention over a paged cache on a real GPU: against each request alone in float64, and under CUDA graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnopt.kernels import paged_reference
+from attnopt.kernels.triton import cache_write
+from tests.kernels.paged import BY_CASE, CASES, MIXED, call, loads_of, one_by_one, paged, slots_of
+from tests.kernels.paged_checks import launched
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+LONG = ((1, 700), (1, 17), (130, 400), (0, 40), (64, 64), (1, 1), (1, 513))
+
+
+@DTYPES
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_case(name: str, page_size: int, dtype: torch.dtype) -> None:
+    case = BY_CASE[name]
+    p = paged(MIXED, page_size, dtype, Hkv=case.shape[2], loads=loads_of(case))
+    o = call(case, p.on("cuda"), "triton")
+    assert o.dtype == dtype
+    torch.testing.assert_close(o.cpu().double(), one_by_one(case, p), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize(("Hq", "Hkv", "D", "Dv"), [(32, 8, 128, 128), (8, 8, 64, 64), (71, 1, 64, 64), (16, 1, 576, 512), (6, 2, 80, 80), (4, 2, 256, 256), (8, 2, 192, 128)])
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("num_splits", [1, 3, 40, None])
+def test_heads_and_splits(Hq: int, Hkv: int, D: int, Dv: int, page_size: int, num_splits: int | None, dtype: torch.dtype) -> None:
+    case = BY_CASE["causal"]
+    p = paged(LONG, page_size, dtype, Hq=Hq, Hkv=Hkv, D=D, Dv=Dv)
+    p = replace(p, q=p.q * (4 * D**-0.5))
+    moved = p.on("cuda")
+    o = launched("causal", moved, num_splits=num_splits)
+    torch.testing.assert_close(o.cpu().double(), one_by_one(case, p), atol=2 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(o, launched("causal", moved, num_splits=num_splits))
+
+
+@pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_quantized(cache: torch.dtype) -> None:
+    if cache == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8_e4m3fn needs compute capability 8.9")
+    p = paged(LONG, 16, torch.bfloat16, D=128, Dv=128)
+    p = replace(p, q=p.q * 0.35).on("cuda")
+    k, v, slots = torch.cat(p.keys).cuda(), torch.cat(p.values).cuda(), slots_of(p).cuda()
+    k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8, device="cuda").view(cache) for x in (p.k_cache, p.v_cache))
+    ks, vs = (torch.full(k8.shape[:3], torch.nan, device="cuda") for _ in range(2))
+    cache_write.write(k, v, k8, v8, slots, ks, vs)
+    small, scale = paged_reference.quantized(k, cache)
+    torch.testing.assert_close(ks.flatten(0, 1)[slots], scale, rtol=1e-6, atol=0)
+    step = (k8.flatten(0, 1)[slots].float() - small.float()).abs()
+    assert float((step > 0).float().mean()) < 1e-3 and bool((step <= (1 if cache == torch.int8 else 32)).all())
+    o = launched("window", replace(p, k_cache=k8, v_cache=v8), k_scale=ks, v_scale=vs)
+    want = paged_reference.attention(p.q.double(), k8, v8, *p.arguments[3:], [], [], BY_CASE["window"].spec(), ks, vs)
+    torch.testing.assert_close(o.double(), want, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["causal", "relative-buckets", "softcap-window-sinks"])
+def test_one_graph_serves_all_lengths(name: str) -> None:
+    """A captured call of one token a request, replayed for other lengths and pages: nothing was read back when it was captured."""
+    case = BY_CASE[name]
+    loads = loads_of(case)
+    batches = [tuple((1, n) for n in lengths) for lengths in ((5, 60, 17, 1), (64, 3, 33, 48), (1, 1, 0, 70))]
+    # all caches of one size, whose tables have one width
+    made = [paged(b, 16, torch.float16, Hkv=case.shape[2], loads=loads, seed=i) for i, b in enumerate(batches)]
+    pages, columns = max(len(p.k_cache) for p in made), max(p.block_table.shape[1] for p in made)
+    same = [
+        replace(
+            p,
+            k_cache=torch.cat([p.k_cache, torch.full((pages - len(p.k_cache), *p.k_cache.shape[1:]), torch.nan, dtype=torch.float16)]),
+            v_cache=torch.cat([p.v_cache, torch.full((pages - len(p.v_cache), *p.v_cache.shape[1:]), torch.nan, dtype=torch.float16)]),
+            block_table=torch.nn.functional.pad(p.block_table, (0, columns - p.block_table.shape[1]), value=-1),
+        )
+        for p in made
+    ]
+    held = same[0].on("cuda")
+    call(case, held, "triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = call(case, held, "triton")
+    for p in same:
+        for into, x in zip(held.arguments, p.arguments, strict=True):
+            into.copy_(x)
+        graph.replay()
+        torch.testing.assert_close(o.cpu().double(), one_by_one(case, p), atol=3e-3, rtol=3e-3)
+
+
+def test_writing_waits_for_nothing() -> None:
+    k, v = torch.randn(33, 4, 80, device="cuda"), torch.randn(33, 4, 64, device="cuda")
+    slots = torch.randperm(12 * 16)[:33].cuda()
+    slots[4] = -1
+    caches = [(torch.zeros(12, 16, 4, 80, device="cuda"), torch.zeros(12, 16, 4, 64, device="cuda")) for _ in range(2)]
+    torch.ops.attnopt.cache_write(k, v, *caches[0], slots)  # compiled before
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.attnopt.cache_write(k, v, *caches[0], slots)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    paged_reference.cache_write(k, v, *caches[1], slots)
+    for a, b in zip(*caches, strict=True):
+        assert torch.equal(a, b)
