@@ -13,7 +13,7 @@ BACKENDS = ("auto", "cudnn", "flash_attn", "flex", "gluon", "reference", "sdpa",
 
 @dataclass(frozen=True)
 class OptimizeConfig:
-    """What to do and how. Every field has a command-line option of the same name."""
+    """What to do and how. Every field but ``kv_cache`` has a command-line option of the same name."""
 
     backend: str = "auto"
     """Kernel for every site: ``auto`` or a registered backend's name. A named backend never falls back in silence."""
