@@ -27,6 +27,7 @@ from attnopt.errors import AttnoptError, CaptureError, VerificationError
 from attnopt.passes.pipeline import PipelineResult, passes, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
+from attnopt.serving import rewrite, serve
 from attnopt.verify import DynamicDim, GraphPair, verify_and_repair, verify_modules
 from attnopt.verify import DynamicShapes as VariedShapes
 
@@ -55,12 +56,18 @@ def optimize(
     parameters with ``model`` (``copy``: has copies), which is not changed. It captures the model again when it is called in another mode,
     dtype, device or form; ``.attnopt_report`` tells what was done.
 
+    With ``config.kv_cache`` the result is a ``ServingModel`` of a decoder instead: see ``attnopt.serving``.
+
     Raises AttnoptError for bad options, ModelError (a CaptureError) when the model itself fails with the inputs,
     CaptureError when ``config.capture`` is "export" and the model cannot be exported, and VerificationError when
     ``config.require_all`` is set and an attention stayed as it was.
     """
     config = _checked(model, config)
     inputs = _inputs(model, example_inputs, kwargs)
+    if config.kv_cache:
+        if inputs is None:
+            raise AttnoptError("kv_cache needs example_inputs: the model is captured on them.")
+        return serve(model, *inputs, dynamic_shapes, config, progress)
     builder = _Builder(config if inputs is not None else replace(config, capture="dynamo"), dynamic_shapes)
     optimized = optimized_module(model, builder, config.max_variants, copy_parameters=copy)
     if inputs is None:
@@ -92,6 +99,8 @@ def inspect(
     inputs = _inputs(model, example_inputs, kwargs)
     if inputs is None:
         raise AttnoptError("inspect needs example_inputs: it captures the model on them.")
+    if config.kv_cache:
+        return rewrite(model, *inputs, dynamic_shapes, config, check=False)[2]
     if config.capture != "dynamo":
         try:
             captured = capture(model, *inputs, dynamic_shapes=dynamic_shapes, check=False)
@@ -163,6 +172,8 @@ def compile_report(clear: bool = False) -> Report:
 
 
 def _backend(config: OptimizeConfig, frames: Frames, mode: str | None = None) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    if config.kv_cache:
+        raise AttnoptError("kv_cache needs the whole model, and a compiler gives parts of it; attnopt.optimize(model, inputs, config=...) makes a serving model.")
     passes(config)  # a misspelt name is an error of the caller, not of the compiler
 
     def rewrite(graph: fx.GraphModule) -> tuple[fx.GraphModule, Report]:

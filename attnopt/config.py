@@ -31,12 +31,18 @@ class OptimizeConfig:
     """``export``, ``dynamo`` (torch.compile), or ``auto``: export first."""
     inductor: bool = True
     """With dynamo capture: hand the rewritten graph to Inductor; otherwise it runs eagerly."""
+    kv_cache: str | None = None
+    """``paged``: make a serving model of a decoder that was written without a cache. It runs packed tokens of many requests; see ``attnopt.serving``."""
     max_variants: int = 8
     """How many (mode, dtype, device, argument structure) variants of one module are captured before it raises."""
 
     def __post_init__(self) -> None:
         if self.autotune and self.backend != "auto":
             raise AttnoptError(f"autotune chooses the backend, and backend is {self.backend!r}; supported beside autotune is 'auto'.")
+        if self.kv_cache not in (None, "paged"):
+            raise AttnoptError(f"kv_cache is {self.kv_cache!r}; supported are None and 'paged'.")
+        if self.kv_cache and self.capture == "dynamo":
+            raise AttnoptError("kv_cache needs a capture of the whole model, and capture is 'dynamo'; supported are 'auto' and 'export'.")
         if self.capture not in ("auto", "export", "dynamo"):
             raise AttnoptError(f"capture is {self.capture!r}; supported are 'auto', 'export' and 'dynamo'.")
 

@@ -44,3 +44,7 @@ class VerificationError(AttnoptError):
     """A policy was not met: the optimized model differs from the original by more than the budget."""
 
     exit_code = 1
+
+
+class ServingError(AttnoptError):
+    """A model that cannot be served from a KV cache, or a request that a serving model cannot take."""

@@ -29,6 +29,8 @@ _spec.loader.exec_module(remark_pages)
 ALSO = {
     "AO209": {"AO302"},  # a graph breaks only under torch.compile, and that is remarked
     "AO306": {"AO302"},
+    "AO105": {"AO103", "AO104"},  # in a model that is served keys and values are cached
+    "AO106": {"AO104"},
 }
 """Other codes that the example of a code gives, with the reason; AO101 is what any replaced attention has."""
 

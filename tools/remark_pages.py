@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "remarks"
 INDEX = "README.md"
 _GROUPS = {
     "1": ("Applied", "What was done."),
-    "2": ("Missed", "Why a softmax or an existing attention call stayed as it was."),
+    "2": ("Missed", "Why a softmax or an existing attention call stayed as it was, or a decoder was not served."),
     "3": ("Analysis", "What was found out about the model and its capture."),
     "9": ("Errors", "What verification did not accept."),
 }

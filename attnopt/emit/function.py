@@ -34,11 +34,12 @@ class GraphFunction:
 
 
 def graph_function(gm: fx.GraphModule, module: nn.Module) -> GraphFunction:
-    """Compile ``gm`` (with pytree codegen, as export gives it) to a function whose get_attr names resolve on ``module``."""
-    codegen = gm.graph._codegen
-    out_spec = codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    """Compile ``gm`` to a function whose get_attr names resolve on ``module``. Its results are those of pytree codegen, as export gives it, or plain."""
+    info = getattr(gm.graph._codegen, "pytree_info", None)
+    out_spec = pytree.tree_structure(tuple(range(len(gm.graph.output_node().args)))) if info is None else info.out_spec
     graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    results = graph.graph_copy(gm.graph, {})
+    graph.output(results if info is not None else (results,))
     constants: dict[str, tuple[fx.Node, Any]] = {}
     last = (graph.find_nodes(op="placeholder") or [None])[-1]
     for node in graph.find_nodes(op="get_attr"):

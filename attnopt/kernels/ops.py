@@ -18,11 +18,12 @@ from torch import Tensor
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import block_map_op as _block_map_op  # registers attnopt::block_map
 from attnopt.kernels import linear as _linear  # registers attnopt::merged_linear
+from attnopt.kernels import paged_op as _paged_op  # registers attnopt::paged_attention and attnopt::cache_write
 from attnopt.kernels.block_map import BlockMap
 from attnopt.kernels.registry import Backend, Backward, resolve, resolve_backward
 from attnopt.kernels.tiling import empty_output
 
-assert _linear is not None and _block_map_op is not None
+assert _linear is not None and _block_map_op is not None and _paged_op is not None
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str backend"
 _MAP = "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[]"

@@ -62,6 +62,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: S
     return o, lse
 
 
+def attention_at(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int], spec: AttentionSpec, row: int, first: int
+) -> Tensor:
+    """The spec for one batch row in its place: q [1, Hq, n, D] are the queries from index ``first`` on of batch ``row``, k and v
+    [1, Hkv, Skv, D or Dv] its keys and values from index 0 on. ``sizes`` holds all sizes by name. o is [1, Hq, n, Dv].
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    problem = _Problem(q.to(dtype), k.to(dtype), v.to(dtype), loads, sizes, spec, dtype, row, first)
+    o = empty_output(q, v, q.dtype)
+    for tile in problem.tiles():
+        t = problem.tile(tile)
+        o[:, :, tile.q0 : tile.q1] = problem.times_values(t.p, tile, t.k0, t.k1)
+    return o
+
+
 def _assemble(parts: Sequence[Tensor], where: Sequence[Tile], like: Tensor) -> Tensor:
     """Tiles put together out of place, for autograd."""
     rows: dict[int, list[Tensor]] = {}
@@ -139,6 +154,10 @@ class _Problem:
     sizes: Mapping[str, int]
     spec: AttentionSpec
     dtype: torch.dtype
+    row: int = 0
+    """The batch index of the first row of q, k and v."""
+    first: int = 0
+    """The query index of the first query of q."""
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> _Problem:
@@ -153,7 +172,7 @@ class _Problem:
     def tiles(self) -> Iterator[Tile]:
         B, Hq, Sq, _ = self.q.shape
         Skv = self.k.shape[2]
-        limits: Bounds | None = bounds(self.spec, self.sizes)
+        limits: Bounds | None = bounds(self.spec, self.sizes).shifted(self.first)
         if self.q.device.type != "cpu" and self.spec.empty_rows in ("uniform", "program") and may_be_empty(self.spec):
             # To look for empty rows would wait for the device, and they need every key: take all keys from the start.
             limits = None
@@ -176,7 +195,7 @@ class _Problem:
     def tile(self, tile: Tile, keep: bool = False) -> _Scored:
         """Scores, masks and normalises one tile."""
         spec = self.spec
-        env = Env(tile.ranges(self.q.shape[1]), self.loads, self.sizes, self.dtype, self.q.device, self.raw_scores(tile))
+        env = Env(tile.ranges(self.q.shape[1], self.row, self.first), self.loads, self.sizes, self.dtype, self.q.device, self.raw_scores(tile))
         some_may_be_empty = may_be_empty(spec)
         second = some_may_be_empty and spec.empty_rows == "program" and spec.empty_score is not None
         (score_value, mask_value), table = evaluate((spec.score, spec.mask), env, keep)

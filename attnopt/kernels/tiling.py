@@ -35,8 +35,9 @@ class Tile:
     k0: int
     k1: int
 
-    def ranges(self, heads: int) -> dict[str, tuple[int, int]]:
-        return {"b": (self.b0, self.b1), "h": (0, heads), "q": (self.q0, self.q1), "k": (self.k0, self.k1)}
+    def ranges(self, heads: int, row: int = 0, first: int = 0) -> dict[str, tuple[int, int]]:
+        """The values of the index variables, where batch 0 of the tensors is batch ``row`` and query 0 is query ``first``."""
+        return {"b": (self.b0 + row, self.b1 + row), "h": (0, heads), "q": (self.q0 + first, self.q1 + first), "k": (self.k0, self.k1)}
 
 
 def bind_sizes(spec: AttentionSpec, sizes: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
@@ -64,6 +65,10 @@ class Bounds:
     left: int | None
     right: int | None
     rest: Expr
+
+    def shifted(self, first: int) -> Bounds:
+        """The bounds for queries that are counted from query ``first`` on."""
+        return Bounds(None if self.left is None else self.left - first, None if self.right is None else self.right + first, self.rest)
 
     def keys(self, q0: int, q1: int, Skv: int) -> tuple[int, int]:
         """The range of keys that queries [q0, q1) can see, cut to [0, Skv).

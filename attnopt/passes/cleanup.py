@@ -23,6 +23,10 @@ class Cleanup:
                 node.replace_all_uses_with(node.args[0])
                 module.graph.erase_node(node)
                 changed = True
-        # Drawing random numbers that nobody reads is no effect to keep: a dropout would hold on to a whole replaced attention.
-        dead = module.graph.eliminate_dead_code(lambda node: bool(node.is_impure(impure_random=False)))
-        return PassResult(bool(dead) or changed)
+        return PassResult(drop_unread(module.graph) or changed)
+
+
+def drop_unread(graph: fx.Graph) -> bool:
+    """Remove what nothing reads; whether there was any."""
+    # Drawing random numbers that nobody reads is no effect to keep: a dropout would hold on to a whole replaced attention.
+    return bool(graph.eliminate_dead_code(lambda node: bool(node.is_impure(impure_random=False))))

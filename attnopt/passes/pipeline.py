@@ -19,7 +19,9 @@ from attnopt.passes.canonicalize import Canonicalize
 from attnopt.passes.cleanup import Cleanup
 from attnopt.passes.edit import ORIGINAL
 from attnopt.passes.group_heads import GroupHeads, site_name
+from attnopt.passes.insert_kv_cache import InsertKVCache
 from attnopt.passes.join_products import JoinProducts
+from attnopt.passes.known_inputs import KnownInputs
 from attnopt.passes.lower import Lower
 from attnopt.passes.merge_projections import MergeProjections
 from attnopt.passes.raise_attention import SITE, RaiseAttention
@@ -30,7 +32,10 @@ from attnopt.report import Site
 
 NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
 """Every pass, in order."""
+SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "merge-projections", "insert-kv-cache", "cleanup")
+"""Every pass with ``kv_cache``, in order."""
 _REQUIRED = ("canonicalize",)
+_REQUIRED_TO_SERVE = ("canonicalize", "raise-attention", "insert-kv-cache")
 
 
 @dataclass
@@ -47,35 +52,39 @@ class PipelineResult:
     """Buffers whose values became part of a spec: the graph holds only as long as they keep them."""
 
 
-def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset()) -> list[Pass]:
-    """The passes that ``config`` asks for, in order."""
-    unknown = [n for n in (*config.disable_passes, *config.print_ir_after) if n not in (*NAMES, "all")]
+def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cache: InsertKVCache | None = None) -> list[Pass]:
+    """The passes that ``config`` asks for, in order. ``cache`` is the pass that ``kv_cache`` asks for, with what it knows of the model's call."""
+    names, required = (SERVING_NAMES, _REQUIRED_TO_SERVE) if config.kv_cache else (NAMES, _REQUIRED)
+    unknown = [n for n in (*config.disable_passes, *config.print_ir_after) if n not in (*names, "all")]
     if unknown:
-        raise AttnoptError(f"there is no pass {unknown[0]!r}; the passes are {', '.join(NAMES)}.")
+        raise AttnoptError(f"there is no pass {unknown[0]!r}; the passes are {', '.join(names)}.")
     for n in config.disable_passes:
-        if n in _REQUIRED:
-            raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in NAMES if x not in _REQUIRED)}.")
-    everything: list[Pass] = [
-        Canonicalize(),
-        JoinProducts(),
-        RaiseAttention(skip_sites),
-        GroupHeads(),
-        MergeProjections(),
-        SelectKernel(config.backend, config.autotune),
-        ShareBlockMaps(),
-        Lower(),
-        Cleanup(),
-    ]
+        if n in required:
+            raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in names if x not in required)}.")
+    if config.kv_cache:
+        rewrites: list[Pass] = [KnownInputs(cache.positions if cache else ()), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), cache or InsertKVCache()]
+    else:
+        rewrites = [RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend, config.autotune), ShareBlockMaps(), Lower()]
+    everything: list[Pass] = [Canonicalize(), JoinProducts(), *rewrites, Cleanup()]
     return [p for p in everything if p.name not in config.disable_passes]
 
 
-def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: frozenset[str] = frozenset()) -> PipelineResult:
+def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: frozenset[str] = frozenset(), cache: InsertKVCache | None = None) -> PipelineResult:
     """Rewrite a captured graph. ``gm`` itself is not changed; ``skip_sites`` are left in their original form.
 
     Raises PassError, naming the pass, when one raises or leaves an invalid graph, and AttnoptError for a bad option.
     """
     with _no_new_guards(gm):
-        return _run(duplicate(gm), config, skip_sites)
+        return _run(duplicate(gm), config, skip_sites, cache)
+
+
+def lowered(gm: fx.GraphModule, config: OptimizeConfig) -> fx.GraphModule:
+    """A graph of raised attentions, with a kernel chosen for each, in place."""
+    with _no_new_guards(gm):
+        for p in (SelectKernel(config.backend, config.autotune), ShareBlockMaps(), Lower(), Cleanup()):
+            p.run(gm)
+    gm.recompile()
+    return gm
 
 
 @contextlib.contextmanager
@@ -87,13 +96,13 @@ def _no_new_guards(gm: fx.GraphModule) -> Iterator[None]:
         yield
 
 
-def _run(module: fx.GraphModule, config: OptimizeConfig, skip_sites: frozenset[str]) -> PipelineResult:
+def _run(module: fx.GraphModule, config: OptimizeConfig, skip_sites: frozenset[str], cache: InsertKVCache | None) -> PipelineResult:
     reference = module
     sites: list[Site] = []
     remarks: list[Remark] = []
     folded: list[str] = []
     done: list[str] = []
-    for p in passes(config, skip_sites):
+    for p in passes(config, skip_sites, cache):
         try:
             result = p.run(module)
         except AttnoptError:

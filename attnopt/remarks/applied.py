@@ -57,4 +57,69 @@ APPLIED: dict[str, Page] = {
             "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n\nimport attnopt\n\n\n",
         ),
     ),
+    "AO104": Page(
+        title="keys and values cached",
+        text="The attention writes the keys and values of its tokens to a paged cache, and reads those of its request from there.",
+        cause="The attention is causal and its program is a function of head and positions, so what it computes of a token never changes when more tokens follow.",
+        hint="",
+        example=script("""
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+                def forward(self, ids):
+                    x = self.embed(ids)[:, None]
+                    x = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)  # <- here
+                    return self.head(x[:, 0])
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
+        """),
+    ),
+    "AO105": Page(
+        title="padding input removed",
+        text="An input that says which tokens are padding is no input of the serving model: it is replaced by ones.",
+        cause="Packed tokens of many requests have no padding between them. In the mask of each attention the input does nothing but hide keys, and a one shows them.",
+        hint="",
+        example=script("""
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+                def forward(self, ids, mask):
+                    x, i = self.embed(ids)[:, None], torch.arange(ids.shape[1])
+                    seen = (i[:, None] >= i) & mask[:, None, None].bool()
+                    x = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+                    return self.head(x[:, 0])
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), (torch.arange(14).view(2, 7), torch.ones(2, 7)), config=config)
+        """),
+    ),
+    "AO106": Page(
+        title="positions read from an input",
+        text="A value that the model computes from the place of a token in its sequence is computed from the positions of the packed tokens instead.",
+        cause="In a batch of packed tokens the place in the batch says nothing: each token stands at the position that it has in its own request.",
+        hint="",
+        example=script("""
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.places, self.head = nn.Embedding(32, 16), nn.Embedding(64, 16), nn.Linear(16, 32)
+
+                def forward(self, ids):
+                    i = torch.arange(ids.shape[1])  # <- here
+                    x = (self.embed(ids) + self.places(i))[:, None]
+                    x = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+                    return self.head(x[:, 0])
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
+        """),
+    ),
 }

@@ -10,11 +10,12 @@ from attnopt.remarks.applied import APPLIED
 from attnopt.remarks.errors import ERRORS
 from attnopt.remarks.missed import MISSED
 from attnopt.remarks.page import Page
+from attnopt.remarks.serving import SERVING
 
 Level = Literal["applied", "missed", "analysis", "error"]
 _LEVELS: dict[str, Level] = {"1": "applied", "2": "missed", "3": "analysis", "9": "error"}
 
-PAGES: dict[str, Page] = {**APPLIED, **MISSED, **ANALYSIS, **ERRORS}
+PAGES: dict[str, Page] = {**APPLIED, **MISSED, **SERVING, **ANALYSIS, **ERRORS}
 """Every code that can be printed."""
 
 NOT_ATTENTION = frozenset({"AO201", "AO202", "AO211"})

@@ -54,7 +54,7 @@ def verify_modules(
             return None
 
         sets, notes = variants(args, kwargs, dynamic, refuses)
-        exact, why = _float64(original)
+        exact, why = float64_copy(original)
         for i, v in enumerate(sets):
             if progress is not None:
                 progress(f"comparing: {v.name}", i, len(sets))
@@ -62,7 +62,7 @@ def verify_modules(
             truth: list[Any] | None = None
             if exact is not None and not v.light:
                 try:
-                    truth = output_leaves(_run(exact, *_double((v.args, v.kwargs))))
+                    truth = output_leaves(_run(exact, *double((v.args, v.kwargs))))
                 except RuntimeError as error:
                     why = f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
             detail = "" if truth is not None else f"against the original at its own dtype ({why or 'long input'})"
@@ -91,7 +91,7 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return function(*args, **kwargs)
 
 
-def _float64(original: Callable[..., Any]) -> tuple[nn.Module | None, str]:
+def float64_copy(original: Callable[..., Any]) -> tuple[nn.Module | None, str]:
     """A float64 copy of a small module, or why there is none."""
     if not isinstance(original, nn.Module):
         return None, "the original is no module"
@@ -101,7 +101,7 @@ def _float64(original: Callable[..., Any]) -> tuple[nn.Module | None, str]:
     return copy.deepcopy(original).double(), ""
 
 
-def _double(value: Any) -> Any:
+def double(value: Any) -> Any:
     return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
 
 
@@ -115,7 +115,7 @@ def _gradients(original: Callable[..., Any], optimized: Callable[..., Any], exac
     name, dtype = "whole model: gradients", computing_dtype([mine[n] for n in names])
     try:
         expected = _differentiate(original, names, args, kwargs)
-        truth = _differentiate(exact, names, *_double((args, kwargs)))
+        truth = _differentiate(exact, names, *double((args, kwargs)))
     except RuntimeError as error:
         return [Check(name, 0.0, apart(dtype), True, f"not compared: the original has no gradient ({str(error).splitlines()[0][:160]})")]
     try:

@@ -1,5 +1,5 @@
 """Compiles generated kernels for a GPU that need not be there. Run as ``python -m tests.kernels.compiler ARCH '[[name, D, dtype, Sq], ...]'``,
-or with ``backward`` behind it for the kernels of the gradients."""
+or with ``backward`` behind it for the kernels of the gradients, ``paged`` for those over a paged cache, ``write`` for those that write to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.triton import launch, launch_backward
+from attnopt.kernels.triton import cache_write, launch, launch_backward, launch_paged
 from attnopt.kernels.triton.flash_forward import MAP_TENSORS
 from attnopt.kernels.triton.launch import Config
 from tests.kernels.cases import BY_NAME, Case, causal, softcap, window
@@ -71,11 +71,7 @@ def spec_of(name: str) -> AttentionSpec:
 
 def compile_kernel(arch: int, function: Any, arguments: Sequence[str], kinds: Sequence[str], dtype: torch.dtype, constexprs: dict[str, Any], c: Config) -> dict[str, Any]:
     types, constants, aligned = signature(arguments, kinds, dtype)
-    types |= dict.fromkeys(constexprs, "constexpr")
-    source = ASTSource(fn=function, signature=types, constexprs=constants | constexprs, attrs=aligned)
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": c.num_warps, "num_stages": c.num_stages})
-    stack, hot = spills(done.asm["ptx"], arch)
-    return {"shared": done.metadata.shared, "spills": stack, "hot": hot}
+    return compile_typed(arch, function, types, constants, constexprs, aligned, c)
 
 
 def compile_one(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> list[dict[str, Any]]:
@@ -99,6 +95,63 @@ def compile_backward(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> 
         found = compile_kernel(arch, kernels.functions[k.name], k.arguments, kinds, dtype, launch_backward.constants(D, D, c, dtype), c)
         out.append({"kernel": f"{k.name} of {name} D{D} {dtype_name} Sq{Sq} sm_{arch} {c}", **found})
     return out
+
+
+PAGED_TYPES = {"TABLE": "*i32", "STARTS": "*i32", "LENGTHS": "*i32", "PART": "*fp32", "LSE": "*fp32", "K_SCALE": "*fp32", "V_SCALE": "*fp32"}
+CACHES = {"int8": (torch.int8, "*i8"), "fp8": (torch.float8_e4m3fn, "*fp8e4nv")}
+
+
+def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, groups: int = 4, page: int = 16, cache: str = "") -> list[dict[str, Any]]:
+    """The forward over pages with splits and without. D 576 is that of latents: one KV head, and the values are features of the keys."""
+    spec, dtype = spec_of(name), getattr(torch, dtype_name)
+    kernel = launch_paged.kernel_for(spec, bool(cache))
+    Dv = min(D, launch_paged.MAX_VALUE_DIM)
+    c = launch_paged.config(D, Dv, groups, queries, dtype, SHARED[arch])
+    kinds = [x.kind for x in spec.loads] + [p.kind for p in kernel.source.parts]
+    types, fixed, aligned = signature(kernel.source.arguments, kinds, dtype)
+    for i, argument in enumerate(kernel.source.arguments):
+        if argument in PAGED_TYPES:
+            types[argument] = PAGED_TYPES[argument]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif argument in ("K", "V") and cache:
+            types[argument] = CACHES[cache][1]
+        elif argument in ("Q_s2", "O_s2"):
+            types[argument], fixed[argument] = "constexpr", 1
+            aligned.pop((i,), None)
+        elif argument in ("T", "R"):
+            types[argument] = "i32"
+    out = []
+    label = f"{name} D{D} {dtype_name} {cache} queries{queries} groups{groups} page{page} sm_{arch} {c}"
+    for split in (False, True):
+        constexprs = launch_paged.constants(D, Dv, groups, 16, page, split, D == 576, c, dtype)
+        found = compile_typed(arch, kernel.module.paged_forward, types, fixed, constexprs, aligned, c)
+        out.append({"kernel": f"paged {'split ' if split else ''}{label}", **found})
+    parts = {"PART": "*fp32", "LSE": "*fp32", "O": f"*{NAMES[dtype]}", "O_s0": "i32", "O_s1": "i32", "O_s2": "constexpr", "Hq": "i32", "SPLITS": "i32"}
+    width = launch.power_of_two(Dv)
+    constexprs = {"DV": Dv, "BLOCK_DV": width, "BLOCK_S": max(1, 2048 // width), "FOLDED": True}
+    out.append({"kernel": f"reduce {label}", **compile_typed(arch, kernel.module.paged_reduce, parts, {"O_s2": 1}, constexprs, {}, c)})
+    return out
+
+
+def compile_write(arch: int, cache: str, D: int, dtype_name: str) -> list[dict[str, Any]]:
+    """The kernel that writes to a cache: of the dtype of the keys, or quantized."""
+    plain = NAMES[getattr(torch, dtype_name)]
+    kind, cached = CACHES.get(cache, (None, f"*{plain}"))
+    types: dict[str, str] = dict.fromkeys(cache_write.cache_write.arg_names, "i32")
+    types |= {"K": f"*{plain}", "V": f"*{plain}", "K_CACHE": cached, "V_CACHE": cached, "K_SCALE": "*fp32", "V_SCALE": "*fp32", "SLOTS": "*i64"}
+    greatest = 0.0 if kind is None else cache_write.GREATEST[kind]
+    constexprs = {"HKV": 8, "D": D, "DV": D, "BLOCK_D": D, "BLOCK_DV": D, "ROWS": 16, "GREATEST": greatest, "ROUND": kind is torch.int8}
+    found = compile_typed(arch, cache_write.cache_write, types, {}, constexprs, {}, Config(0, 0, 4, 3))
+    return [{"kernel": f"write D{D} {dtype_name} {cache} sm_{arch}", **found}]
+
+
+def compile_typed(
+    arch: int, function: Any, types: dict[str, str], fixed: dict[str, Any], constexprs: dict[str, Any], aligned: dict[tuple[int], list[list[Any]]], c: Any
+) -> dict[str, Any]:
+    source = ASTSource(fn=function, signature=types | dict.fromkeys(constexprs, "constexpr"), constexprs=fixed | constexprs, attrs=aligned)
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": c.num_warps, "num_stages": c.num_stages})
+    stack, hot = spills(done.asm["ptx"], arch)
+    return {"shared": done.metadata.shared, "spills": stack, "hot": hot}
 
 
 def binary(name: str) -> Path:
@@ -131,5 +184,5 @@ def hot_spills(listing: str) -> int:
 
 if __name__ == "__main__":
     arch = int(sys.argv[1])
-    one = compile_backward if "backward" in sys.argv[3:] else compile_one
+    one = {"backward": compile_backward, "paged": compile_paged, "write": compile_write}.get(sys.argv[-1], compile_one)
     print(json.dumps([r for k in json.loads(sys.argv[2]) for r in one(arch, *k)]))

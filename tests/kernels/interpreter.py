@@ -1,7 +1,8 @@
 """Runs generated Triton kernels under Triton's interpreter: a process of its own, since the interpreter is chosen at import.
 
 Reads one request a line from standard input, writes one JSON reply a line. Run as ``python -m tests.kernels.interpreter``.
-A request is [name, dtype] for a forward, [name, dtype, "backward"] for its gradients, or ["check", NAME] for one of ``CHECKS``.
+A request is [name, dtype] for a forward, [name, dtype, "backward"] for its gradients, ["check", NAME] for one of ``CHECKS``, or
+["paged", CHECK, ...] for one of those of ``paged_checks``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton.runtime.interpreter as interpreter
 from attnopt.kernels import reference
 from attnopt.kernels.triton import launch, launch_backward
 from attnopt.kernels.triton.launch_backward import BackwardConfig, Blocks
-from tests.kernels import dropout_checks
+from tests.kernels import dropout_checks, paged_checks
 from tests.kernels.cases import BY_NAME, Case
 from tests.kernels.mask_cases import MASKS
 from tests.kernels.operations import OPERATION_CASES
@@ -52,13 +53,31 @@ def upcast_products() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def round_to_fp8() -> None:
+    """The interpreter's own rounding to float8_e4m3fn loses a carry (7.96 becomes 4), and rounds halves up: let torch do it."""
+    original = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):  # type: ignore[no-untyped-def]
+        import triton.language as tl
+
+        if dst_type.scalar != tl.float8e4nv or src.dtype.scalar != tl.float32:
+            return original(self, src, dst_type, rounding_mode)
+        data = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(data, dst_type.scalar)
+
+    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
 EVERY: dict[str, Case] = BY_NAME | MASKS | OPERATION_CASES
 
 
-def run(name: str, dtype: str, what: str = "forward") -> dict[str, object]:
+def run(name: str, dtype: str, what: str = "forward", *rest: str) -> dict[str, object]:
     if name == "check":
         dropout_checks.CHECKS[dtype]()
         return {"ok": True, "poisoned": False}
+    if name == "paged":
+        paged_checks.CHECKS[dtype](what, *rest)
+        return {"ok": True, "poisoned": True}
     case = EVERY[name]
     q, k, v, loads = case.tensors(getattr(torch, dtype))
     sizes, spec = list(case.sizes.values()), case.spec()
@@ -100,6 +119,7 @@ def main() -> None:
     # the interpreter computes with NumPy, which warns of what a GPU does in silence: infinities subtracted, sums that are zero
     warnings.simplefilter("ignore", RuntimeWarning)
     upcast_products()
+    round_to_fp8()
     for line in sys.stdin:
         try:
             reply = run(*json.loads(line))

@@ -204,7 +204,6 @@ class Writer:
     def update(self, tail: bool) -> list[str]:
         """The online softmax over block ``s``."""
         # A row that has seen no key has maximum -inf: subtract 0 instead, so that its weights are exp(-inf) = 0.
-        guard = "((start + offs_n)[:, None] < Skv) & " if tail else ""
         scale = "" if self.folded else f" * {LOG2E}"
         return [
             "m_new = tl.maximum(m_i, tl.max(s, 1))",
@@ -213,10 +212,16 @@ class Writer:
             f"alpha = tl.exp2((m_i - m_use){scale})",
             "l_i = l_i * alpha + tl.sum(p, 1)",
             "m_i = m_new",
-            "# [BLOCK_N, BLOCK_DV]",
-            f"b_v = tl.load(p_v + (start + offs_n)[:, None].to(tl.int64) * V_s2 + offs_dv[None, :] * V_s3, mask={guard}(offs_dv[None, :] < DV), other=0.0)",
+            *self.values(tail),
             *self.drop(),
             "acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)",
+        ]
+
+    def values(self, tail: bool) -> list[str]:
+        guard = "((start + offs_n)[:, None] < Skv) & " if tail else ""
+        return [
+            "# [BLOCK_N, BLOCK_DV]",
+            f"b_v = tl.load(p_v + (start + offs_n)[:, None].to(tl.int64) * V_s2 + offs_dv[None, :] * V_s3, mask={guard}(offs_dv[None, :] < DV), other=0.0)",
         ]
 
     def drop(self) -> list[str]:

@@ -1,0 +1,115 @@
+"""The reference of attention over a paged cache: request by request, by the reference for one sequence. It reads lengths back from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import AttnoptError
+from attnopt.ir import expr as E
+from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels import reference
+from attnopt.kernels.tiling import bounds, may_be_empty
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """``attnopt::paged_attention`` for any spec, page size and dtype: o [T, Hq, Dv]; zero for tokens of no request and requests without keys."""
+    o = q.new_zeros((*q.shape[:2], v_cache.shape[3]))
+    starts, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
+    longest = max(lengths, default=0)
+    for slot, axis in axes_by(spec, "qk"):
+        if loads[slot].shape[axis] < longest:
+            name, shape = spec.loads[slot].name, tuple(loads[slot].shape)
+            raise AttnoptError(f"A request has {longest} keys, and {name} {shape}, which is read by position, has {shape[axis]} positions.")
+    for r, n in enumerate(lengths):
+        t0, t1 = starts[r], starts[r + 1]
+        if t0 == t1 or n == 0:
+            continue
+        values = request_sizes(spec, sizes, q, k_cache, v_cache, len(lengths), n)
+        first = n - (t1 - t0)
+        every = may_be_empty(spec) and spec.empty_rows in ("uniform", "program")
+        seen = 0 if every else bounds(spec, values).keys(first, n, n)[0]
+        k, v = (gathered(x, scale, block_table[r], seen, n, q.dtype) for x, scale in ((k_cache, k_scale), (v_cache, v_scale)))
+        mine = q[t0:t1].transpose(0, 1).unsqueeze(0)
+        o[t0:t1] = reference.attention_at(mine, k, v, loads, values, spec, r, first)[0].transpose(0, 1)
+    return o
+
+
+@lru_cache(maxsize=1024)
+def axes_by(spec: AttentionSpec, variables: str) -> tuple[tuple[int, int], ...]:
+    """(load, axis) where the index is one of these variables itself."""
+    nodes = (e for e in E.postorder(*spec.programs) if e.op == "load")
+    return tuple(sorted({(e.value, axis) for e in nodes for axis, a in enumerate(e.args) if a.op == "var" and a.value in variables}))
+
+
+def request_sizes(
+    spec: AttentionSpec, sizes: Sequence[int], q: Tensor, k_cache: Tensor, v_cache: Tensor, requests: int, length: int
+) -> dict[str, int]:
+    """Every symbolic size by name for one request: its sequence, of queries and of keys, is ``length`` long."""
+    d = spec.dims
+    found = dict(zip(spec.sizes, sizes, strict=True))
+    shape = (requests, q.shape[1], k_cache.shape[2], length, length, q.shape[2], v_cache.shape[3])
+    return found | {x.value[0]: n for x, n in zip(d.all, shape, strict=True) if x.op == "sym"}
+
+
+def gathered(cache: Tensor, scale: Tensor | None, pages: Tensor, first: int, n: int, dtype: torch.dtype) -> Tensor:
+    """The slots [first, n) of a request, [1, Hkv, n, D], zero before ``first``. Pages before that one may be anything, and are not looked at."""
+    page_size = cache.shape[1]
+    place = torch.arange(first, n, device=cache.device)
+    at = pages[place // page_size].long(), place % page_size
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = cache[at].to(wide)
+    if scale is not None:
+        x = x * scale[at].to(wide).unsqueeze(-1)
+    return torch.nn.functional.pad(x, (0, 0, 0, 0, first, 0)).transpose(0, 1).unsqueeze(0)
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+GREATEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The greatest number of each dtype of a quantized cache."""
+
+
+def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [T, Hkv, D] in ``dtype``, and the float32 scale [T, Hkv] of each token and head: its greatest magnitude becomes the dtype's."""
+    x = x.float()
+    scale = x.abs().amax(-1) / GREATEST[dtype]
+    small = x / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+    return (small.round() if dtype == torch.int8 else small).to(dtype), scale
+
+
+def cache_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """``attnopt::cache_write``: tokens with a negative slot are left out; on a GPU this waits for the device to count them."""
+    kept = slots >= 0
+    slots = slots[kept]
+    at = slots // k_cache.shape[1], slots % k_cache.shape[1]
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if x.shape[2] == 0:  # values that are features of the keys
+            continue
+        if scale is None:
+            cache[at] = x[kept].to(cache.dtype)
+        else:
+            cache[at], scale[at] = quantized(x[kept], cache.dtype)

@@ -1,0 +1,308 @@
+"""The source of attention over a paged cache for one spec, with its programs inlined.
+
+One program computes a tile of BLOCK_M rows: HEADS query heads that share a KV head, times the queries of one request that follow one another. It
+finds its request among ``cu_seqlens_q`` by itself, so one launch serves prompts, chunks and generated tokens. Where there are few tiles, SPLITS
+programs share the keys of one (flash decoding); each leaves what its keys give and their weight, and ``paged_reduce`` joins them. Keys are found by
+page, one page or one vector of pages a block, read one block ahead. No slot is read that holds no key between a tile's first and last.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from textwrap import indent
+
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels.codegen import HELPERS, Emitter, literal
+from attnopt.kernels.materialise import QUERIES
+from attnopt.kernels.triton.flash_forward import Source, Writer
+
+TENSORS = ("Q", "K", "V", "O", "PART", "LSE", "TABLE", "STARTS", "LENGTHS")
+_STRIDES = ("Q_s0", "Q_s1", "Q_s2", "K_s0", "K_s1", "K_s2", "K_s3", "V_s0", "V_s1", "V_s2", "V_s3", "O_s0", "O_s1", "O_s2")
+_SCALES = ("K_SCALE", "V_SCALE")
+_SCALE_STRIDES = tuple(f"{t}_s{d}" for t in _SCALES for d in range(3))
+CONSTEXPRS = ("D", "DV", "GROUPS", "HEADS", "BLOCK_D", "BLOCK_D2", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "BLOCK_R", "PAGE", "SPLIT", "SHARED", "PRECISION")
+
+
+@lru_cache(maxsize=1024)
+def request_spec(spec: AttentionSpec) -> AttentionSpec:
+    """The spec with one length for queries and keys, that of a request: the sizes Sq and Skv are the same here."""
+    d = spec.dims
+    if d.Sq is d.Skv or d.Sq.op != "sym":
+        return spec
+    same = {d.Sq: d.Skv, d.q: E.var("q", d.Skv)}
+    renamed = {
+        name: E.substitute(e, same) for name, e in (("score", spec.score), ("mask", spec.mask), ("empty_score", spec.empty_score), ("sink", spec.sink)) if e is not None
+    }
+    return spec.replace(dims=type(d)(d.B, d.Hq, d.Hkv, d.Skv, d.Skv, d.D, d.Dv), **renamed)
+
+
+def lengths_of(spec: AttentionSpec) -> frozenset[str]:
+    """The names of the sizes that mean the length of a request."""
+    return frozenset(x.value[0] for x in (spec.dims.Sq, spec.dims.Skv) if x.op == "sym")
+
+
+@lru_cache(maxsize=1024)
+def generate(spec: AttentionSpec, quantized: bool = False) -> Source:
+    """The kernel for one spec, for any sizes, strides, page sizes and dtypes; ``quantized`` where the caches have scales."""
+    return PagedWriter(request_spec(spec), quantized).source()
+
+
+@dataclass
+class _Emitter(Emitter):
+    """Heads lie along the rows of a tile, lengths differ by request, and positions may lie outside of what a load has."""
+
+    lengths: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sizes = [n for n in self.sizes if n not in self.lengths]
+        for i, e in enumerate(self.order):
+            self.names[e] = self._leaf(e) or f"t{i}"
+
+    def _leaf(self, e: Expr) -> str | None:
+        if e is QUERIES:
+            return "POSITIONS"
+        if e.op == "sym" and e.value[0] in self.lengths:
+            return "Skv"
+        return super()._leaf(e)
+
+    def needs_clamp(self, e: Expr, a: Expr) -> bool:
+        return a.op != "var" or a.value in ("q", "k")
+
+    def depends(self, e: Expr) -> str:
+        found = super().depends(e)
+        return "row" if found == "scalar" and any(x.op == "var" and x.value == "h" for x in e.leaves) else found
+
+
+class PagedWriter(Writer):
+    name = "paged_forward"
+
+    def __init__(self, spec: AttentionSpec, quantized: bool) -> None:
+        super().__init__(spec)
+        self.quantized = quantized
+        self.emitter = _Emitter(self.roots, frozenset(range(len(spec.loads))), lengths=lengths_of(spec))
+
+    def source(self) -> Source:
+        em = self.emitter
+        loads = tuple(f"L{s}" for s in sorted(em.loads))
+        strides = tuple(f"L{s}_s{d}" for s in sorted(em.loads) for d in range(em.loads[s]))
+        extents = tuple(f"L{s}_n{d}" for s, d in em.measured)
+        limits = tuple(x for x, used in (("LEFT", self.left), ("RIGHT", self.right)) if used)
+        sizes = tuple(f"size{i}" for i in range(len(em.sizes)))
+        unspecialised = ("TABLE_s0", "T", "R", "Hkv", "SPLITS", "POSITIONS", *extents, *limits, *sizes)
+        scales, scale_strides = (_SCALES, _SCALE_STRIDES) if self.quantized else ((), ())
+        arguments = (*TENSORS, *scales, *loads, *_STRIDES, *scale_strides, *strides, *unspecialised)
+        head = f"@triton.jit(do_not_specialize={list(unspecialised)!r})\ndef {self.name}(\n    {', '.join(arguments)},\n"
+        head += "    " + ", ".join(f"{c}: tl.constexpr" for c in CONSTEXPRS) + ",\n):\n"
+        words = "".join(c for c in str(self.spec) if c.isprintable() and c not in '"\\')
+        text = f'"""Generated by attnopt: {words}"""\n\nimport triton\nimport triton.language as tl\n\n{HELPERS}\n\n{head}' + indent(self.body(), "    ")
+        text += "\n\n" + _REDUCE.format(empty=self.empty_output)
+        return Source(text, arguments, unspecialised, tuple(em.sizes), self.programs.parts, False, self.programs.dense)
+
+    @property
+    def empty_output(self) -> str:
+        return literal(0.0 if self.spec.zero_without_weight else math.nan)
+
+    # ---- which rows
+
+    def place(self) -> list[str]:
+        return [
+            "BLOCK_Q: tl.constexpr = BLOCK_M // HEADS  # queries of a tile",
+            "HEAD_BLOCKS: tl.constexpr = (GROUPS + HEADS - 1) // HEADS",
+            "lanes = Hkv * HEAD_BLOCKS",
+            "tile = tl.program_id(0) // lanes",
+            "lane = tl.program_id(0) % lanes",
+            "split = tl.program_id(1)",
+            "h_kv = lane // HEAD_BLOCKS",
+            "# The tiles of request r begin at starts[r] // BLOCK_Q + r: never too few, and at most one too many. Behind the last request",
+            "# stand the tokens of no request, as one of their own without keys.",
+            "offs_r = tl.arange(0, BLOCK_R)",
+            "begins = tl.load(STARTS + offs_r, mask=offs_r <= R, other=T) // BLOCK_Q + offs_r",
+            "r = tl.sum(((begins <= tile) & (offs_r <= R)).to(tl.int32), 0) - 1",
+            "b = tl.minimum(r, R - 1)",
+            "token_0 = tl.load(STARTS + r)",
+            "token_end = tl.load(STARTS + r + 1, mask=r < R, other=T)",
+            "Skv = tl.load(LENGTHS + r, mask=r < R, other=0)",
+            "token = token_0 + (tile - token_0 // BLOCK_Q - r) * BLOCK_Q",
+            "if token >= token_end:",
+            "    return",
+            "position_0 = Skv - token_end",
+            "offs_m = tl.arange(0, BLOCK_M)",
+            "tokens = token + offs_m // HEADS",
+            "in_group = lane % HEAD_BLOCKS * HEADS + offs_m % HEADS",
+            "rows = (offs_m < BLOCK_Q * HEADS) & (tokens < token_end) & (in_group < GROUPS)",
+            "heads = h_kv * GROUPS + tl.minimum(in_group, GROUPS - 1)",
+        ]
+
+    def start(self) -> list[str]:
+        return [
+            "offs_n = tl.arange(0, BLOCK_N)",
+            "offs_d = tl.arange(0, BLOCK_D)",
+            "offs_dv = tl.arange(0, BLOCK_DV)",
+            "h = heads[:, None]",
+            "q_index = (position_0 + tokens)[:, None]",
+            "row_inside = rows[:, None]",
+            "q_float = q_index.to(tl.float32)",
+            "p_q = Q + tokens[:, None].to(tl.int64) * Q_s0 + h * Q_s1",
+            "p_k = K + h_kv.to(tl.int64) * K_s2",
+            "p_v = V + h_kv.to(tl.int64) * V_s2",
+            *(["p_ks = K_SCALE + h_kv * K_SCALE_s2", "p_vs = V_SCALE + h_kv * V_SCALE_s2"] if self.quantized else []),
+            "p_table = TABLE + b.to(tl.int64) * TABLE_s0",
+            "# [BLOCK_M, BLOCK_D], and behind it [BLOCK_M, BLOCK_D2]",
+            "b_q = tl.load(p_q + offs_d[None, :] * Q_s2, mask=row_inside & (offs_d[None, :] < D), other=0.0)",
+            "if BLOCK_D2 > 0:",
+            "    offs_d2 = BLOCK_D + tl.arange(0, BLOCK_D2)",
+            "    b_q2 = tl.load(p_q + offs_d2[None, :] * Q_s2, mask=row_inside & (offs_d2[None, :] < D), other=0.0)",
+            'm_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)',
+            "l_i = tl.zeros((BLOCK_M,), tl.float32)",
+            "acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)",
+            *self.emitter.before_loop(),
+            *self.first_weight(),
+        ]
+
+    def first_weight(self) -> list[str]:
+        """The sink counts once: for the first of the programs that share the keys."""
+        lines = super().first_weight()
+        return lines and [*lines, "if SPLIT:", '    m_i = tl.where(split == 0, m_i, float("-inf"))', "    l_i = tl.where(split == 0, l_i, 0.0)"]
+
+    # ---- which keys
+
+    def loops(self) -> list[str]:
+        whole = self.programs.rest is E.TRUE
+        lines = [
+            "# positions of the tile's first and last query, and the keys [lo, hi) that any of them sees; blocks begin at multiples of BLOCK_N",
+            "first = position_0 + token",
+            "last = position_0 + tl.minimum(token + BLOCK_Q, token_end) - 1",
+            f"lo = {'tl.minimum(tl.maximum(first - LEFT, 0), Skv)' if self.left else '0'}",
+            f"hi = {'tl.maximum(tl.minimum(last + RIGHT + 1, Skv), 0)' if self.right else 'Skv'}",
+            "begin = lo // BLOCK_N * BLOCK_N",
+            "end = hi",
+            "if SPLIT:",
+            "    mine = tl.cdiv(tl.cdiv(tl.maximum(hi - begin, 0), BLOCK_N), SPLITS) * BLOCK_N",
+            "    begin += split * mine",
+            "    end = tl.minimum(begin + mine, hi)",
+            *self.read_pages("begin", before="tl.maximum(hi - 1, 0)"),
+        ]
+        if not whole:
+            return lines + self.loop("begin", "end", self.step(tail=True))
+        if self.left:
+            lines.append("whole_lo = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(last - LEFT, 0), BLOCK_N) * BLOCK_N, begin), tl.maximum(end, begin))")
+            lines += self.loop("begin", "whole_lo", self.step(tail=True))
+        else:
+            lines.append("whole_lo = begin")
+        lines.append(f"whole_hi = {'tl.maximum(tl.minimum(first + RIGHT + 1, Skv), 0)' if self.right else 'Skv'} // BLOCK_N * BLOCK_N")
+        lines.append("whole_hi = tl.maximum(tl.minimum(whole_hi, end), whole_lo)")
+        lines += self.loop("whole_lo", "whole_hi", self.step(tail=False))
+        return lines + self.loop("whole_hi", "end", self.step(tail=True))
+
+    @staticmethod
+    def read_pages(start: str, before: str) -> list[str]:
+        """The page of the block at ``start``, or of each of its keys; ``before`` is a key that no read goes beyond, since nothing need be there."""
+        return [
+            "if PAGE == 0:",
+            "    page = tl.load(p_table)",
+            "elif PAGE >= BLOCK_N:",
+            f"    page = tl.load(p_table + tl.minimum({start}, {before}) // PAGE)",
+            "else:",
+            f"    page = tl.load(p_table + tl.minimum({start} + offs_n, {before}) // PAGE)",
+        ]
+
+    def keys(self, tail: bool) -> list[str]:
+        lines = [
+            "start = tl.multiple_of(start, BLOCK_N)",
+            "k_index = (start + offs_n)[None, :]",
+            "k_float = k_index.to(tl.float32)",
+            "slot_page = page.to(tl.int64)",
+            *self.read_pages("start + BLOCK_N", before="hi - 1"),
+            "if PAGE == 0:",
+            "    slot = (start + offs_n).to(tl.int64)",
+            "elif PAGE >= BLOCK_N:",
+            "    slot = start % PAGE + offs_n",
+            "else:",
+            "    slot = (start + offs_n) % PAGE",
+        ]
+        if tail:
+            lines += [f"inside = (start + offs_n < hi){' & (start + offs_n >= lo)' if self.left else ''}", "key_inside = inside[None, :]"]
+        guard = "key_inside & " if tail else ""
+        address = "p_k + (slot_page * K_s0 + slot * K_s1)[None, :]"
+        to_float = ".to(b_q.dtype)" if self.quantized else ""
+        lines += [
+            "# [BLOCK_D, BLOCK_N], and below it [BLOCK_D2, BLOCK_N]",
+            f"b_k = tl.load({address} + offs_d[:, None] * K_s3, mask={guard}(offs_d[:, None] < D), other=0.0){to_float}",
+            "s = tl.dot(b_q, b_k, input_precision=PRECISION)",
+            "if BLOCK_D2 > 0:",
+            f"    b_k2 = tl.load({address} + offs_d2[:, None] * K_s3, mask={guard}(offs_d2[:, None] < D), other=0.0){to_float}",
+            "    s = tl.dot(b_q2, b_k2, s, input_precision=PRECISION)",
+        ]
+        if self.quantized:
+            lines.append(f"s = s * tl.load(p_ks + slot_page * K_SCALE_s0 + slot * K_SCALE_s1{', mask=inside, other=0.0' if tail else ''})[None, :]")
+        return lines
+
+    def values(self, tail: bool) -> list[str]:
+        guard = "inside[:, None] & " if tail else ""
+        to_float = ".to(b_q.dtype)" if self.quantized else ""
+        load = f"b_v = tl.load(p_v + (slot_page * V_s0 + slot * V_s1)[:, None] + offs_dv[None, :] * V_s3, mask={guard}(offs_dv[None, :] < DV), other=0.0){to_float}"
+        lines = ["# [BLOCK_N, BLOCK_DV]", "if SHARED:", "    b_v = tl.trans(b_k)", "else:", f"    {load}"]
+        if self.quantized:
+            lines.append(f"p = p * tl.load(p_vs + slot_page * V_SCALE_s0 + slot * V_SCALE_s1{', mask=inside, other=0.0' if tail else ''})[None, :]")
+        return lines
+
+    # ---- what comes out
+
+    def epilogue(self) -> list[str]:
+        scale = "" if self.folded else " * 0.6931471805599453"
+        return [
+            "# a request without keys gives zeros, whatever rows without a visible key give",
+            "m_i = tl.where(Skv > 0, m_i, 0.0)",
+            "l_i = tl.where(Skv > 0, l_i, 1.0)",
+            "acc = tl.where(Skv > 0, acc, 0.0)",
+            "m_out = row_inside & (offs_dv[None, :] < DV)",
+            "if SPLIT:",
+            "    at = (tokens.to(tl.int64) * (Hkv * GROUPS) + heads) * SPLITS + split",
+            f'    tl.store(LSE + at, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(tl.where(l_i == 0.0, 1.0, l_i)){scale}), mask=rows)',
+            "    tl.store(PART + at[:, None] * DV + offs_dv[None, :], acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None], mask=m_out)",
+            "else:",
+            f"    acc = tl.where((l_i == 0.0)[:, None], {self.empty_output}, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])",
+            "    tl.store(O + tokens[:, None].to(tl.int64) * O_s0 + h * O_s1 + offs_dv[None, :] * O_s2, acc.to(O.dtype.element_ty), mask=m_out)",
+        ]
+
+
+_REDUCE = '''
+@triton.jit(do_not_specialize=["Hq", "SPLITS"])
+def paged_reduce(
+    PART, LSE, O, O_s0, O_s1, O_s2, Hq, SPLITS,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, FOLDED: tl.constexpr,
+):
+    """One row of o [T, Hq, DV] from what each split left of it: PART [T, Hq, SPLITS, DV] and LSE [T, Hq, SPLITS], to base 2 where FOLDED."""
+    row = tl.program_id(0)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    base = row.to(tl.int64) * SPLITS
+    m_i = tl.full((), float("-inf"), tl.float32)
+    l_i = tl.full((), 0.0, tl.float32)
+    acc = tl.zeros((BLOCK_DV,), tl.float32)
+    for start in tl.range(0, SPLITS, BLOCK_S):
+        inside = start + offs_s < SPLITS
+        lse = tl.load(LSE + base + start + offs_s, mask=inside, other=float("-inf"))
+        if not FOLDED:
+            lse = lse * 1.4426950408889634
+        # a split without a visible key left nothing that counts
+        part = tl.load(
+            PART + (base + start + offs_s)[:, None] * DV + offs_dv[None, :],
+            mask=(inside & (lse != float("-inf")))[:, None] & (offs_dv[None, :] < DV), other=0.0,
+        )
+        m_new = tl.maximum(m_i, tl.max(lse, 0))
+        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(lse - m_use)
+        alpha = tl.exp2(m_i - m_use)
+        l_i = l_i * alpha + tl.sum(p, 0)
+        acc = acc * alpha + tl.sum(part * p[:, None], 0)
+        m_i = m_new
+    o = tl.where(l_i == 0.0, {empty}, acc / tl.where(l_i == 0.0, 1.0, l_i))
+    p_o = O + (row // Hq).to(tl.int64) * O_s0 + (row % Hq) * O_s1 + offs_dv * O_s2
+    tl.store(p_o, o.to(O.dtype.element_ty), mask=offs_dv < DV)
+'''

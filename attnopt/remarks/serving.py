@@ -1,0 +1,115 @@
+"""AO214 to AO217: why a decoder was not rewritten to packed tokens with a KV cache."""
+
+from __future__ import annotations
+
+from attnopt.remarks.page import Page, script
+
+_SERVED = "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n\nimport attnopt\n\n\n"
+
+SERVING: dict[str, Page] = {
+    "AO214": Page(
+        title="not served: tokens meet outside of attention",
+        text="An operator other than an attention makes a value of more than one token, or could not be shown not to.",
+        cause="A serving model runs packed tokens of many requests as one sequence, and keeps nothing of earlier tokens but keys and values. "
+        "An operator that looks at other tokens would read those of another request, or miss those that were computed before.",
+        supported="operators that treat each token on its own: elementwise ones, products and norms over features, embeddings, and experts that are chosen per token.",
+        hint="A convolution or a shift along the sequence has no cache yet; serve such a model with its own generate().",
+        example=script(
+            """
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+                def forward(self, ids):
+                    x = self.embed(ids)[:, None]
+                    x = F.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0]
+                    x = x + x.mean(1, keepdim=True)  # <- here
+                    return self.head(x)
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
+            """,
+            _SERVED,
+        ),
+    ),
+    "AO215": Page(
+        title="not served: an attention that a cache cannot serve",
+        text="An attention is not one of the tokens to those before them, or its program reads tensors that are others for each token.",
+        cause="Keys and values are kept when their token is computed, and later queries read them as they are. So no query may see a key after it, keys and values must be "
+        "those of the tokens themselves, and score and mask must be functions of head and positions.",
+        supported="causal self-attention with any window, chunk, softcap, sink, ALiBi or table of distances; attention to another sequence, such as an encoder's; "
+        "masks that an input of padding makes.",
+        hint="A model that attends to all tokens at once, such as an encoder alone, generates nothing and needs no cache.",
+        example=script(
+            """
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+                def forward(self, ids):
+                    x = self.embed(ids)[:, None]
+                    x = F.scaled_dot_product_attention(x, x, x)  # <- here
+                    return self.head(x[:, 0])
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
+            """,
+            _SERVED,
+        ),
+    ),
+    "AO216": Page(
+        title="not served: the length of the sequence decides a value",
+        text="A value depends on how many tokens there are, and not on the position of a token alone.",
+        cause="While a request is generated its length grows, and what was computed of earlier tokens is kept. A value that another length would change cannot be kept.",
+        supported="functions of a token's own position: learned and rotary tables, positions that are counted from the first token.",
+        hint="Scale by position or by a constant; a rotary embedding whose base depends on the length is not supported.",
+        example=script(
+            """
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+                def forward(self, ids):
+                    x = self.embed(ids)[:, None]
+                    x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+                    x = x / ids.shape[1]  # <- here
+                    return self.head(x[:, 0])
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
+            """,
+            _SERVED,
+        ),
+    ),
+    "AO217": Page(
+        title="not served: inputs or results of another form",
+        text="The model reads an input that is neither token ids, positions nor padding outside of its attentions, was captured with fixed sizes, or gives no logits of each token.",
+        cause="A serving model is called with packed tokens and their positions, and must know where they enter and which result holds the logits.",
+        supported="ids [B, S] of open sizes, positions [B, S], padding [B, S] that attentions mask keys with, inputs that become keys and values of attentions; logits [B, S, V], or [B, 1, V] or [B, V] of the last token.",
+        hint="Wrap the model in one that takes ids and returns logits.",
+        example=script(
+            """
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+                def forward(self, ids, weights):
+                    x = (self.embed(ids) * weights[..., None])[:, None]  # <- here
+                    x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+                    return self.head(x[:, 0])
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), (torch.arange(14).view(2, 7), torch.rand(2, 7)), config=config)
+            """,
+            _SERVED,
+        ),
+    ),
+}

@@ -1,0 +1,240 @@
+"""Drives a model function with a scheduler and a paged cache: ``Engine(run, cache).generate(prompts)``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import ServingError
+from attnopt.runtime.block_manager import BlockManager
+from attnopt.runtime.paged_cache import PagedCache
+from attnopt.runtime.request import FinishReason, Request
+from attnopt.runtime.sampling import SamplingParams, sample
+from attnopt.runtime.scheduler import Scheduler
+from attnopt.runtime.statistics import Statistics, Sums
+from attnopt.runtime.step import Step
+
+
+class StepFunction(Protocol):
+    """The model over packed tokens of R requests: logits [N, vocabulary] of the tokens whose places in the batch ``rows`` int64 [N] names.
+
+    It writes keys and values of each token to ``slots`` int64 [T] of every layer of the cache, before any query of that layer reads them, and reads the first
+    ``seqlens_k[r]`` keys of a request from the pages ``block_table[r]``. See ``Step`` for shapes.
+    """
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, /
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one request, or its end (``token`` is None where it ended without one: an error, or cancelled)."""
+
+    index: int
+    """Of the prompt, in the order given."""
+    token: int | None
+    finish_reason: FinishReason | None = None
+    error: ServingError | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one prompt. With ``error`` the tokens are those generated before it."""
+
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    error: ServingError | None = None
+    seed: int | None = None
+    """With it the same tokens are drawn again; None where the prompt was refused."""
+    shared: int = 0
+    """Prompt tokens that stood in the cache already."""
+    preemptions: int = 0
+
+
+class Engine:
+    """Many requests through one model function. Not for use by several threads at once.
+
+    ``window``: see ``BlockManager``; the other options are ``Scheduler``'s. The same ``cache`` must not be given to two engines.
+    """
+
+    def __init__(
+        self,
+        run: StepFunction,
+        cache: PagedCache,
+        *,
+        vocabulary: int | None = None,
+        max_positions: int | None = None,
+        window: int | None = None,
+        prefix_sharing: bool = True,
+        token_budget: int = 2048,
+        chunk: int | None = None,
+        max_requests: int = 256,
+    ) -> None:
+        self.run, self.cache = run, cache
+        self.manager = BlockManager(cache.pages, cache.page_size, prefix_sharing, window)
+        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device)
+        self._sums = Sums()
+
+    # -------------------------------------------------------------------------------------------- requests
+
+    def add(self, prompt: Sequence[int], params: SamplingParams | None = None, salt: bytes = b"") -> Request:
+        """Queue a request; ``step`` computes. Raises ServingError where it can never run."""
+        return self.scheduler.add(prompt, params, salt)
+
+    def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
+        """See ``Scheduler.fork``."""
+        return self.scheduler.fork(request, params)
+
+    def cancel(self, request: Request) -> None:
+        """See ``Scheduler.cancel``."""
+        self.scheduler.cancel(request)
+
+    def step(self) -> list[Request] | None:
+        """Compute one step. Returns the requests that got a token or ended by it; None where nothing is queued.
+
+        A model function that raises is called again for each request of the step alone, and those for which it raises again end with an error; the others go on.
+        """
+        begin = time.perf_counter()
+        step = self.scheduler.schedule()
+        if step is None:
+            return None
+        self._measure()
+        try:
+            self.cache.copy(step.copies)
+            tokens = self._tokens(step)
+        except BaseException:
+            # an interrupt: the next call finds the requests as if they had been preempted
+            self.scheduler.abandon(step)
+            raise
+        before = [len(r.output) for r in step.sampled]
+        self.scheduler.complete(step, tokens)
+        changed = [r for r in step.requests if r in step.sampled or r.state == "finished"]
+        self._sums.generated += sum(len(r.output) - n for r, n in zip(step.sampled, before, strict=True))
+        self._sums.computed += sum(step.counts)
+        self._sums.finished += sum(r.state == "finished" for r in step.requests)
+        self._sums.seconds += time.perf_counter() - begin
+        return changed
+
+    def _tokens(self, step: Step) -> list[int | None]:
+        try:
+            return self._sampled(step)
+        except Exception as error:  # noqa: BLE001 - the model is the caller's and may raise anything; each request is told, none is lost
+            if len(step.requests) == 1:
+                self._fail(step.requests[0], error)
+                return [None] * len(step.sampled)
+        found: dict[Request, int | None] = {}
+        for r, request in enumerate(step.requests):
+            part = step.only(r)
+            try:
+                found.update(zip(part.sampled, self._sampled(part), strict=True))
+            except Exception as error:  # noqa: BLE001 - as above
+                self._fail(request, error)
+        return [found.get(r) for r in step.sampled]
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        told = ServingError(f"The model failed on request {request.id} ({request.length} tokens): {type(error).__name__}: {error}")
+        told.__cause__ = error
+        self.scheduler.fail(request, told)
+
+    def _sampled(self, step: Step) -> list[int | None]:
+        with torch.no_grad():
+            logits = self.run(*step.inputs)
+        return sample(logits, [r.params for r in step.sampled], [r.seed for r in step.sampled], [len(r.output) for r in step.sampled])
+
+    # -------------------------------------------------------------------------------------------- whole prompts
+
+    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None) -> Iterator[Event]:
+        """Tokens as they come, those of all prompts mixed. A prompt that cannot run gives one event with its error. Closing the iterator cancels the rest."""
+        requests: dict[Request, int] = {}
+        try:
+            yield from self._added(prompts, params, requests)
+            untold = dict(requests)
+            while untold:
+                changed = self.step() or ()
+                for r, index in list(untold.items()):
+                    # the caller may cancel requests between events
+                    if r in changed or r.state == "finished":
+                        event = self._event(r, index)
+                        if event.finish_reason:
+                            del untold[r]
+                        yield event
+        finally:
+            for r in requests:
+                self.cancel(r)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None, progress: bool = False
+    ) -> list[Result]:
+        """Continue each prompt (token ids), by the same rules or by rules of its own; results in the order of the prompts, each with its own error if it has one.
+
+        ``progress`` shows a bar with live statistics on standard error.
+        """
+        requests: dict[Request, int] = {}
+        results: dict[int, Result] = {}
+        try:
+            for event in self._added(prompts, params, requests):
+                results[event.index] = Result((), "error", event.error)
+            if progress:
+                from attnopt.runtime.progress import ProgressBar
+
+                with ProgressBar(sum(r.most for r in requests)) as bar:
+                    while any(r.state != "finished" for r in requests):
+                        self.step()
+                        bar.update(sum(r.most if r.state == "finished" else len(r.output) for r in requests), self.statistics())
+            while any(r.state != "finished" for r in requests):
+                self.step()
+        finally:
+            for r in requests:
+                self.cancel(r)
+        for r, index in requests.items():
+            assert r.finish_reason is not None
+            results[index] = Result(tuple(r.output), r.finish_reason, r.error, r.seed, r.shared, r.preemptions)
+        return [results[i] for i in range(len(prompts))]
+
+    def _added(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None, requests: dict[Request, int]
+    ) -> Iterator[Event]:
+        """Fill ``requests``; an event for each prompt that is refused."""
+        rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(rules) != len(prompts):
+            raise ServingError(f"There are {len(prompts)} prompts and {len(rules)} sampling parameters; give one for all, or one for each.")
+        for i, (prompt, p) in enumerate(zip(prompts, rules, strict=True)):
+            try:
+                requests[self.add(prompt, p)] = i
+            except ServingError as error:
+                yield Event(i, None, "error", error)
+
+    def _event(self, request: Request, index: int) -> Event:
+        token = request.output[-1] if request.output and request.finish_reason not in ("error", "cancelled") else None
+        return Event(index, token, request.finish_reason, request.error)
+
+    # -------------------------------------------------------------------------------------------- statistics
+
+    def _measure(self) -> None:
+        running = self.scheduler.running
+        self._sums.add(self.manager.usage(), [self.manager.length(r.id) for r in running], [len(r.prompt) + r.most for r in running])
+
+    def statistics(self) -> Statistics:
+        s, scheduler = self._sums, self.scheduler
+        return Statistics(
+            seconds=s.seconds,
+            steps=s.steps,
+            generated=s.generated,
+            computed=s.computed,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            finished=s.finished,
+            preemptions=scheduler.preemptions,
+            prefix_hits=scheduler.shared_tokens / scheduler.admitted_tokens if scheduler.admitted_tokens else 0.0,
+            usage=self.manager.usage(),
+            peak_pages=s.peak_pages,
+            mean_waste=Sums.waste(s.filled, s.allocated),
+            mean_padded_waste=Sums.waste(s.tokens, s.padded),
+            mean_reserved_waste=Sums.waste(s.tokens, s.reserved),
+        )

@@ -1,0 +1,92 @@
+"""The tensors of a paged KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import ServingError
+
+
+class LayerLike(Protocol):
+    """What one attention keeps of a token: keys [Hkv, D] and values [Hkv, Dv] of a dtype."""
+
+    @property
+    def Hkv(self) -> int: ...
+    @property
+    def D(self) -> int: ...
+    @property
+    def Dv(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A plain ``LayerLike``."""
+
+    Hkv: int
+    D: int
+    Dv: int
+    dtype: torch.dtype = torch.float32
+
+
+class PagedCache:
+    """For each layer (k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv]); all layers share one numbering of pages.
+
+    Give ``pages``, or ``size_bytes``: as many pages as that budget holds, over all layers. Raises ServingError where that is less than one page.
+    Contents are not initialised: a slot is read only after it was written.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerLike],
+        page_size: int = 16,
+        pages: int | None = None,
+        size_bytes: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if page_size < 1:
+            raise ServingError(f"page_size is {page_size}; it must be at least 1.")
+        if not layers:
+            raise ServingError("The model has no attention that keeps keys and values; a cache needs at least one.")
+        if (pages is None) == (size_bytes is None):
+            raise ServingError(f"pages is {pages} and size_bytes is {size_bytes}; exactly one of them says how large the cache is.")
+        self.page_size = page_size
+        self.page_bytes = page_size * sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in layers)
+        if size_bytes is not None:
+            pages = size_bytes // self.page_bytes
+            if pages < 1:
+                raise ServingError(
+                    f"The cache may take {size_bytes} bytes, and one page of {page_size} tokens takes {self.page_bytes} over {len(layers)} layers; it must hold at least one."
+                )
+        assert pages is not None
+        if pages < 1:
+            raise ServingError(f"The cache has {pages} pages; it must have at least one page of {page_size} tokens.")
+        self.pages = pages
+        self.tensors: list[tuple[Tensor, Tensor]] = [
+            (
+                torch.empty(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=device),
+                torch.empty(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=device),
+            )
+            for x in layers
+        ]
+        self.device = self.tensors[0][0].device
+
+    @property
+    def size_bytes(self) -> int:
+        return self.pages * self.page_bytes
+
+    def copy(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy pages (from, to), all read before any is written. No page may be copied to twice."""
+        pairs = list(pairs)
+        if not pairs:
+            return
+        source, target = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in zip(*pairs, strict=True))
+        for pair in self.tensors:
+            for x in pair:
+                x[target] = x[source]

@@ -1,0 +1,30 @@
+"""A progress bar with live statistics, on standard error."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from attnopt.runtime.statistics import Statistics
+
+
+class ProgressBar:
+    """``total`` tokens may be generated; a request that ends early counts as whole."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self._progress = Progress(
+            BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console or Console(stderr=True)
+        )
+        self._task = self._progress.add_task("starting", total=total)
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, statistics: Statistics) -> None:
+        self._progress.update(self._task, completed=done, description=str(statistics))

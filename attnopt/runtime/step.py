@@ -1,0 +1,101 @@
+"""What one call of the model computes: some tokens of some requests, packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnopt.runtime.block_manager import BlockManager
+from attnopt.runtime.request import Request
+
+
+@dataclass(frozen=True)
+class Step:
+    """T tokens of R requests. ``copies`` (from, to) are pages to copy before the model runs; ``rows`` are the tokens whose logits are wanted."""
+
+    requests: tuple[Request, ...]
+    counts: tuple[int, ...]
+    """How many tokens of each request."""
+    tokens: Tensor
+    """int64 [T]"""
+    positions: Tensor
+    """int64 [T]"""
+    slots: Tensor
+    """int64 [T]: page * page_size + offset, where keys and values go."""
+    block_table: Tensor
+    """int32 [R, max_pages]; 0 where a window has passed a page and after a request's last page."""
+    cu_seqlens_q: Tensor
+    """int32 [R + 1]"""
+    seqlens_k: Tensor
+    """int32 [R], these tokens included."""
+    rows: Tensor
+    """int64 [N]: the last token of each request whose tokens are all computed after this step."""
+    sampled: tuple[Request, ...]
+    """The N requests of ``rows``."""
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The arguments of the step function, in order."""
+        return (self.tokens, self.positions, self.slots, self.block_table, self.cu_seqlens_q, self.seqlens_k, self.rows)
+
+    def only(self, r: int) -> Step:
+        """The part of one request, without copies of pages."""
+        first, last = int(self.cu_seqlens_q[r]), int(self.cu_seqlens_q[r + 1])
+        mine = (self.rows >= first) & (self.rows < last)
+        return Step(
+            self.requests[r : r + 1],
+            self.counts[r : r + 1],
+            self.tokens[first:last],
+            self.positions[first:last],
+            self.slots[first:last],
+            self.block_table[r : r + 1],
+            self.cu_seqlens_q[r : r + 2] - first,
+            self.seqlens_k[r : r + 1],
+            self.rows[mine] - first,
+            tuple(x for x in self.sampled if x is self.requests[r]),
+        )
+
+
+def make_step(requests: Sequence[Request], counts: Sequence[int], manager: BlockManager, copies: Sequence[tuple[int, int]], device: torch.device | str) -> Step:
+    """The step that computes the next ``counts[r]`` tokens of each request, whose slots are given already."""
+    size = manager.page_size
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    rows: list[int] = []
+    tables = [manager.table(r.id) for r in requests]
+    starts, lengths, sampled = [0], [], []
+    for r, n, pages in zip(requests, counts, tables, strict=True):
+        first, last = r.computed, r.computed + n
+        tokens += r.slice(first, last)
+        positions += range(first, last)
+        slots += [pages[p // size] * size + p % size for p in range(first, last)]
+        starts.append(len(tokens))
+        lengths.append(last)
+        if last == r.length:
+            rows.append(len(tokens) - 1)
+            sampled.append(r)
+    width = max(map(len, tables))
+    # an index that is never read must still be one that may be loaded: 0, not -1
+    table = [[max(p, 0) for p in pages] + [0] * (width - len(pages)) for pages in tables]
+
+    def tensor(values: object, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return Step(
+        tuple(requests),
+        tuple(counts),
+        tensor(tokens, torch.int64),
+        tensor(positions, torch.int64),
+        tensor(slots, torch.int64),
+        tensor(table, torch.int32),
+        tensor(starts, torch.int32),
+        tensor(lengths, torch.int32),
+        tensor(rows, torch.int64),
+        tuple(sampled),
+        tuple(copies),
+    )

@@ -1,0 +1,126 @@
+"""A packed graph beside the original: random ragged requests, each computed alone by the original, and together by the packed graph, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attnopt.passes.insert_kv_cache import PackedPlan
+from attnopt.report import Check, Verdict
+from attnopt.verify.budget import judge
+from attnopt.verify.end_to_end import Progress
+from attnopt.verify.modules import double, float64_copy
+
+PAGE_SIZE = 16
+CHUNKS = (1, 7, 1 << 20)
+"""Tokens of a request in one call: one by one, in part, all at once."""
+LENGTHS = (5, 23, 1, 17)
+LONG = 64
+"""A request is made longer than the longest window up to this, and no longer."""
+
+Run = Callable[..., Tensor]
+"""``run(tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, [cross_block_table, cross_seqlens_k,] *caches) -> logits``."""
+Call = tuple[tuple[object, ...], dict[str, object]]
+Alone = Callable[[Tensor, int], Call]
+"""The call of the original for the ids [1, n] of a request, by its number."""
+Encode = Callable[[int], Sequence[tuple[Tensor, Tensor]]]
+"""Keys and values of a request's other sequence, for each layer that reads one."""
+
+
+@dataclass
+class Requests:
+    """Packed tokens of some requests over pages in random order, whose unused entries hold NaN."""
+
+    plan: PackedPlan
+    ids: Sequence[Tensor]
+    device: torch.device
+    contexts: Sequence[Sequence[tuple[Tensor, Tensor]]] = ()
+    """Of each request, keys and values of its other sequence for each layer that reads one."""
+
+    def __post_init__(self) -> None:
+        self.block_table = self._table([len(x) for x in self.ids], 17)
+        lengths = [len(x[0][0]) for x in self.contexts]
+        self.cross = [self._table(lengths, 19), torch.tensor(lengths, dtype=torch.int32, device=self.device)] if lengths else []
+        self.caches: list[Tensor] = []
+        crossing = 0
+        for layer in self.plan.layers:
+            table = self.cross[0] if layer.cross else self.block_table
+            for which, d in enumerate((layer.D, layer.Dv)):
+                cache = torch.full((table.numel(), PAGE_SIZE, layer.Hkv, d), torch.nan, dtype=layer.dtype, device=self.device)
+                for r, context in enumerate(self.contexts if layer.cross else ()):
+                    x = context[crossing][which]
+                    place = torch.arange(len(x), device=self.device)
+                    cache[table[r, place // PAGE_SIZE].long(), place % PAGE_SIZE] = x
+                self.caches.append(cache)
+            crossing += layer.cross
+
+    def _table(self, lengths: Sequence[int], seed: int) -> Tensor:
+        """Pages for each request, in random order."""
+        width = max(-(-n // PAGE_SIZE) for n in lengths)
+        pages = torch.randperm(len(lengths) * width, generator=torch.Generator().manual_seed(seed))
+        return pages.view(len(lengths), width).to(self.device, torch.int32)
+
+    def logits(self, run: Run, chunk: int) -> list[Tensor]:
+        """Logits [n, V] of all tokens of each request, ``chunk`` tokens of each in a call."""
+        found: list[list[Tensor]] = [[] for _ in self.ids]
+        done = [0] * len(self.ids)
+        while left := [r for r, x in enumerate(self.ids) if done[r] < len(x)]:
+            counts = [min(chunk, len(self.ids[r]) - done[r]) for r in left]
+            tokens = torch.cat([self.ids[r][done[r] : done[r] + n] for r, n in zip(left, counts, strict=True)])
+            positions = torch.cat([torch.arange(done[r], done[r] + n, device=self.device) for r, n in zip(left, counts, strict=True)])
+            requests = torch.repeat_interleave(torch.tensor(left, device=self.device), torch.tensor(counts, device=self.device))
+            slots = self.block_table[requests, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
+            for r, n in zip(left, counts, strict=True):
+                done[r] += n
+            ends = torch.tensor([0, *counts]).cumsum(0).to(self.device, torch.int32)
+            lengths = torch.tensor([done[r] for r in left], device=self.device, dtype=torch.int32)
+            rows = torch.arange(len(tokens), device=self.device)
+            out = run(tokens, positions, rows, slots, self.block_table[left], ends, lengths, *(x[left] for x in self.cross), *self.caches)
+            for r, part in zip(left, out.split(counts), strict=True):
+                found[r].append(part)
+        return [torch.cat(x) for x in found]
+
+
+def verify_packed(
+    original: nn.Module, run: Run, plan: PackedPlan, example: Tensor, alone: Alone, logits: Callable[[object], Tensor], encode: Encode | None = None, progress: Progress | None = None
+) -> Verdict:
+    """Compare on ragged requests whose ids are drawn from those of ``example`` [B, S].
+
+    ``alone`` makes the original's call for one request, ``encode`` what it keeps of another sequence, and ``logits`` takes [1, n, V], or [1, 1, V] of the last token, out of its result. The truth is a
+    float64 copy of a small original.
+    """
+    seen = example.flatten()
+    if seen.is_meta:
+        return Verdict()
+    windows = [layer.window or 0 for layer in plan.layers]
+    longest = min(LONG, plan.max_positions or LONG)
+    lengths = [min(n, longest) for n in (*LENGTHS, min(max(windows) + PAGE_SIZE, LONG) if any(windows) else LENGTHS[0])]
+    generator = torch.Generator().manual_seed(13)
+    ids = [seen[torch.randint(len(seen), (n,), generator=generator).to(seen.device)] for n in lengths]
+    exact, why = float64_copy(original)
+    with torch.no_grad():
+        expected = [_alone(original, alone(x[None], r), logits) for r, x in enumerate(ids)]
+        truth: list[Tensor] | None = None
+        if exact is not None:
+            try:
+                truth = [_alone(exact, double(alone(x[None], r)), logits) for r, x in enumerate(ids)]
+            except RuntimeError as error:
+                why = f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
+        detail = "" if truth is not None else f"against the original at its own dtype ({why})"
+        checks: list[Check] = []
+        for i, chunk in enumerate(CHUNKS):
+            if progress is not None:
+                progress("comparing packed requests", i, len(CHUNKS))
+            contexts = [] if encode is None else [encode(r) for r in range(len(ids))]
+            got = [x[-len(e) :] for x, e in zip(Requests(plan, ids, seen.device, contexts).logits(run, chunk), expected, strict=True)]
+            name = f"packed requests of {', '.join(map(str, lengths))} tokens, {'whole' if chunk > max(lengths) else f'chunks of {chunk}'}"
+            checks.append(judge(name, got, expected, truth, expected[0].dtype, detail=detail))
+    return Verdict(all(c.passed for c in checks), checks)
+
+
+def _alone(model: nn.Module, call: Call, logits: Callable[[object], Tensor]) -> Tensor:
+    args, kwargs = call
+    return logits(model(*args, **kwargs))[0]

@@ -1,0 +1,176 @@
+"""Attention over a paged cache: the reference and the generated kernels, against each request alone in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnopt.errors import AttnoptError, BackendError
+from tests.kernels.conftest import Run
+from tests.kernels.paged import BY_CASE, CASES, MIXED, Paged, call, loads_of, one_by_one, paged, slots_of
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 5])
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_reference(name: str, page_size: int) -> None:
+    case = BY_CASE[name]
+    p = paged(MIXED, page_size, Hkv=case.shape[2], loads=loads_of(case))
+    torch.testing.assert_close(call(case, p).double(), one_by_one(case, p), atol=5e-6, rtol=5e-6)
+
+
+def test_reference_in_float64_and_half() -> None:
+    case = BY_CASE["window"]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
+        p = paged(MIXED, 16, dtype)
+        o = call(case, p)
+        assert o.dtype == dtype
+        torch.testing.assert_close(o.double(), one_by_one(case, p), atol=tolerance, rtol=tolerance)
+
+
+def test_pages_before_a_window_are_not_read() -> None:
+    case = BY_CASE["window"]  # 20 keys to the left
+    p = paged(((1, 65), (3, 70)), 16)
+    want = call(case, p)
+    p.block_table[0, :2] = -1  # keys 0..31: the query at 64 sees keys from 44 on
+    p.block_table[1, :2] = -1
+    assert torch.equal(call(case, p), want)
+
+
+def test_tokens_of_no_request_are_zero() -> None:
+    case = BY_CASE["causal"]
+    p = paged(MIXED, 16)
+    more = Paged(torch.cat([p.q, torch.full_like(p.q[:3], torch.nan)]), *p.arguments[1:], p.loads, p.keys, p.values)
+    o = call(case, more)
+    assert not o[-3:].any() and torch.equal(o[:-3], call(case, p))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_quantized_cache(dtype: torch.dtype) -> None:
+    case = BY_CASE["causal"]
+    p = paged(MIXED, 16)
+    k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8).view(dtype) for x in (p.k_cache, p.v_cache))
+    ks, vs = (torch.full(p.k_cache.shape[:3], torch.nan) for _ in range(2))
+    slots = slots_of(p)
+    torch.ops.attnopt.cache_write(torch.cat(p.keys), torch.cat(p.values), k8, v8, slots, ks, vs)
+    o: Tensor = torch.ops.attnopt.paged_attention(p.q, k8, v8, *p.arguments[3:], p.loads, [], case.spec().to_json(), "reference", ks, vs)
+    # exact for what the cache holds; its numbers are within half a step of the originals
+    wide = [(x.float() * s.unsqueeze(-1)) for x, s in ((k8, ks), (v8, vs))]
+    again: Tensor = torch.ops.attnopt.paged_attention(p.q, *wide, *p.arguments[3:], p.loads, [], case.spec().to_json(), "reference")
+    torch.testing.assert_close(o, again, atol=1e-6, rtol=1e-6)
+    step = 0.5 / 127 if dtype == torch.int8 else 1 / 16
+    held, given = wide[0].flatten(0, 1)[slots], torch.cat(p.keys)
+    most = given.abs().amax(-1, keepdim=True)
+    assert bool(((held - given).abs() <= (most if dtype == torch.int8 else given.abs() + most / 448) * step * 1.001).all())
+
+
+def test_cache_write_leaves_out_negative_slots() -> None:
+    k, v = torch.randn(4, 2, 8), torch.randn(4, 2, 4)
+    k_cache, v_cache = torch.full((3, 16, 2, 8), 7.0), torch.full((3, 16, 2, 4), 7.0)
+    torch.ops.attnopt.cache_write(k, v, k_cache, v_cache, torch.tensor([33, -1, 0, 17]))
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        flat = cache.flatten(0, 1)
+        assert torch.equal(flat[[33, 0, 17]], x[[0, 2, 3]])
+        assert int((flat == 7.0).all(-1).all(-1).sum()) == 45
+
+
+def test_operators_are_registered_as_they_behave() -> None:
+    case = BY_CASE["causal"]
+    p = paged(MIXED, 16)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.attnopt.paged_attention.default, (*p.arguments, [], [], case.spec().to_json(), "reference"), test_utils=tests)
+    k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
+    slots = torch.tensor([1, -1, 20])
+    torch.library.opcheck(torch.ops.attnopt.cache_write.default, (k, v, p.k_cache.zero_(), p.v_cache.zero_(), slots), test_utils=tests)
+
+
+def test_a_request_longer_than_what_is_read_by_position() -> None:
+    case = BY_CASE["bias-by-key"]
+    p = paged(((1, 71), (1, 5)), 16, loads=loads_of(case))
+    with pytest.raises(AttnoptError, match=r"A request has 71 keys, and load0 \(70,\), which is read by position, has 70 positions"):
+        call(case, p)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    case = BY_CASE["by-request-prefix"]
+    p = paged(MIXED, 16, loads=loads_of(case))
+    spec = case.spec().to_json()
+    attend = torch.ops.attnopt.paged_attention
+    with pytest.raises(AttnoptError, match=r"block_table \(7, 7\), cu_seqlens_q \(8,\) and seqlens_k \(6,\) do not fit"):
+        attend(*p.arguments[:5], p.seqlens_k[:6], p.loads, [], spec)
+    with pytest.raises(AttnoptError, match="block_table is int64; it must be int32"):
+        attend(*p.arguments[:3], p.block_table.long(), *p.arguments[4:], p.loads, [], spec)
+    with pytest.raises(AttnoptError, match=r"is read by request, of which there are 7"):
+        attend(*p.arguments, [p.loads[0][:6]], [], spec)
+    with pytest.raises(AttnoptError, match="reads 1 tensors beside q, k and v, and was given 0"):
+        attend(*p.arguments, [], [], spec)
+    with pytest.raises(AttnoptError, match="q is float16 and the caches without scales are float32"):
+        attend(p.q.half(), *p.arguments[1:], p.loads, [], spec)
+    with pytest.raises(AttnoptError, match="needs k_scale and v_scale"):
+        attend(p.q, p.k_cache.to(torch.int8), p.v_cache.to(torch.int8), *p.arguments[3:], p.loads, [], spec)
+    with pytest.raises(BackendError, match="There is no backend 'flash' for a paged cache; the backends are triton, reference, and 'auto'"):
+        attend(*p.arguments, p.loads, [], spec, "flash")
+    with pytest.raises(AttnoptError, match=r"each token has one slot"):
+        torch.ops.attnopt.cache_write(p.keys[0], p.values[0], p.k_cache, p.v_cache, torch.tensor([0]))
+
+
+# ------------------------------------------------------------------------------------------------ the generated kernels, interpreted
+
+WIDE_PAGES = ("full", "window", "softcap-window-sinks", "by-request-padding-zero")
+"""Cases that are also tried where a block of keys is a part of a page."""
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_triton(interpreted: Run, name: str) -> None:
+    interpreted("paged", "case", name, "float32", "16")
+
+
+@pytest.mark.parametrize("name", WIDE_PAGES)
+def test_triton_with_wide_pages(interpreted: Run, name: str) -> None:
+    interpreted("paged", "case", name, "float32", "64")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_triton_in_half_precision(interpreted: Run, dtype: str) -> None:
+    interpreted("paged", "case", "softcap-window-sinks", dtype, "16")
+
+
+@pytest.mark.parametrize("name", ["window", "sinks-causal-GQA", "bias-by-key"])
+def test_any_number_of_splits(interpreted: Run, name: str) -> None:
+    interpreted("paged", "splits", name)
+
+
+@pytest.mark.parametrize("heads", ["4-4-16-16", "6-2-24-40", "5-1-80-16", "34-1-16-16"])
+def test_any_heads(interpreted: Run, heads: str) -> None:
+    interpreted("paged", "heads", *heads.split("-"), "16")
+
+
+def test_latents(interpreted: Run) -> None:
+    interpreted("paged", "latents", "")
+
+
+@pytest.mark.parametrize("name", ["softcap-window-sinks", "alibi-causal"])
+def test_chunks(interpreted: Run, name: str) -> None:
+    interpreted("paged", "chunks", name)
+
+
+def test_more_queries_than_keys(interpreted: Run) -> None:
+    interpreted("paged", "more-queries-than-keys", "")
+
+
+def test_refusals(interpreted: Run) -> None:
+    interpreted("paged", "refusals", "")
+
+
+def test_nothing_else_is_read(interpreted: Run) -> None:
+    interpreted("paged", "nothing-else-is-read", "")
+
+
+@pytest.mark.parametrize("cache", ["int8-float16", "float8_e4m3fn-float32"])
+def test_quantized(interpreted: Run, cache: str) -> None:
+    interpreted("paged", "quantized", *cache.split("-"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_write(interpreted: Run, dtype: str) -> None:
+    interpreted("paged", "write", dtype)

@@ -1,0 +1,79 @@
+"""``serving.generate`` through the runtime: many requests, a small cache, chunks and shared prefixes, against the model's own generation."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import attnopt
+from attnopt.errors import ServingError
+from attnopt.runtime import SamplingParams
+from attnopt.serving import ServingModel
+from serving.models import CONFIGS, example, hand_written, plain_generate, prompts, transformers_generate, transformers_model
+
+IN_CI = {"llama"}
+
+
+def serving_model(model: torch.nn.Module, *args: torch.Tensor, **kwargs: object) -> ServingModel:
+    made = attnopt.optimize(model, args, kwargs=kwargs, config=attnopt.OptimizeConfig(kv_cache="paged", verify=False))
+    assert isinstance(made, ServingModel)
+    return made
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in IN_CI else pytest.mark.slow) for k in CONFIGS])
+def test_ragged_requests_get_what_the_model_generates_by_itself(kind: str) -> None:
+    """Whole prompts, chunks of 1 and 7, and a cache so small that requests are preempted; where it is quick to run, the last alone."""
+    model = transformers_model(kind)
+    texts = prompts(5, 23, 1, 17)
+    texts += [texts[1] + [3, 4]]
+    expected = [tuple(transformers_generate(model, p, 14)) for p in texts]
+    serving = serving_model(model, **example())
+    small = {"pages": 10, "page_size": 4, "chunk": 7, "token_budget": 12}
+    many: list[dict[str, int | bool]] = [{}, {"chunk": 1}, {"chunk": 7}, {"pages": 4, "chunk": 7}, small, {**small, "prefix_sharing": False}]
+    for options in [small] if kind in IN_CI else many:
+        engine = serving._engine_for(texts, SamplingParams(14), options)
+        for x in (x for pair in engine.cache.tensors for x in pair):
+            x.fill_(torch.nan)
+        results = engine.generate(texts, SamplingParams(14))
+        assert [r.error for r in results] == [None] * len(texts)
+        assert [r.tokens for r in results] == expected, options
+        assert engine.manager.available == engine.manager.pages
+        if "page_size" in options:
+            assert engine.statistics().preemptions > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 7, None], ids=["chunk1", "chunk7", "whole"])
+def test_forty_requests_that_arrive_at_random_with_preemption(chunk: int | None) -> None:
+    rng = random.Random(0)
+    model = hand_written(None)
+    engine = serving_model(model, torch.randint(0, 128, (2, 12))).engine(pages=6, chunk=chunk, token_budget=48)
+    left = prompts(*(rng.randint(1, 30) for _ in range(40)))
+    requests = []
+    while left or engine.scheduler.busy:
+        for _ in range(min(len(left), rng.randint(0, 4))):
+            requests.append(engine.add(left.pop(), SamplingParams(max_new_tokens=rng.randint(5, 25))))
+        engine.step()
+    assert engine.statistics().preemptions > 0
+    for r in requests:
+        assert r.output == plain_generate(model, r.prompt, r.params.max_new_tokens)
+
+
+def test_generate_and_stream_make_a_cache_of_their_own_and_tell_errors_by_prompt() -> None:
+    model = hand_written(None)
+    serving = serving_model(model, torch.randint(0, 128, (2, 12)))
+    text = [5, 6, 7]
+    expected = tuple(plain_generate(model, text, 6))
+    good, empty, unknown, long, ends = serving.generate([text, [], [128], [1] * 64, [1] * 63], SamplingParams(6))
+    assert good.tokens == expected and good.error is None
+    assert [str(x.error) for x in (empty, unknown, long)] == [
+        "The prompt is empty; it must have at least one token.",
+        "The prompt has the token id 128; ids must be from 0 to 127.",
+        "The prompt has 64 tokens, and the model has positions for at most 63.",
+    ]
+    assert ends.finish_reason == "capacity" and len(ends.tokens) == 1
+    assert tuple(e.token for e in serving.stream([text], SamplingParams(6))) == expected
+    with pytest.raises(ServingError, match="it must hold at least one"):
+        serving.generate([text], size_bytes=10)
