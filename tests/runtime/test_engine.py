@@ -363,6 +363,19 @@ def test_a_stream_tells_of_requests_that_were_cancelled() -> None:
     assert [e.token for e in events if e.index == 1] == list(alone((4,), SamplingParams(max_new_tokens=5)))
 
 
+def test_a_stream_tells_each_token_of_a_request_that_is_cancelled_in_the_middle_of_a_step() -> None:
+    engine = make_engine()
+    events, cancelled = [], None
+    for event in engine.stream([[1, 2, 3], [4]], SamplingParams(max_new_tokens=5)):
+        events.append(event)
+        if cancelled is None:
+            cancelled = engine.scheduler.running[1]
+            engine.cancel(cancelled)
+    assert cancelled is not None and len(cancelled.output) == 1
+    assert [(e.token, e.finish_reason) for e in events if e.index == 1] == [(cancelled.output[0], None), (None, "cancelled")]
+    assert [e.token for e in events if e.index == 0] == list(alone((1, 2, 3), SamplingParams(max_new_tokens=5)))
+
+
 def test_statistics_and_the_bar_say_what_happened() -> None:
     engine = make_engine()
     engine.generate([[1, 2, 3, 4], [5] * 6], SamplingParams(max_new_tokens=3))
