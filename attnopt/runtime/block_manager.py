@@ -223,10 +223,15 @@ class BlockManager:
         for page in old.pages[old.alive_from :]:
             self._hold(page)
 
-    def free(self, request: Hashable) -> None:
-        """Give back all pages of a request. The last ones are evicted first: the beginning of a text is what others share."""
+    def free(self, request: Hashable, trusted: bool = True) -> None:
+        """Give back all pages of a request. The last ones are evicted first: the beginning of a text is what others share.
+
+        Not ``trusted``: what stands in them may be wrong. They lose their names, so that no later request begins with them; others that hold them keep them.
+        """
         holding = self._held.pop(request)
         for page in reversed(holding.pages[holding.alive_from :]):
+            if not trusted and page in self._hash_of:
+                del self._by_hash[self._hash_of.pop(page)]
             self._let_go(page)
 
     # -------------------------------------------------------------------------------------------- pages

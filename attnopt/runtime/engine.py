@@ -157,13 +157,12 @@ class Engine:
             untold = dict(requests)
             while untold:
                 changed = self.step() or ()
-                for r, index in list(untold.items()):
-                    # the caller may cancel requests between events
-                    if r in changed or r.state == "finished":
-                        event = self._event(r, index)
-                        if event.finish_reason:
-                            del untold[r]
-                        yield event
+                # the caller may cancel requests between events: all of a step are made before the first is told, and a cancelled one is told of after the next
+                events = [(r, self._event(r, index)) for r, index in untold.items() if r in changed or r.state == "finished"]
+                for r, event in events:
+                    if event.finish_reason:
+                        del untold[r]
+                    yield event
         finally:
             for r in requests:
                 self.cancel(r)

@@ -115,7 +115,8 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.state == "running":
-            self.manager.free(request.id)
+            # after an error nobody knows whether its keys and values are sound: a retry must not begin with them
+            self.manager.free(request.id, trusted=reason != "error")
             self.running.remove(request)
         else:
             self.waiting.remove(request)

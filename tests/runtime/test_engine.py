@@ -249,6 +249,45 @@ def test_a_request_on_which_the_model_fails_takes_no_other_down(kind: str) -> No
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("kind", ["raises", "nan"])
+def test_a_retry_does_not_begin_with_the_pages_of_a_request_that_failed(kind: str) -> None:
+    """A fault that passes: once, the model leaves NaN in all that it writes. What it wrote before is given up too."""
+    engine = make_engine(chunk=5, token_budget=5)
+    toy, text, calls = engine.run, list(range(14)), 0
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        logits = toy(*inputs)  # type: ignore[call-arg]
+        if calls == 2:
+            for pair in engine.cache.tensors:
+                for x in pair:
+                    x.flatten(0, 1)[inputs[2]] = torch.nan
+        if calls == 3 and kind == "raises":
+            raise RuntimeError("overheated")
+        return logits
+
+    engine.run = run  # type: ignore[assignment]
+    params = SamplingParams(max_new_tokens=3)
+    failed, again = (engine.generate([text], params)[0] for _ in range(2))
+    assert failed.error is not None
+    assert (again.error, again.shared, again.tokens) == (None, 0, alone(tuple(text), params))
+    assert_empty(engine)
+
+
+def test_those_who_share_pages_with_a_request_that_failed_keep_them() -> None:
+    engine = make_engine()
+    parent = engine.add(list(range(10)), SamplingParams(max_new_tokens=6))
+    engine.step()
+    child = engine.fork(parent)
+    engine.scheduler.fail(parent, ServingError("Stopped by the test."))
+    engine.manager.check()
+    while engine.step() is not None:
+        engine.manager.check()
+    assert child.output == expected(child)
+    assert_empty(engine)
+
+
 def test_an_interrupt_leaves_requests_that_go_on() -> None:
     engine = make_engine()
     request = engine.add(list(range(9)), SamplingParams(max_new_tokens=5))
@@ -322,6 +361,19 @@ def test_a_stream_tells_of_requests_that_were_cancelled() -> None:
             engine.cancel(engine.scheduler.running[0])
     assert [e.finish_reason for e in events if e.index == 0] == [None, "cancelled"]
     assert [e.token for e in events if e.index == 1] == list(alone((4,), SamplingParams(max_new_tokens=5)))
+
+
+def test_a_stream_tells_each_token_of_a_request_that_is_cancelled_in_the_middle_of_a_step() -> None:
+    engine = make_engine()
+    events, cancelled = [], None
+    for event in engine.stream([[1, 2, 3], [4]], SamplingParams(max_new_tokens=5)):
+        events.append(event)
+        if cancelled is None:
+            cancelled = engine.scheduler.running[1]
+            engine.cancel(cancelled)
+    assert cancelled is not None and len(cancelled.output) == 1
+    assert [(e.token, e.finish_reason) for e in events if e.index == 1] == [(cancelled.output[0], None), (None, "cancelled")]
+    assert [e.token for e in events if e.index == 0] == list(alone((1, 2, 3), SamplingParams(max_new_tokens=5)))
 
 
 def test_statistics_and_the_bar_say_what_happened() -> None:

@@ -80,11 +80,13 @@ class Pages(RuleBasedStateMachine):
         self.texts[child] = list(self.texts[name])
 
     @precondition(lambda self: self.texts)
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), trusted=st.booleans())
+    def free(self, data: st.DataObject, trusted: bool) -> None:
         name = self.pick(data)
-        self.manager.free(name)
+        pages = {p for p in self.manager.table(name) if p != DEAD}
+        self.manager.free(name, trusted)
         del self.texts[name]
+        assert trusted or not pages & set(self.manager._hash_of), "a page that is not trusted can be found"
 
     @invariant()
     def every_request_finds_its_own(self) -> None:
@@ -151,6 +153,12 @@ class Traffic(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.engine.cancel(data.draw(st.sampled_from([r for r in self.requests if r.state != "finished"])))
 
+    @precondition(lambda self: any(r.state != "finished" for r in self.requests))
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        failed = data.draw(st.sampled_from([r for r in self.requests if r.state != "finished"]))
+        self.engine.scheduler.fail(failed, ServingError("Stopped by the test."))
+
     @rule(steps=st.integers(1, 4))
     def step(self, steps: int) -> None:
         for _ in range(steps):
@@ -176,8 +184,8 @@ class Traffic(RuleBasedStateMachine):
         assert self.engine.manager.available == self.engine.manager.pages, "pages leak"
         for r in self.requests:
             full = expected(r, self.window)
-            assert r.error is None and r.output == full[: len(r.output)]
-            assert r.finish_reason in ("length", "capacity", "cancelled")
+            assert r.output == full[: len(r.output)]
+            assert r.finish_reason in ("length", "capacity", "cancelled", "error") and (r.error is not None) == (r.finish_reason == "error")
             if r.finish_reason == "length":
                 assert len(r.output) == r.params.max_new_tokens
             if r.finish_reason == "capacity":

@@ -77,7 +77,7 @@ def alone(prompt: tuple[int, ...], params: SamplingParams, seed: int = 0, window
 
 
 class Toy:
-    """The step function. It checks its inputs, and fills with NaN whatever no request holds before it runs."""
+    """The step function. It checks its inputs, and fills with NaN, before it runs, every slot that nobody may read: free pages, and the unused ends of held ones."""
 
     def __init__(self, cache: PagedCache, window: int | None = None) -> None:
         self.cache, self.window = cache, window
@@ -89,10 +89,12 @@ class Toy:
 
     def poison(self) -> None:
         assert self.manager is not None
-        free = torch.tensor(self.manager._free, dtype=torch.int64)
+        # a reusable page is full of what its name says, and is kept
+        fill = [self.cache.page_size if p in self.manager._reusable else n for p, n in enumerate(self.manager._fill)]
+        unused = torch.arange(self.cache.page_size) >= torch.tensor(fill)[:, None]
         for pair in self.cache.tensors:
             for x in pair:
-                x[free] = torch.nan
+                x[unused] = torch.nan
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
         if self.manager is not None:
