@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -29,6 +30,10 @@ from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 from attnopt.verify import DynamicDim, GraphPair, verify_and_repair, verify_modules
 from attnopt.verify import DynamicShapes as VariedShapes
+
+if TYPE_CHECKING:
+    from attnopt.emit.onnx.plan import Target
+    from attnopt.emit.onnx.report import OnnxReport
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage (``capture``, ``passes``, ``verify``), how much of it is done, and how much there is (0: unknown)."""
@@ -133,6 +138,15 @@ def verify(
         args, keywords = CallForm(original.forward).normalise(args, keywords)
         dynamic = _shapes(graph_variants(optimized)[0].example)
     return verify_modules(original, optimized, args, keywords, dynamic, progress=_verify_progress(progress))
+
+
+def check_onnx_request(model: nn.Module, path: str | os.PathLike[str], opset: int, target: str) -> None:
+    """Refuse an export to ONNX that cannot succeed, before any work on it. Raises AttnoptError."""
+    try:
+        from attnopt.emit.onnx.write import check_request
+    except ModuleNotFoundError as error:
+        raise AttnoptError(f"Exporting ONNX needs the package {error.name}.", "pip install 'attnopt[onnx]'") from error
+    check_request(model, path, opset, target)
 
 
 # ---- torch.compile
@@ -291,6 +305,36 @@ class _Builder:
         _relate(result, captured)
         return result, Report(result.sites, [*captured.remarks, *result.remarks, *remarks], verdict, seconds)
 
+    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str) -> OnnxReport:
+        """Capture again with every attention as one node of the graph, whatever its kernel, write that, and compare it with the original."""
+        assert isinstance(module, OptimizedModule)
+        reference = module.attnopt_reference
+        check_onnx_request(reference, path, opset, target)
+        from attnopt.emit.onnx.write import write_onnx
+
+        variant = next(reversed(graph_variants(module)), None)
+        if variant is None:
+            raise CaptureError(f"{type(reference).__name__} holds no captured graph to export; torch.export has to take the model for that.")
+        off = dict.fromkeys((*self.config.disable_passes, "merge-projections", "share-block-maps"))
+        config = replace(self.config, backend="reference", autotune=False, verify=True, capture="export", disable_passes=tuple(off))
+        builder = replace(self, config=config, lazy=None)
+        again = optimized_module(reference, builder, self.config.max_variants)
+        args, kwargs = CallForm(reference.forward).spread(variant.example.args, variant.example.kwargs, module._attnopt.positional)
+        again.attnopt_capture(args, kwargs)
+
+        def compare(file: Callable[..., Any], example: Example) -> Verdict:
+            self._tell("verify", 0, 1)
+            verdict = verify_modules(reference, file, example.args, example.kwargs, _shapes(example), progress=_verify_progress(self.progress))
+            single = _one_sample(example)
+            if single is not None:
+                more = verify_modules(reference, file, *single)
+                for check in more.checks:
+                    check.name = check.name.replace("whole model", "batch of one")
+                verdict = Verdict(None if verdict.passed is None else verdict.passed and bool(more.passed), [*verdict.checks, *more.checks])
+            return verdict
+
+        return write_onnx(again, path, opset, cast("Target", target), compare)
+
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, total)
@@ -315,6 +359,16 @@ def _shapes(example: Example) -> VariedShapes:
         return example.holds([torch.empty(shapes.shape(i, x, values), device="meta") if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)])
 
     return VariedShapes(dims, admits)
+
+
+def _one_sample(example: Example) -> tuple[Args, Kwargs] | None:
+    """The example with a batch of one; None where the first axis is not open."""
+    first = {d.leaf for d in example.dynamic if d.dim == 0 and d.lower <= 1}
+    if not first:
+        return None
+    leaves, form = pytree.tree_flatten((example.args, example.kwargs))
+    leaves = [x[:1] if i in first else x for i, x in enumerate(leaves)]
+    return cast("tuple[Args, Kwargs]", pytree.tree_unflatten(leaves, form)) if example.holds(leaves) else None
 
 
 def _verify_progress(progress: Progress | None) -> Progress | None:

@@ -1,0 +1,1 @@
+"""ONNX files whose attentions are fused nodes. Needs the extra ``onnx``."""
