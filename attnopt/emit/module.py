@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import os
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable

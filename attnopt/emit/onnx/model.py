@@ -11,8 +11,8 @@ from importlib.metadata import version
 from typing import Any
 
 import onnx_ir as ir
-from onnxscript import onnx_opset
 import torch
+from onnxscript import onnx_opset
 from torch.utils import _pytree as pytree
 
 from attnopt.capture.call import CallForm
@@ -39,6 +39,8 @@ class Layer:
     lowered_to: str
     why: str
     error: float | None = None
+    value: Any = field(default=None, repr=False, compare=False)
+    """Its result in the model."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "what": self.words, "lowered_to": self.lowered_to, "why": self.why, "error": self.error}
@@ -50,15 +52,16 @@ class Translation:
 
     opset: int
     target: Target
-    done: list[tuple[AttentionSpec, Plan]] = field(default_factory=list)
+    done: list[tuple[AttentionSpec, Plan, Any]] = field(default_factory=list)
 
     def table(self) -> dict[Any, Any]:
         def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = ()):  # type: ignore[no-untyped-def]
             parsed = AttentionSpec.from_json(spec)
             dtype = str(ir.DataType(q.dtype).numpy())
             form = plan(parsed, self.target, dtype)
-            self.done.append((parsed, form))
-            return Lowering(OPSETS[self.opset], q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype).build(form)
+            result = Lowering(OPSETS[self.opset], q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype).build(form)
+            self.done.append((parsed, form, result))
+            return result
 
         return {torch.ops.attnopt.attention.default: attention}
 
@@ -82,7 +85,7 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target) -> tuple[
     model.metadata_props["attnopt.version"] = version("attnopt")
     model.metadata_props["attnopt.target"] = target
     for i, layer in enumerate(layers):
-        facts = {**layer.to_dict(), "spec": None if layer.spec is None else json.loads(layer.spec.to_json())}
+        facts = {"name": layer.name, "lowered_to": layer.lowered_to, "why": layer.why, "spec": None if layer.spec is None else json.loads(layer.spec.to_json())}
         model.metadata_props[f"attnopt.site.{i}"] = json.dumps(facts, separators=(",", ":"))
     return model, layers
 
@@ -113,11 +116,11 @@ def _layers(optimized: OptimizedModule, translation: Translation) -> list[Layer]
     """What was lowered, beside what the report of the passes says of each attention."""
     report = optimized.attnopt_report
     replaced = [s for s in report.sites if s.status == "replaced"]
-    if [s.spec.to_json() for s in replaced if s.spec is not None] != [s.to_json() for s, _ in translation.done]:
+    if [s.spec.to_json() for s in replaced if s.spec is not None] != [s.to_json() for s, _, _ in translation.done]:
         names = [f"attention {i}" for i in range(len(translation.done))]
     else:
         names = [s.name for s in replaced]
-    layers = [Layer(n, str(spec), spec, form.lowered_to, form.why) for n, (spec, form) in zip(names, translation.done, strict=True)]
+    layers = [Layer(n, str(spec), spec, form.lowered_to, form.why, value=value) for n, (spec, form, value) in zip(names, translation.done, strict=True)]
     return layers + [Layer(s.name, "not replaced", None, "as torch.onnx exports it", s.why) for s in report.attentions if s.status != "replaced"]
 
 

@@ -11,13 +11,13 @@ import torch
 
 from attnopt.capture.call import CallForm
 from attnopt.emit.onnx.model import tensors
-from attnopt.errors import AttnoptError
+from attnopt.errors import AttnoptError, VerificationError
 
 
 class OnnxFile:
     """Takes the original's arguments and returns the list of its output tensors, computed by ONNX Runtime on a CPU.
 
-    Raises AttnoptError when the file is not valid or does not load.
+    Raises VerificationError when the file is not valid or does not load.
     """
 
     def __init__(self, path: str | os.PathLike[str], form: CallForm) -> None:
@@ -25,13 +25,13 @@ class OnnxFile:
         try:
             onnx.checker.check_model(os.fspath(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise AttnoptError(f"The exported model is not valid ONNX: {_first_line(error)}") from error
+            raise VerificationError(f"The exported model is not valid ONNX: {_first_line(error)}") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - its errors share no base class
-            raise AttnoptError(f"ONNX Runtime {onnxruntime.__version__} does not load the exported model: {_first_line(error)}") from error
+        except Exception as error:
+            raise VerificationError(f"ONNX Runtime {onnxruntime.__version__} does not load the exported model: {_first_line(error)}") from error
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         given = tensors(self.form.normalise(args, kwargs))

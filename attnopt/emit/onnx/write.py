@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,6 +14,7 @@ import torch
 from attnopt.capture.call import CallForm
 from attnopt.capture.captured import Example
 from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.onnx.layers import measure
 from attnopt.emit.onnx.model import OPSETS, onnx_model, tensors
 from attnopt.emit.onnx.plan import TARGETS, Target
 from attnopt.emit.onnx.report import OnnxReport
@@ -75,15 +76,15 @@ def write_onnx(optimized: OptimizedModule, path: str | os.PathLike[str], opset: 
                 worst = verdict.worst
                 detail = "nothing could be compared" if worst is None else f"{worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}. {worst.detail}"
                 raise VerificationError(f"The exported model differs from the original in ONNX Runtime, so {place} was not written: {detail.strip()}")
+            inputs, outputs = _shapes(model.graph.inputs), _shapes(model.graph.outputs)
+            measure(model, layers, optimized, Path(folder), example.args, example.kwargs)
             for name in (data, place.name):
                 if name is not None:
                     os.replace(Path(folder) / name, place.parent / name)  # noqa: PTH105 - over a file that exists
     except OSError as error:
         raise AttnoptError(f"{place} cannot be written: {error.strerror or error}.") from error
-    return OnnxReport(
-        str(place), opset, target, _shapes(model.graph.inputs), _shapes(model.graph.outputs), layers, verdict, time.perf_counter() - start
-    )
+    return OnnxReport(str(place), opset, target, inputs, outputs, layers, verdict, time.perf_counter() - start)
 
 
-def _shapes(values: ir.Value) -> dict[str, list[int | str]]:
+def _shapes(values: Iterable[ir.Value]) -> dict[str, list[int | str]]:
     return {str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()] for v in values}
