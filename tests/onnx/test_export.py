@@ -137,7 +137,7 @@ def test_padding_on_both_sides_and_of_a_whole_row_is_compared(target: str, tmp_p
     assert {"whole model: right padding", "whole model: left padding", "whole model: a padded row"} <= {c.name for c in report.verdict.checks}
     assert [x.lowered_to for x in report.layers] == ["Attention" if target == "onnx" else "standard ops"]
     assert report.inputs == {"ids": ["batch", "sequence"], "attention_mask": ["batch", "sequence"]}
-    assert list(report.outputs) == ["hidden", "ids"]
+    assert list(report.outputs) == ["hidden", "ids_output"]
     nodes = [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type == "Attention"]
     assert all(a.i == 0 for n in nodes for a in n.attribute if a.name == "is_causal")
 

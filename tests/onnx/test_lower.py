@@ -65,6 +65,8 @@ def _cases() -> list[Case]:
         case("padding, empty rows zero", AttentionSpec(r, x, pad, empty_rows="zero", loads=(padding,)), why="boolean mask"),
         case("padding, empty rows uniform", AttentionSpec(r, x, pad, empty_rows="uniform", loads=(padding,)), why="boolean mask"),
         case("causal padding, empty rows by program", AttentionSpec(s, x, E.all_of(causal, spad), "program", E.add(x, E.where(causal, E.FZERO, low)), loads=(padding,)), why="additive mask"),
+        case("padding, empty rows by the lowest number", AttentionSpec(r, x, pad, "program", E.add(x, low), loads=(padding,)), why="additive mask"),
+        case("a bias of the lowest number", AttentionSpec(r, E.add(x, E.where(pad, E.FZERO, low)), loads=(padding,)), why="additive mask"),
         case("padding, empty rows by another scale", AttentionSpec(r, x, pad, "program", E.score(), loads=(padding,)), "standard ops", "another form"),
         case("bias of one load", AttentionSpec(r, E.add(x, E.load(0, (E.ZERO, r.h, r.q, r.k), "float")), loads=(bias,)), why="additive mask"),
         case("bias by distance", AttentionSpec(r, E.add(x, E.load(0, (E.ZERO, r.h, E.ZERO, E.absolute(E.sub(r.k, r.q))), "float")), loads=(bias,)), why="additive mask"),

@@ -17,6 +17,8 @@ from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.affine import affine
 
+_DEEP = -1e30
+
 
 @dataclass
 class Lowering:
@@ -66,15 +68,29 @@ class Lowering:
             x = op.Where(self.visible, x, low)
         if by_program:
             assert self.spec.empty_score is not None
-            other = affine(self.spec.empty_score)
-            assert other is not None
-            x = op.Where(self._empty(), zero if other.bias is None else self._full(self.programs.write(other.bias)), x)
-        o = self._attention(self._full(x), form.scale)
+            # Not affine()'s bias: a constant that is the same for every key matters here, where scores are lost beside it.
+            rest = E.add(
+                E.FZERO, *(E.const(float(c)) if a is None else E.mul(E.const(float(c)), a) for c, a in E.terms(self.spec.empty_score) if a is not E.score())
+            )
+            x = op.Where(self._empty(), self._full(self.programs.write(rest)), x)
+        x = self._full(x)
+        if by_program or self._reads():
+            x = self._raised(x)
+        o = self._attention(x, form.scale)
         if not (self._may_be_empty() or self._reads()):
             return o
         weightless = op.Equal(op.ReduceMax(x, self.programs.constant([-1]), keepdims=1), low)
         o = op.Where(weightless, self._as(o, 0.0 if self.spec.zero_without_weight else np.nan), o)
         return o if by_program or not self._may_be_empty() else self._with_empty_rows(o, self._empty())
+
+    def _raised(self, x: Any) -> Any:
+        """The additive mask without rows that are finite and beyond ``_DEEP`` on every key: ONNX Runtime takes those for rows without keys.
+
+        A whole row is made smaller by a power of two: the order of its values and -inf stay, and scores are lost beside them as before.
+        """
+        op = self.op
+        deep = op.Less(op.ReduceMax(x, self.programs.constant([-1]), keepdims=1), self._float(_DEEP))
+        return op.Where(deep, op.Mul(x, self._float(2.0**-20)), x)
 
     def _attention(self, mask: Any, scale: float, is_causal: int = 0) -> Any:
         """The operator; with an additive mask in half precision it runs in float32, so that the bias keeps its digits."""
@@ -135,7 +151,9 @@ class Lowering:
 
     def _reads(self) -> bool:
         """Whether the score holds something that may be -inf on a whole row."""
-        return any(x.op in ("load", "log", "div", "pow") or (x.is_const and x.kind == "float" and not np.isfinite(x.value)) for x in E.postorder(self.spec.score))
+        return any(
+            x.op in ("load", "log", "div", "pow") or (x.is_const and x.kind == "float" and not np.isfinite(x.value)) for x in E.postorder(self.spec.score)
+        )
 
     def _empty(self) -> Any:
         op = self.op

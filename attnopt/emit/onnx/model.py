@@ -19,7 +19,7 @@ from attnopt.capture.call import CallForm
 from attnopt.capture.export import quiet
 from attnopt.emit.module import OptimizedModule, graph_variants
 from attnopt.emit.onnx.lower import Lowering
-from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions
+from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
 from attnopt.emit.onnx.plan import Plan, Target, plan
 from attnopt.emit.pt2 import export_optimized
 from attnopt.errors import AttnoptError, CaptureError
@@ -74,10 +74,12 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target) -> tuple[
     example = variants[-1].example
     args, kwargs = CallForm(optimized.forward).spread(example.args, example.kwargs, optimized._attnopt.positional)
     with torch.no_grad(), quiet():
-        outputs = output_names(plain(optimized(*args, **kwargs)))
         program = export_optimized(optimized)
+        inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
+        outputs = output_names(plain(optimized(*args, **kwargs)), inputs)
     translation = Translation(opset, target)
     model = _exported(program, opset, translation, outputs)
+    restore_input_names(model, inputs)
     rename_dimensions(model, dimension_names(list(model.graph.inputs)))
     model.ir_version = IR_VERSION
     layers = _layers(optimized, translation)

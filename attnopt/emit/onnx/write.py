@@ -52,7 +52,9 @@ def check_request(module: torch.nn.Module, path: str | os.PathLike[str], opset: 
 
 def refuse_bfloat16(dtypes: list[torch.dtype], what: str) -> None:
     if torch.bfloat16 in dtypes:
-        raise AttnoptError(f"ONNX Runtime computes no bfloat16 on a CPU, and {what} is in bfloat16; supported are float16, float32 and float64.", "Pass --dtype float32.")
+        raise AttnoptError(
+            f"ONNX Runtime computes no bfloat16 on a CPU, and {what} is in bfloat16; supported are float16, float32 and float64.", "Pass --dtype float32."
+        )
 
 
 def write_onnx(optimized: OptimizedModule, path: str | os.PathLike[str], opset: int, target: Target, compare: Compare) -> OnnxReport:
