@@ -23,6 +23,7 @@ from attnopt.capture.run import device_of, undisturbed
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import graph_function, is_state
 from attnopt.emit.module import OptimizedModule, graph_variants, optimized_module
+from attnopt.emit.onnx import check_request
 from attnopt.emit.variant import CompiledVariant, GraphVariant, Variant
 from attnopt.errors import AttnoptError, CaptureError, VerificationError
 from attnopt.passes.pipeline import PipelineResult, passes, run_pipeline
@@ -30,6 +31,7 @@ from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 from attnopt.verify import DynamicDim, GraphPair, verify_and_repair, verify_modules
 from attnopt.verify import DynamicShapes as VariedShapes
+from attnopt.verify.exported import verify_exported
 
 if TYPE_CHECKING:
     from attnopt.emit.onnx.plan import Target
@@ -138,15 +140,6 @@ def verify(
         args, keywords = CallForm(original.forward).normalise(args, keywords)
         dynamic = _shapes(graph_variants(optimized)[0].example)
     return verify_modules(original, optimized, args, keywords, dynamic, progress=_verify_progress(progress))
-
-
-def check_onnx_request(model: nn.Module, path: str | os.PathLike[str], opset: int, target: str) -> None:
-    """Refuse an export to ONNX that cannot succeed, before any work on it. Raises AttnoptError."""
-    try:
-        from attnopt.emit.onnx.write import check_request
-    except ModuleNotFoundError as error:
-        raise AttnoptError(f"Exporting ONNX needs the package {error.name}.", "pip install 'attnopt[onnx]'") from error
-    check_request(model, path, opset, target)
 
 
 # ---- torch.compile
@@ -309,7 +302,7 @@ class _Builder:
         """Capture again with every attention as one node of the graph, whatever its kernel, write that, and compare it with the original."""
         assert isinstance(module, OptimizedModule)
         reference = module.attnopt_reference
-        check_onnx_request(reference, path, opset, target)
+        check_request(reference, path, opset, target)
         from attnopt.emit.onnx.write import write_onnx
 
         variant = next(reversed(graph_variants(module)), None)
@@ -323,15 +316,7 @@ class _Builder:
         again.attnopt_capture(args, kwargs)
 
         def compare(file: Callable[..., Any], example: Example) -> Verdict:
-            self._tell("verify", 0, 1)
-            verdict = verify_modules(reference, file, example.args, example.kwargs, _shapes(example), progress=_verify_progress(self.progress))
-            single = _one_sample(example)
-            if single is not None:
-                more = verify_modules(reference, file, *single)
-                for check in more.checks:
-                    check.name = check.name.replace("whole model", "batch of one")
-                verdict = Verdict(None if verdict.passed is None else verdict.passed and bool(more.passed), [*verdict.checks, *more.checks])
-            return verdict
+            return verify_exported(reference, file, example, _shapes(example), _verify_progress(self.progress))
 
         return write_onnx(again, path, opset, cast("Target", target), compare)
 
@@ -359,16 +344,6 @@ def _shapes(example: Example) -> VariedShapes:
         return example.holds([torch.empty(shapes.shape(i, x, values), device="meta") if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)])
 
     return VariedShapes(dims, admits)
-
-
-def _one_sample(example: Example) -> tuple[Args, Kwargs] | None:
-    """The example with a batch of one; None where the first axis is not open."""
-    first = {d.leaf for d in example.dynamic if d.dim == 0 and d.lower <= 1}
-    if not first:
-        return None
-    leaves, form = pytree.tree_flatten((example.args, example.kwargs))
-    leaves = [x[:1] if i in first else x for i, x in enumerate(leaves)]
-    return cast("tuple[Args, Kwargs]", pytree.tree_unflatten(leaves, form)) if example.holds(leaves) else None
 
 
 def _verify_progress(progress: Progress | None) -> Progress | None:

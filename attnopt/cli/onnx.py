@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 def export_command(target: str, *, output: str, form: str, opset: int, as_json: bool, train: bool, **options: Any) -> int:
     from attnopt import api
+    from attnopt.emit.onnx import check_request
 
     out, err = render.console(), render.console(stderr=True)
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=train, **options)
         if not as_json:
             introduce(out, loaded)
-        api.check_onnx_request(loaded.model, output, opset, form)
+        check_request(loaded.model, output, opset, form)
         config = OptimizeConfig(backend="reference", verify=False, capture="export")  # the file is what is compared
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
         stages("write")
