@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -22,6 +23,7 @@ from attnopt.capture.run import device_of, undisturbed
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import graph_function, is_state
 from attnopt.emit.module import OptimizedModule, graph_variants, optimized_module
+from attnopt.emit.onnx import check_request
 from attnopt.emit.variant import CompiledVariant, GraphVariant, Variant
 from attnopt.errors import AttnoptError, CaptureError, VerificationError
 from attnopt.passes.pipeline import PipelineResult, passes, run_pipeline
@@ -30,6 +32,11 @@ from attnopt.report import Report, Verdict
 from attnopt.serving import rewrite, serve
 from attnopt.verify import DynamicDim, GraphPair, verify_and_repair, verify_modules
 from attnopt.verify import DynamicShapes as VariedShapes
+from attnopt.verify.exported import verify_exported
+
+if TYPE_CHECKING:
+    from attnopt.emit.onnx.plan import Target
+    from attnopt.emit.onnx.report import OnnxReport
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage (``capture``, ``passes``, ``verify``), how much of it is done, and how much there is (0: unknown)."""
@@ -301,6 +308,28 @@ class _Builder:
         seconds = {"capture": captured.seconds, "passes": spent, "verify": total - spent}
         _relate(result, captured)
         return result, Report(result.sites, [*captured.remarks, *result.remarks, *remarks], verdict, seconds)
+
+    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str) -> OnnxReport:
+        """Capture again with every attention as one node of the graph, whatever its kernel, write that, and compare it with the original."""
+        assert isinstance(module, OptimizedModule)
+        reference = module.attnopt_reference
+        check_request(reference, path, opset, target)
+        from attnopt.emit.onnx.write import write_onnx
+
+        variant = next(reversed(graph_variants(module)), None)
+        if variant is None:
+            raise CaptureError(f"{type(reference).__name__} holds no captured graph to export; torch.export has to take the model for that.")
+        off = dict.fromkeys((*self.config.disable_passes, "merge-projections", "share-block-maps"))
+        config = replace(self.config, backend="reference", autotune=False, verify=True, capture="export", disable_passes=tuple(off))
+        builder = replace(self, config=config, lazy=None)
+        again = optimized_module(reference, builder, self.config.max_variants)
+        args, kwargs = CallForm(reference.forward).spread(variant.example.args, variant.example.kwargs, module._attnopt.positional)
+        again.attnopt_capture(args, kwargs)
+
+        def compare(file: Callable[..., Any], example: Example) -> Verdict:
+            return verify_exported(reference, file, example, _shapes(example), _verify_progress(self.progress))
+
+        return write_onnx(again, path, opset, cast("Target", target), compare)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -1,4 +1,4 @@
-"""``attnopt optimize | inspect | verify | explain | env``: options, exit codes, and what is said when something goes wrong.
+"""``attnopt optimize | inspect | verify | export | explain | env``: options, exit codes, and what is said when something goes wrong.
 
 Exit codes: 0 done; 1 a policy was not met (verification failed, ``--require-all`` missed); 2 bad usage, or a model that
 cannot be loaded or captured; 101 a bug of attnopt. Everything heavy is imported when a command needs it.
@@ -139,6 +139,22 @@ def verify(**options: Any) -> int:
     from attnopt.cli.commands import verify_command
 
     return verify_command(**options)
+
+
+@app.command()
+@_model_options
+@click.option("--output", "-o", required=True, type=click.Path(), metavar="FILE.onnx", help="Where to write the model.")
+@click.option("--target", "form", type=click.Choice(["onnx", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. decomposed: every attention in basic operators.")
+@click.option("--opset", type=int, default=24, show_default=True, help="Version of the ONNX operators: 23 or 24.")
+@_output_options
+def export(**options: Any) -> int:
+    """Write MODEL as ONNX with its attentions as fused nodes, and compare the file with MODEL in ONNX Runtime.
+
+    The comparison runs several shapes and, where the model takes a mask, several paddings. When it fails nothing is written, and the exit code is 1.
+    """
+    from attnopt.cli.onnx import export_command
+
+    return export_command(**options)
 
 
 @app.command()

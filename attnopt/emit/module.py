@@ -11,10 +11,11 @@ import copy
 import functools
 import inspect
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -29,6 +30,9 @@ from attnopt.errors import AttnoptError, CaptureError
 from attnopt.kernels.linear import adjacent, pack
 from attnopt.remarks import Remark
 from attnopt.report import Report
+
+if TYPE_CHECKING:
+    from attnopt.emit.onnx.report import OnnxReport
 
 log = logging.getLogger("attnopt")
 Self = TypeVar("Self", bound="OptimizedModule")
@@ -97,6 +101,15 @@ class OptimizedModule(nn.Module):
             raise ModelError(f"{_original_class(self).__name__} does not take these inputs: {error}.", error) from error
         leaves, key = _key(state, args, kwargs)
         return next((v for v in state.variants.get(key, ()) if v.holds(leaves) and v.current(self)), None) or _build(self, key, args, kwargs)
+
+    def export_onnx(self, path: str | os.PathLike[str], *, opset: int = 24, target: str = "onnx") -> OnnxReport:
+        """Write the model as ONNX, each attention as a fused node, and compare the file with the original in ONNX Runtime.
+
+        The call that was captured last is exported, with the same dimensions open. ``opset`` is 23 or 24; ``target`` is ``onnx``
+        (the standard operator ``Attention`` where it is exact) or ``decomposed``. Nothing is written when the comparison fails
+        (VerificationError) or the request cannot be met (AttnoptError). See docs/onnx.md.
+        """
+        return self._attnopt.builder.export_onnx(self, path, opset, target)
 
     # ---- nn.Module's own life
 

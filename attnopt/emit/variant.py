@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from attnopt.capture.captured import Example
 from attnopt.emit.function import GraphFunction
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
+
+if TYPE_CHECKING:
+    from attnopt.emit.onnx.report import OnnxReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,3 +100,7 @@ class Builder(Protocol):
     """Makes the variant for one call. ``why`` is the remark on why it is needed, None for the first."""
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, why: Remark | None) -> Variant: ...
+
+    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str) -> OnnxReport:
+        """Write ``module`` as a verified ONNX file; see ``OptimizedModule.export_onnx``."""
+        ...

@@ -1,0 +1,62 @@
+"""The error of each attention by itself: its result in ONNX Runtime beside PyTorch's, on one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnopt.emit.module import OptimizedModule
+from attnopt.emit.onnx.model import Layer
+from attnopt.emit.onnx.run import OnnxFile
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the result of every ``attnopt::attention``, in the order of the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.attnopt.attention.default:
+            self.found.append(result)
+        return result
+
+
+def measure(model: ir.Model, layers: Sequence[Layer], optimized: OptimizedModule, folder: Path, args: Any, kwargs: Any) -> None:
+    """Set ``error`` of each layer whose result still stands in ``model``, which gets further outputs by this. Call it after the model was saved."""
+    have = {id(v) for node in model.graph for v in node.outputs}
+    shown = [x for x in layers if x.value is not None and id(x.value) in have]
+    with torch.no_grad(), _Recorder() as recorder:
+        optimized(*args, **kwargs)
+    lowered = [id(x) for x in layers if x.spec is not None]
+    if len(lowered) != len(recorder.found):
+        return  # results cannot be told apart: a call whose result nobody reads was left out of the file
+    expected = dict(zip(lowered, recorder.found, strict=True))
+    known = {id(v) for v in model.graph.outputs}
+    added = [x.value for x in shown if id(x.value) not in known]
+    before = len(model.graph.outputs)
+    model.graph.outputs.extend(added)
+    where = {id(v): i for i, v in enumerate(model.graph.outputs)}
+    path = folder / "layers.onnx"
+    ir.save(model, path, external_data="layers.data")
+    results = OnnxFile(path, optimized._attnopt.form)(*args, **kwargs)
+    assert len(results) == before + len(added)
+    for layer in shown:
+        layer.error = distance(results[where[id(layer.value)]], expected[id(layer)])
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference relative to the norm of ``expected``; infinite where shapes or the places of NaN differ."""
+    a, b = got.double(), expected.detach().cpu().double()
+    if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):
+        return math.inf
+    norm = float(b.nan_to_num(nan=0.0).norm())
+    return float((a - b).nan_to_num(nan=0.0).norm()) / (norm or 1.0)

@@ -1,0 +1,137 @@
+"""An optimized module as an ONNX model in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import onnx_opset
+from torch.utils import _pytree as pytree
+
+from attnopt.capture.call import CallForm
+from attnopt.capture.export import quiet
+from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.onnx.lower import Lowering
+from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
+from attnopt.emit.onnx.plan import Plan, Target, plan
+from attnopt.emit.pt2 import export_optimized
+from attnopt.errors import AttnoptError, CaptureError
+from attnopt.ir.spec import AttentionSpec
+
+IR_VERSION = 10
+OPSETS = {23: onnx_opset.opset23, 24: onnx_opset.opset24}
+
+
+@dataclass
+class Layer:
+    """One attention in the file. ``error`` is the relative distance of its result in ONNX Runtime from PyTorch's, on the captured example."""
+
+    name: str
+    words: str
+    spec: AttentionSpec | None
+    lowered_to: str
+    why: str
+    error: float | None = None
+    value: Any = field(default=None, repr=False, compare=False)
+    """Its result in the model."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "what": self.words, "lowered_to": self.lowered_to, "why": self.why, "error": self.error}
+
+
+@dataclass
+class Translation:
+    """The translation table's entry for ``attnopt::attention``: called once for each attention, in the order of the graph."""
+
+    opset: int
+    target: Target
+    done: list[tuple[AttentionSpec, Plan, Any]] = field(default_factory=list)
+
+    def table(self) -> dict[Any, Any]:
+        def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = ()):  # type: ignore[no-untyped-def]
+            parsed = AttentionSpec.from_json(spec)
+            dtype = str(ir.DataType(q.dtype).numpy())
+            form = plan(parsed, self.target, dtype)
+            result = Lowering(OPSETS[self.opset], q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype).build(form)
+            self.done.append((parsed, form, result))
+            return result
+
+        return {torch.ops.attnopt.attention.default: attention}
+
+
+def onnx_model(optimized: OptimizedModule, opset: int, target: Target) -> tuple[ir.Model, list[Layer]]:
+    """The model and its attentions. ``optimized`` holds a captured graph with every attention as ``attnopt::attention``."""
+    variants = graph_variants(optimized)
+    if not variants:
+        raise CaptureError(f"{type(optimized).__name__} holds no captured graph to export: torch.export has to take the model for that.")
+    example = variants[-1].example
+    args, kwargs = CallForm(optimized.forward).spread(example.args, example.kwargs, optimized._attnopt.positional)
+    with torch.no_grad(), quiet():
+        program = export_optimized(optimized)
+        inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
+        outputs = output_names(plain(optimized(*args, **kwargs)), inputs)
+    translation = Translation(opset, target)
+    model = _exported(program, opset, translation, outputs)
+    restore_input_names(model, inputs)
+    rename_dimensions(model, dimension_names(list(model.graph.inputs)))
+    model.ir_version = IR_VERSION
+    layers = _layers(optimized, translation)
+    model.producer_name, model.producer_version = "attnopt", version("attnopt")
+    model.metadata_props["attnopt.version"] = version("attnopt")
+    model.metadata_props["attnopt.target"] = target
+    for i, layer in enumerate(layers):
+        facts = {"name": layer.name, "lowered_to": layer.lowered_to, "why": layer.why, "spec": None if layer.spec is None else json.loads(layer.spec.to_json())}
+        model.metadata_props[f"attnopt.site.{i}"] = json.dumps(facts, separators=(",", ":"))
+    return model, layers
+
+
+def _exported(program: torch.export.ExportedProgram, opset: int, translation: Translation, outputs: list[str]) -> ir.Model:
+    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
+    try:
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            found = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, custom_translation_table=translation.table(), output_names=outputs, verbose=False, optimize=True
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise AttnoptError(f"torch.onnx cannot export this model: {' '.join(str(reason).split())[:300]}") from error
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+    assert found is not None
+    return found.model
+
+
+def _layers(optimized: OptimizedModule, translation: Translation) -> list[Layer]:
+    """What was lowered, beside what the report of the passes says of each attention."""
+    report = optimized.attnopt_report
+    replaced = [s for s in report.sites if s.status == "replaced"]
+    if [s.spec.to_json() for s in replaced if s.spec is not None] != [s.to_json() for s, _, _ in translation.done]:
+        names = [f"attention {i}" for i in range(len(translation.done))]
+    else:
+        names = [s.name for s in replaced]
+    layers = [Layer(n, str(spec), spec, form.lowered_to, form.why, value=value) for n, (spec, form, value) in zip(names, translation.done, strict=True)]
+    return layers + [Layer(s.name, "not replaced", None, "as torch.onnx exports it", s.why) for s in report.attentions if s.status != "replaced"]
+
+
+def plain(value: Any) -> Any:
+    """Results of a library's class as mappings, so that their fields have names."""
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]

@@ -1,0 +1,46 @@
+"""A model file run in ONNX Runtime, called as the original is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+
+from attnopt.capture.call import CallForm
+from attnopt.emit.onnx.model import tensors
+from attnopt.errors import AttnoptError, VerificationError
+
+
+class OnnxFile:
+    """Takes the original's arguments and returns the list of its output tensors, computed by ONNX Runtime on a CPU.
+
+    Raises VerificationError when the file is not valid or does not load.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], form: CallForm) -> None:
+        self.form = form
+        try:
+            onnx.checker.check_model(os.fspath(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise VerificationError(f"The exported model is not valid ONNX: {_first_line(error)}") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise VerificationError(f"ONNX Runtime {onnxruntime.__version__} does not load the exported model: {_first_line(error)}") from error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        given = tensors(self.form.normalise(args, kwargs))
+        inputs = self.session.get_inputs()
+        if len(given) < len(inputs):
+            raise AttnoptError(f"The exported model takes {len(inputs)} inputs, and the call has {len(given)} tensors.")
+        feed = {i.name: x.detach().cpu().numpy() for i, x in zip(inputs, given, strict=True)}
+        return [torch.from_numpy(x) for x in self.session.run(None, feed)]
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,157 @@
+"""From a model to a verified file, by the command line and from Python; and that no wrong or half-written file is ever left."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tiny_models import TinyGPT
+from torch import Tensor, nn
+
+import attnopt
+from attnopt.cli.main import run
+from attnopt.config import OptimizeConfig
+from attnopt.emit.onnx import lower
+from attnopt.emit.onnx.layers import distance
+from attnopt.errors import AttnoptError, VerificationError
+
+MODEL = """
+import torch
+from tiny_models import TinyGPT
+
+torch.manual_seed(0)
+model = TinyGPT(layers=2).eval()
+example_inputs = (torch.randint(0, 61, (2, 16)),)
+"""
+LAZY = OptimizeConfig(backend="reference", verify=False, capture="export")
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "gpt.py"
+    path.write_text(MODEL)
+    return path
+
+
+def optimized() -> Any:
+    torch.manual_seed(0)
+    return attnopt.optimize(TinyGPT(layers=1).eval(), torch.randint(0, 61, (2, 16)), config=LAZY)
+
+
+def test_the_command_writes_a_verified_file(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out" / "gpt.onnx"
+    path.parent.mkdir()
+    path.write_text("an older file")
+    assert run(["export", str(model_file), "-o", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [(x["name"], x["lowered_to"]) for x in facts["layers"]] == [("blocks.0.attention", "Attention"), ("blocks.1.attention", "Attention")]
+    assert all(x["error"] is not None and x["error"] < 1e-6 for x in facts["layers"])
+    assert (facts["inputs"], facts["outputs"]) == ({"ids": ["batch", "sequence"]}, {"output": ["batch", "sequence", 61]})
+    assert facts["verdict"]["passed"] and {"whole model: longer", "whole model: shorter", "batch of one: example"} <= {c["name"] for c in facts["verdict"]["checks"]}
+    assert [p.name for p in path.parent.iterdir()] == ["gpt.onnx"]
+    model = onnx.load(path)
+    assert (model.ir_version, [(o.domain, o.version) for o in model.opset_import]) == (10, [("", 24)])
+    assert sum(n.op_type == "Attention" for n in model.graph.node) == 2
+    assert not any(n.op_type == "Softmax" for n in model.graph.node)
+    props = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(props["attnopt.site.1"])["name"] == "blocks.1.attention" and props["attnopt.target"] == "onnx" and props["attnopt.version"]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    torch.manual_seed(0)
+    original, ids = TinyGPT(layers=2).eval(), torch.arange(33).view(3, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"ids": ids.numpy()})[0]), original(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["scale", "causal", "values"])
+def test_a_wrong_lowering_is_found_and_nothing_written(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong between the spec and the file, the comparison sees it."""
+    right = lower.Lowering._attention
+
+    def wrong(self: Any, mask: Any, scale: float, is_causal: int = 0) -> Any:
+        if fault == "values":
+            return self.op.Mul(right(self, mask, scale, is_causal), self._as(self.v, 1.0001))
+        return right(self, mask, scale * (1.01 if fault == "scale" else 1.0), 0 if fault == "causal" else is_causal)
+
+    monkeypatch.setattr(lower.Lowering, "_attention", wrong)
+    with pytest.raises(VerificationError, match="differs from the original in ONNX Runtime.*was not written") as error:
+        optimized().export_onnx(tmp_path / "model.onnx")
+    assert error.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_requests_are_refused_in_a_sentence(tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = optimized()
+    with pytest.raises(AttnoptError, match=r"Opset 26 is not supported; supported are 23 and 24"):
+        module.export_onnx(tmp_path / "a.onnx", opset=26)
+    with pytest.raises(AttnoptError, match="Target 'ort' is unknown; supported are onnx, decomposed"):
+        module.export_onnx(tmp_path / "a.onnx", target="ort")
+    with pytest.raises(AttnoptError, match="the folder .*missing does not exist"):
+        module.export_onnx(tmp_path / "missing" / "a.onnx")
+    with pytest.raises(AttnoptError, match="is a folder"):
+        module.export_onnx(tmp_path)
+    assert run(["export", str(model_file), "-o", str(tmp_path / "a.onnx"), "--dtype", "bfloat16"]) == 2
+    assert "no bfloat16 on a CPU, and the model is in bfloat16; supported are float16, float32 and float64" in capsys.readouterr().err
+    assert run(["export", str(model_file), "-o", str(tmp_path / "a.onnx"), "--train"]) == 2
+    assert "training mode" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_distance_counts_nan_in_other_places_as_infinite() -> None:
+    x = torch.tensor([1.0, float("nan")])
+    assert distance(x, x) == 0.0
+    assert distance(torch.tensor([float("nan"), 1.0]), x) == float("inf") == distance(x[:1], x)
+    assert distance(torch.tensor([1.1, float("nan")]), x) == pytest.approx(0.1)
+
+
+class Padded(nn.Module):
+    """Attention over packed heads of two groups, with a mask from the caller as large negative numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.kv = nn.Embedding(61, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        b, s, _ = x.shape
+        q = self.q(x).view(b, s, 4, 8).transpose(1, 2)
+        k, v = self.kv(x).view(b, s, 2, 2, 8).permute(2, 0, 3, 1, 4)
+        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+        low = (1.0 - attention_mask[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(8) + low).softmax(-1)
+        return {"hidden": (weights @ v).transpose(1, 2).reshape(b, s, 32), "ids": ids}
+
+
+@pytest.mark.parametrize("target", ["onnx", pytest.param("decomposed", marks=pytest.mark.slow)])
+def test_padding_on_both_sides_and_of_a_whole_row_is_compared(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 9:] = 0
+    inputs = {"ids": torch.randint(0, 61, (2, 12)), "attention_mask": mask}
+    report = attnopt.optimize(Padded().eval(), inputs, config=LAZY).export_onnx(tmp_path / "model.onnx", target=target)
+    assert {"whole model: right padding", "whole model: left padding", "whole model: a padded row"} <= {c.name for c in report.verdict.checks}
+    assert [x.lowered_to for x in report.layers] == ["Attention" if target == "onnx" else "standard ops"]
+    assert report.inputs == {"ids": ["batch", "sequence"], "attention_mask": ["batch", "sequence"]}
+    assert list(report.outputs) == ["hidden", "ids_output"]
+    nodes = [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type == "Attention"]
+    assert all(a.i == 0 for n in nodes for a in n.attribute if a.name == "is_causal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "form"), [(n, "standard ops" if n == "gemma2" else "Attention") for n in ("llama", "gpt2", "bert", "gemma2", "bloom", "mistral", "vit")])
+def test_models_of_the_zoo(name: str, form: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from zoo.models import CASES
+
+    case = CASES[name]
+    inputs = case.inputs(case.padded, 2, 64)
+    report = attnopt.optimize(case.build("eager"), kwargs=inputs, config=LAZY).export_onnx(tmp_path / "model.onnx")
+    assert [x.lowered_to for x in report.layers] == [form] * case.sites
+    checks = {c.name for c in report.verdict.checks}
+    assert report.verdict.passed and "batch of one: example" in checks
+    assert not case.padded or {"whole model: right padding", "whole model: left padding", "whole model: longer"} <= checks
