@@ -18,6 +18,7 @@ from attnopt.capture.captured import Captured, Example, ModelError
 from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.dynamo import Frames, compile_frame
 from attnopt.capture.export import DynamicShapes, capture
+from attnopt.capture.given import given_call
 from attnopt.capture.relations import relations_of
 from attnopt.capture.run import device_of, undisturbed
 from attnopt.config import OptimizeConfig
@@ -70,7 +71,7 @@ def optimize(
     ``config.require_all`` is set and an attention stayed as it was.
     """
     config = _checked(model, config)
-    inputs = _inputs(model, example_inputs, kwargs)
+    inputs = given_call(model, example_inputs, kwargs)
     if config.kv_cache:
         if inputs is None:
             raise AttnoptError("kv_cache needs example_inputs: the model is captured on them.")
@@ -103,7 +104,7 @@ def inspect(
 ) -> Report:
     """What ``optimize`` would find and do, site by site. Changes nothing, compares nothing, and runs at no other sizes."""
     config = _checked(model, config)
-    inputs = _inputs(model, example_inputs, kwargs)
+    inputs = given_call(model, example_inputs, kwargs)
     if inputs is None:
         raise AttnoptError("inspect needs example_inputs: it captures the model on them.")
     if config.kv_cache:
@@ -140,7 +141,7 @@ def verify(
 
     Sizes vary where ``optimized`` came from ``optimize`` and left them open. Raises what the original raises on the example.
     """
-    inputs = _inputs(original, example_inputs, kwargs)
+    inputs = given_call(original, example_inputs, kwargs)
     if inputs is None:
         raise AttnoptError("verify needs example_inputs: it runs both models on them.")
     args, keywords = inputs
@@ -370,29 +371,6 @@ def _checked(model: Any, config: OptimizeConfig | None) -> OptimizeConfig:
     config = config or OptimizeConfig()
     passes(config)
     return config
-
-
-def _inputs(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[Args, Kwargs] | None:
-    """Positional and keyword arguments from what the user gave; None when that is nothing."""
-    if example_inputs is None and kwargs is None:
-        return None
-    keywords = dict(kwargs or {})
-    args: Args = ()
-    if isinstance(example_inputs, Mapping):
-        twice = sorted(set(example_inputs) & set(keywords))
-        if twice:
-            raise AttnoptError(f"{', '.join(twice)} is given in example_inputs and in kwargs.")
-        keywords = {**example_inputs, **keywords}
-    elif isinstance(example_inputs, tuple | list):
-        args = tuple(example_inputs)
-    elif isinstance(example_inputs, torch.Tensor):
-        args = (example_inputs,)
-    elif example_inputs is not None:
-        raise AttnoptError(f"example_inputs has to be a tuple, a tensor or a mapping of keyword arguments, got {type(example_inputs).__name__}.")
-    tensors = list(tensors_of(model))
-    if tensors and all(t.is_meta for t in tensors):
-        args, keywords = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, keywords))
-    return args, keywords
 
 
 def _run_model(run: Callable[..., Any], model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
