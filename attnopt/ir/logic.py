@@ -182,7 +182,9 @@ def _junction(op: str, xs: Iterable[Expr], absorbing: Expr, neutral: Expr) -> Ex
                 flat.add(a)
     if any(negate(a) in flat for a in flat if a.op in ("not", "ge0")):
         return absorbing
-    flat = _absorbed(flat, "or" if op == "and" else "and")
+    reduced = _absorbed(flat, "or" if op == "and" else "and")
+    if reduced != flat:  # what is left of a part may be neutral, absorbing, or several parts
+        return _junction(op, reduced, absorbing, neutral)
     if not flat:
         return neutral
     if len(flat) == 1:

@@ -134,6 +134,13 @@ def test_a_key_range_is_the_mask(pair: Pair) -> None:
         assert bool(evaluate(whole, env)) == bool(direct(env))
 
 
+def test_a_condition_and_its_opposite_in_parts_are_false() -> None:
+    """Of the opposite, an alternative of two, nothing is left beside the condition's two parts."""
+    bound = E.minimum(E.ONE, K)
+    assert E.all_of(E.ge(bound, Q), E.negate(E.ge(bound, Q))) is E.FALSE
+    assert E.any_of(E.ge(bound, Q), E.negate(E.ge(bound, Q))) is E.TRUE
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(integers(), booleans()))
 def test_written_and_read_again_it_is_the_same_object(pair: Pair) -> None:

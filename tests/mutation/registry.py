@@ -135,6 +135,7 @@ TESTS: dict[str, str] = {
     "analysis/views._einsum: len(args['tensors']) != 1 or sorted(letters) != sorted(out) or len(set(letters)) != len(letters) or ('.' in letters)": "tests/mutation/test_sites.py::test_a_key_axis_that_is_also_the_query_axis_is_refused",
     "analysis/views._repeat_interleave: times is None or args.get('dim') is None": "tests/mutation/test_reading.py::test_repeats_that_differ_by_entry",
     "analysis/views._roll: len(shifts) != len(chosen)": "tests/mutation/test_reading.py::test_a_roll_of_the_flattened_tensor",
+    "ir/mask._same_chunk: sorted((n for n, _ in terms)) != [-1, 1] or any((a is None or a.op != 'floordiv' or a.args[0].op != 'var' or (not a.args[1].is_const) for _, a in terms))": "tests/ir/test_mask.py::test_chunk",
     "ir/mask.diagonal: c.op != 'ge0'": "tests/mutation/test_masks.py::test_the_diagonal_alone_is_no_diagonal_bound",
     "ir/bounds._nonnegative: depth == 0 or x.kind != 'int'": "tests/mutation/test_masks.py::test_chunks_of_two_lengths_are_no_chunks",
     "ir/bounds._nonnegative: bounds is None": "tests/mutation/test_masks.py::test_ids_that_are_one_apart_are_no_documents",
