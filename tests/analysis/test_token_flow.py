@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnopt
+from attnopt.analysis.rows import Row
+from attnopt.ir import expr as E
 from attnopt.remarks import NOT_ATTENTION, Remark
 
 WIDTH, LONGEST = 16, 64
@@ -317,3 +319,9 @@ def test_a_capture_of_fixed_sizes_is_refused() -> None:
     model = Model(lambda m, x: x).eval()
     report = attnopt.inspect(model, torch.randint(0, 32, (2, 11)), dynamic_shapes="static", config=attnopt.OptimizeConfig(kv_cache="paged"))
     assert [r.code for r in report.remarks if r.level == "missed"] == ["AO217"]
+
+
+def test_what_depends_on_a_token_is_not_static() -> None:
+    place = E.var("i0", E.sym("S"))
+    assert Row().is_static
+    assert not Row(token=place).is_static and not Row(position=place).is_static

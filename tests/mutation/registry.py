@@ -161,7 +161,7 @@ TESTS: dict[str, str] = {
     "analysis/visible.only_shows: condition.args[0] in (E.const(HIDDEN), E.const(VANISHED))": "tests/mutation/test_masks.py::test_a_bias_that_does_not_hide_is_no_padding",
     "analysis/visible._Splitter._is_fill: x.is_const": "tests/mutation/test_scores.py::test_a_large_fill_hides[-inf]",
     "analysis/visible._Splitter._is_fill: factor * float(x.value) <= (-math.inf if self.way == 'infinite only' else self.hidden)": "tests/mutation/test_scores.py::test_a_small_fill_is_a_number[-10000.0]",
-    "analysis/rows.Row.is_static: self.token is None": "tests/analysis/test_token_flow.py::test_inputs_and_results_of_another_form_are_refused[no attention-AO215-None]",
+    "analysis/rows.Row.is_static: self.token is None": "tests/analysis/test_token_flow.py::test_what_depends_on_a_token_is_not_static",
     "analysis/self_attention.row_of_attention: x in flow.context or flow.rows[x].token is not E.add(E.mul(at[0], flow.S), at[2])": "tests/analysis/test_token_flow.py::test_heads_of_other_tokens_are_refused[keys]",
     "analysis/self_attention.row_of_attention: crosses and any((spec.dims.q in p.variables for p in spec.programs))": "tests/analysis/test_token_flow.py::test_inputs_and_results_of_another_form_are_refused[keys of a memory, by place-AO215-more3]",
     "analysis/self_attention.row_of_attention: not crosses and (spec.causal is None or spec.dims.Sq is not spec.dims.Skv)": "tests/analysis/test_token_flow.py::test_masks_that_no_cache_serves[all keys]",
