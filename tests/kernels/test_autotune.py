@@ -83,6 +83,7 @@ def test_times_are_kept(cache: Path) -> None:
 
 
 def test_a_file_that_is_damaged_or_another_is_not_believed(cache: Path) -> None:
+    slower("sdpa", 0.03)  # who wins must not depend on what else the machine does
     first = choose("padding-zero")
     (file,) = cache.iterdir()
     file.write_text(file.read_text()[:40])
