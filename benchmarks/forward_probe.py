@@ -80,7 +80,7 @@ def measure(cell: Cell) -> dict[str, float | str]:
         blocks = blocks_of(cell, inputs, c)
 
         def own(n: int, c: Config = c, blocks: BlockMap | None = blocks) -> Tensor:
-            return launch.attention(*inputs.sets[n][:3], inputs.loads, [], spec, blocks, c)[0]
+            return launch.attention(*inputs.sets[n][:3], inputs.loads, [], spec, blocks=blocks, chosen=c)[0]
 
         error = ((own(0).float() - want).norm() / want.norm()).item()
         if error <= WRONG:

@@ -55,3 +55,9 @@ def device_name(device: str) -> str:
     if device == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} {device}, {torch.get_num_threads()} threads"
+
+
+@lru_cache(maxsize=64)
+def processors(index: int) -> int:
+    """Multiprocessors of CUDA device ``index``."""
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)

@@ -5,9 +5,11 @@ A new kernel is one file in this package and one ``register`` line below.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -260,54 +262,6 @@ def _differentiate_reference(
     return reference.gradients(grad, q, k, v, loads, sizes, spec, seed, needs)
 
 
-def _triton_available() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    from attnopt.kernels.triton import launch
-
-    return launch.available()
-
-
-def _triton_accepts(spec: AttentionSpec, setting: Setting) -> str | None:
-    from attnopt.kernels.triton import launch
-
-    return launch.refusal(spec, setting.device, setting.dtype)
-
-
-def _triton_why(spec: AttentionSpec, setting: Setting) -> str:
-    from attnopt.kernels.triton import launch
-
-    return launch.why(spec)
-
-
-def _run_triton(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
-    from attnopt.kernels.triton import launch
-
-    return launch.attention(q, k, v, loads, sizes, spec)[0]
-
-
-def _triton_block_sizes(spec: AttentionSpec, setting: Setting) -> tuple[int, int] | None:
-    from attnopt.kernels.triton import launch
-
-    return launch.block_sizes(spec, setting.device, setting.dtype)
-
-
-def _run_triton_mapped(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int, blocks: BlockMap
-) -> tuple[Tensor, Tensor]:
-    from attnopt.kernels.triton import launch
-
-    return launch.attention(q, k, v, loads, sizes, spec, seed, blocks)
-
-
-def _train_triton(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int
-) -> tuple[Tensor, Tensor]:
-    from attnopt.kernels.triton import launch
-
-    return launch.attention(q, k, v, loads, sizes, spec, seed)
-
-
 def _differentiate_triton(
     grad: Tensor,
     q: Tensor,
@@ -326,52 +280,28 @@ def _differentiate_triton(
     return launch_backward.gradients(grad, q, k, v, o, lse, loads, sizes, spec, seed, needs)
 
 
-def _gluon_available() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    from attnopt.kernels.gluon import launch
+def _generated(name: str, **more: Any) -> Backend:
+    """A backend of generated kernels: what ``attnopt.kernels.NAME.launch`` does, imported when it is asked, since Triton may not be installed."""
 
-    return launch.available()
+    def launch() -> Any:
+        return importlib.import_module(f"attnopt.kernels.{name}.launch")
 
+    def accepts(spec: AttentionSpec, setting: Setting) -> str | None:
+        reason: str | None = launch().refusal(spec, setting.device, setting.dtype)
+        return reason
 
-def _gluon_accepts(spec: AttentionSpec, setting: Setting) -> str | None:
-    from attnopt.kernels.gluon import launch
-
-    return launch.refusal(spec, setting.device, setting.dtype)
-
-
-def _gluon_why(spec: AttentionSpec, setting: Setting) -> str:
-    from attnopt.kernels.gluon import launch
-
-    return launch.why(spec)
-
-
-def _run_gluon(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
-    from attnopt.kernels.gluon import launch
-
-    return launch.attention(q, k, v, loads, sizes, spec)[0]
-
-
-def _gluon_block_sizes(spec: AttentionSpec, setting: Setting) -> tuple[int, int] | None:
-    from attnopt.kernels.gluon import launch
-
-    return launch.block_sizes(spec)
-
-
-def _train_gluon(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int
-) -> tuple[Tensor, Tensor]:
-    from attnopt.kernels.gluon import launch
-
-    return launch.attention(q, k, v, loads, sizes, spec)
-
-
-def _run_gluon_mapped(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int, blocks: BlockMap
-) -> tuple[Tensor, Tensor]:
-    from attnopt.kernels.gluon import launch
-
-    return launch.attention(q, k, v, loads, sizes, spec, blocks)
+    return Backend(
+        name,
+        available=lambda: "the package triton is not installed" if importlib.util.find_spec("triton") is None else launch().available(),
+        accepts=accepts,
+        accepts_backward=accepts,
+        why=lambda spec, setting: launch().why(spec),
+        run=lambda q, k, v, loads, sizes, spec: launch().attention(q, k, v, loads, sizes, spec)[0],
+        block_sizes=lambda spec, setting: launch().block_sizes(spec, setting.device, setting.dtype),
+        mapped=lambda q, k, v, loads, sizes, spec, seed, blocks: launch().attention(q, k, v, loads, sizes, spec, seed, blocks),
+        forward=lambda q, k, v, loads, sizes, spec, seed: launch().attention(q, k, v, loads, sizes, spec, seed),
+        **more,
+    )
 
 
 register(
@@ -397,33 +327,8 @@ register(
         is_torch_call=sdpa.is_one_call,
     )
 )
-register(
-    Backend(
-        "triton",
-        available=_triton_available,
-        accepts=_triton_accepts,
-        why=_triton_why,
-        run=_run_triton,
-        block_sizes=_triton_block_sizes,
-        mapped=_run_triton_mapped,
-        forward=_train_triton,
-        backward=_differentiate_triton,
-        accepts_backward=_triton_accepts,
-        generator="philox",
-    )
-)
-register(
-    Backend(
-        "gluon",
-        available=_gluon_available,
-        accepts=_gluon_accepts,
-        why=_gluon_why,
-        run=_run_gluon,
-        block_sizes=_gluon_block_sizes,
-        mapped=_run_gluon_mapped,
-        forward=_train_gluon,
-    )
-)
+register(_generated("triton", backward=_differentiate_triton, generator="philox"))
+register(_generated("gluon"))
 register(
     Backend(
         "cudnn",

@@ -72,7 +72,7 @@ def test_hidden_keys_are_not_read(name: str) -> None:
     if case not in TAKEN:
         pytest.skip("a case that this kernel does not take")
     q, k, v, loads = on_gpu(case, torch.float16)
-    sizes = launch.block_sizes(case.spec())
+    sizes = launch.block_sizes(case.spec(), "cuda", torch.float16)
     hidden = None if sizes is None else poisoned(case, q, k, v, loads, sizes[1])
     if hidden is None:
         pytest.skip("some query sees each of its keys")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from attnopt.kernels.triton.launch import power_of_two
+
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that a block of threads may have on sm_90."""
 
@@ -40,10 +42,6 @@ class Config:
     def registers_at_launch(self) -> int:
         """Registers per thread before the warps redistribute them: all warps, the producer's counted as four, share 64 Ki."""
         return 65536 // ((self.consumers + 1) * 128) // 8 * 8
-
-
-def power_of_two(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def parts_of(n: int) -> tuple[int, ...]:

@@ -386,7 +386,7 @@ class _Writer:
             "mbarrier.wait(v_full.index(before), ((seen + i - 1) // STAGES) & 1)",
             *self.values(),
             *self.columns("i", cut),
-            *([] if cut else self.look_for_level("i")),
+            *([] if cut else self.look_for_level()),
             f"s = warpgroup_mma_wait({len(self.v_widths)}, deps=[pending])",
             "mbarrier.arrive(k_empty.index(at), count=1)",
             *self.weigh(cut, first=False),
@@ -399,8 +399,8 @@ class _Writer:
         ]
         return [f"for i in range({start}, {stop}):", *("    " + x for x in lines)]
 
-    def look_for_level(self, i: str) -> list[str]:
-        """Whether the table over distances has one value, ``same``, for the whole of block ``i``: its least distance is in a run that reaches its greatest."""
+    def look_for_level(self) -> list[str]:
+        """Whether the table over distances has one value, ``same``, for the whole of the block at ``start``: its least distance is in a run that reaches its greatest."""
         if self.level is None:
             return []
         return [

@@ -16,7 +16,8 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
-from attnopt.kernels.gluon.config import Config, config, parts_of
+from attnopt.kernels.device import processors
+from attnopt.kernels.gluon.config import Config, config
 from attnopt.kernels.gluon.flash_forward import RUNS, Source, generate, is_even, reads
 from attnopt.kernels.materialise import load_tensors, runs
 from attnopt.kernels.programs import programs_of
@@ -61,8 +62,8 @@ def why(spec: AttentionSpec) -> str:
     return "generated Hopper flash forward" + (f", {limits}" if limits else "")
 
 
-def block_sizes(spec: AttentionSpec) -> tuple[int, int] | None:
-    """(BLOCK_M, BLOCK_N) of the map of blocks that the kernel of ``spec`` walks over; None where it takes none."""
+def block_sizes(spec: AttentionSpec, device: str, dtype: torch.dtype) -> tuple[int, int] | None:
+    """(BLOCK_M, BLOCK_N) of the map of blocks that the kernel of ``spec`` walks over, the same for all it takes; None where it takes none."""
     D, Dv = spec.dims.D, spec.dims.Dv
     if not (D.is_const and Dv.is_const) or programs_of(spec).rest is E.TRUE:
         return None
@@ -93,12 +94,13 @@ def attention(
     loads: Sequence[Tensor],
     sizes: Sequence[int],
     spec: AttentionSpec,
+    seed: int = 0,
     blocks: BlockMap | None = None,
     chosen: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
-    lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only. See ``refusal``.
+    lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only, without dropout (``seed``). See ``refusal``.
     ``blocks`` is the map of the spec's mask for ``block_sizes``; without it, it is worked out here where the mask needs one.
     ``chosen`` replaces the measured configuration.
     """
@@ -192,8 +194,9 @@ def plan_for(kernel: Kernel, spec: AttentionSpec, sizes: tuple[tuple[str, int], 
     known.update({name: n for name, n in (("LEFT", limits.left), ("RIGHT", limits.right)) if n is not None})
     known.update({f"size{i}": values[name] for i, name in enumerate(source.sizes)})
     names = source.arguments[len(boxes) + 1 :]
-    used = tuple(int(n[1:]) for n in names if n[0] == "L" and n[1:].isdigit())
-    numbers = [known[n] for n in names if n not in (*MAP_TENSORS, RUNS) and not (n[0] == "L" and n[1:].isdigit())]
+    loads = {f"L{slot}": slot for slot in range(len(read))}
+    used = tuple(loads[n] for n in names if n in loads)
+    numbers = [known[n] for n in names if n not in (*MAP_TENSORS, RUNS, *loads)]
     strides_of_loads = sum("_s" in n for n in names)
     return Plan(kernel, grid, boxes, tuple(numbers[:strides_of_loads]), tuple(numbers[strides_of_loads:]), used)
 
@@ -223,12 +226,6 @@ def _tma_reads(x: Tensor) -> bool:
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(n == 1 or (s > 0 and s * size % 16 == 0) for s, n in zip(x.stride()[:3], x.shape, strict=False))
 
 
-@lru_cache(maxsize=64)
-def processors(index: int) -> int:
-    """Multiprocessors of CUDA device ``index``."""
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
 @lru_cache(maxsize=256)
 def layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
@@ -252,6 +249,3 @@ def _moved(box: Any, x: Tensor) -> Any:
     out = object.__new__(type(box))
     out.__dict__.update(box.__dict__, base=x)
     return out
-
-
-__all__ = ["attention", "available", "block_sizes", "kernel_for", "parts_of", "refusal", "why"]

@@ -21,7 +21,7 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import unsupported
-from attnopt.kernels.device import capability
+from attnopt.kernels.device import capability, processors
 from attnopt.kernels.materialise import load_tensors
 from attnopt.kernels.paged_choice import CacheSetting
 from attnopt.kernels.paged_reference import request_sizes
@@ -160,12 +160,6 @@ def splits(programs: int, blocks: int, processors: int) -> int:
         return 1
     best = max(filled(n) for n in range(1, most + 1))
     return next(n for n in range(1, most + 1) if filled(n) >= 0.95 * best)
-
-
-@lru_cache(maxsize=64)
-def processors(index: int) -> int:
-    """Multiprocessors of CUDA device ``index``."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 # ------------------------------------------------------------------------------------------------ the call
