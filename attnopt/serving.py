@@ -22,15 +22,17 @@ from attnopt.capture.export import DynamicShapes, capture
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import GraphFunction, graph_function
 from attnopt.errors import ServingError, VerificationError
+from attnopt.passes.context import context_length
 from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCache, PackedPlan
 from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
-from attnopt.runtime import Engine, Event, PagedCache, Result, SamplingParams
+from attnopt.runtime import ContextCache, Engine, Event, PagedCache, Result, SamplingParams
 from attnopt.verify.packed import verify_packed
 
 Progress = Callable[[str, int, int], None]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Contexts = Sequence[Tensor | Sequence[Tensor]] | None
 _CACHE_BYTES = 4 << 30
 """The most that the cache of ``generate`` takes where nothing else is said."""
 _LONGEST = 1 << 20
@@ -44,13 +46,14 @@ class ServingModel(nn.Module):
     have (None: as many as the cache holds). It stays in the dtype and on the device that it was made for.
     """
 
-    def __init__(self, model: nn.Module, function: GraphFunction, plan: PackedPlan, report: Report, context: GraphFunction | None = None) -> None:
+    def __init__(self, model: nn.Module, function: GraphFunction, plan: PackedPlan, report: Report, context: GraphFunction | None = None, length: Callable[..., int] | None = None) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = False
         self.function = function
         self.context = context
+        self._length = length
         self.plan = plan
         self.attnopt_report = report
 
@@ -97,14 +100,20 @@ class ServingModel(nn.Module):
 
         ``inputs`` are those that ``plan.context`` names, each a batch of one, without padding.
         """
-        if self.context is None:
+        self.context_length(*inputs)
+        assert self.context is not None
+        with torch.no_grad():
+            found = self.context.run(self, *inputs, *self.context.constants)[0]
+        return list(zip(found[0::2], found[1::2], strict=True))
+
+    def context_length(self, *inputs: Tensor) -> int:
+        """How many tokens ``encode`` gives of these inputs. Raises ServingError where they do not fit the model."""
+        if self._length is None:
             raise ServingError("This model reads no other sequence; encode is for those that do.")
         if len(inputs) != len(self.plan.context) or any(x.shape[:1] != (1,) for x in inputs):
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs) or "none"
             raise ServingError(f"encode takes {', '.join(self.plan.context)}, each a batch of one; it was given tensors of shape {shapes}.")
-        with torch.no_grad():
-            found = self.context.run(self, *inputs, *self.context.constants)[0]
-        return list(zip(found[0::2], found[1::2], strict=True))
+        return self._length(*inputs)
 
     def _call(self, *inputs: Tensor) -> Tensor:
         """The graph, on its inputs in their order."""
@@ -118,39 +127,57 @@ class ServingModel(nn.Module):
 
     run = forward
 
-    def engine(self, *, page_size: int = 16, pages: int | None = None, size_bytes: int | None = None, **options: Any) -> Engine:
-        """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ..."""
-        if self.context is not None:
-            raise ServingError("This model reads another sequence, which the engine does not hold yet; call encode and run instead.")
-        windows = [x.window for x in self.layers]
+    def engine(self, *, page_size: int = 16, pages: int | None = None, context_pages: int | None = None, size_bytes: int | None = None, **options: Any) -> Engine:
+        """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ...
+
+        A model that reads another sequence keeps its keys and values in ``context_pages`` further pages (None: as many as ``pages``); ``size_bytes`` is for both.
+        """
+        windows = [x.window for x in self.layers if not x.cross]
         window = None if None in windows else max(x for x in windows if x is not None)
         place = next((x.device for x in (*self.parameters(), *self.buffers())), None)
-        cache = PagedCache(self.layers, page_size, pages, size_bytes, place)
+        own, crossing = ([x for x in self.layers if x.cross == cross] for cross in (False, True))
+        own_bytes = None if size_bytes is None else size_bytes * _bytes(own) // _bytes(self.layers)
+        cache = PagedCache(own, page_size, pages, own_bytes, place)
+        contexts: ContextCache | None = None
+        if crossing:
+            contexts = ContextCache(self.encode, self.context_length, crossing, page_size, context_pages or cache.pages, None, place)
+        elif context_pages is not None:
+            raise ServingError(f"context_pages is {context_pages}, and this model reads no other sequence; supported is None.")
+        tensors = {False: iter(cache.tensors), True: iter(contexts.cache.tensors if contexts else ())}
+        caches = [next(tensors[x.cross]) for x in self.layers]
 
-        def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
-            return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, cache.tensors, rows)
+        def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
+            return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches, rows, (cross[0], cross[1]) if cross else None)
 
-        return Engine(run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, **options)
+        return Engine(run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, contexts=contexts, **options)
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, progress: bool = False, **options: Any) -> list[Result]:
+    def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, contexts: Contexts = None, progress: bool = False, **options: Any) -> list[Result]:
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.
 
+        ``contexts``: for a model that reads another sequence, the inputs of ``encode`` for each prompt; a tensor where that is one.
         Without ``pages`` and ``size_bytes`` the cache holds all that these prompts may come to, or takes 4 GiB where that would be more.
         """
-        return self._engine_for(prompts, params, options).generate(prompts, params, progress)
+        others = _tuples(contexts)
+        return self._engine_for(prompts, params, options, others).generate(prompts, params, progress, others)
 
-    def stream(self, prompts: Sequence[Sequence[int]], params: Params = None, **options: Any) -> Iterator[Event]:
-        """Tokens as they come. See ``Engine.stream``, and ``generate`` for ``options``."""
-        return self._engine_for(prompts, params, options).stream(prompts, params)
+    def stream(self, prompts: Sequence[Sequence[int]], params: Params = None, *, contexts: Contexts = None, **options: Any) -> Iterator[Event]:
+        """Tokens as they come. See ``Engine.stream``, and ``generate`` for ``contexts`` and ``options``."""
+        others = _tuples(contexts)
+        return self._engine_for(prompts, params, options, others).stream(prompts, params, others)
 
-    def _engine_for(self, prompts: Sequence[Sequence[int]], params: Params, options: dict[str, Any]) -> Engine:
+    def _engine_for(self, prompts: Sequence[Sequence[int]], params: Params, options: dict[str, Any], contexts: Sequence[tuple[Tensor, ...]] | None = None) -> Engine:
         if options.get("pages") is not None or options.get("size_bytes") is not None:
             return self.engine(**options)
         rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         page_size = max(1, options.get("page_size", 16))
         ends = [min(len(p) + r.max_new_tokens, self.max_positions or _LONGEST) for p, r in zip(prompts, rules, strict=False)]
-        page_bytes = page_size * sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in self.layers)
-        return self.engine(**options, pages=max(1, min(sum(-(-n // page_size) for n in ends), _CACHE_BYTES // page_bytes)))
+        others = [self.context_length(*x) for x in contexts or ()]
+        own, crossing = (sum(-(-n // page_size) for n in lengths) for lengths in (ends, others))
+        total = page_size * (own * _bytes([x for x in self.layers if not x.cross]) + crossing * _bytes([x for x in self.layers if x.cross]))
+        if total > _CACHE_BYTES:
+            own, crossing = (n * _CACHE_BYTES // total for n in (own, crossing))
+        more = {"context_pages": max(1, crossing)} if others and options.get("context_pages") is None else {}
+        return self.engine(**{**options, "pages": max(1, own), **more})
 
     def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
         """Empty caches for ``run``: (k_cache, v_cache) of each layer, of ``pages`` pages of ``page_size`` tokens."""
@@ -158,6 +185,15 @@ class ServingModel(nn.Module):
         return [
             (torch.zeros(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=place), torch.zeros(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=place)) for x in self.layers
         ]
+
+
+def _bytes(layers: Sequence[CacheLayer]) -> int:
+    """What these layers keep of a token."""
+    return sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in layers)
+
+
+def _tuples(contexts: Contexts) -> list[tuple[Tensor, ...]] | None:
+    return None if contexts is None else [(x,) if isinstance(x, Tensor) else tuple(x) for x in contexts]
 
 
 @dataclass(frozen=True)
@@ -269,8 +305,9 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
         raise _refused(model, report)
     plan = replace(plan, max_positions=call.longest(plan))
     module = result.graph_module.meta.get(CONTEXT)
+    length = None if module is None else context_length(module)
     context = None if module is None else graph_function(lowered(module, config), model)
-    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context)
+    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, length)
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
 from attnopt.analysis import nodes as N
+from attnopt.errors import ServingError
 from attnopt.passes.cleanup import drop_unread
 from attnopt.passes.edit import Editor, aten
 from attnopt.passes.packed_inputs import sizes_from
@@ -40,3 +41,23 @@ def context_module(module: fx.GraphModule, pairs: Sequence[Pair]) -> fx.GraphMod
     found.training = module.training
     assert isinstance(found, torch.nn.Module)
     return found
+
+
+def context_length(module: fx.GraphModule) -> Callable[..., int]:
+    """A function of the inputs of a context module: how many tokens its keys and values have, from the shapes alone.
+
+    Raises ServingError where the attentions read sequences of different lengths.
+    """
+    inputs = [N.value(n) for n in module.graph.find_nodes(op="placeholder")]
+    lengths = {str(n): n for n in (N.value(x).shape[0] for x in module.graph.output_node().all_input_nodes)}
+    if len(lengths) > 1:
+        raise ServingError(f"The attentions of this model read other sequences of {' and '.join(lengths)} tokens; supported is one length for all.")
+    (first,) = lengths.values()
+
+    def length(*given: torch.Tensor) -> int:
+        if isinstance(first, int):
+            return first
+        sizes = {n.node.expr: m for x, y in zip(inputs, given, strict=True) for n, m in zip(x.shape, y.shape, strict=True) if isinstance(n, torch.SymInt)}
+        return int(first.node.expr.xreplace(sizes))
+
+    return length

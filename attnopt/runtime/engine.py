@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnopt.errors import ServingError
 from attnopt.runtime.block_manager import BlockManager
+from attnopt.runtime.contexts import ContextCache
 from attnopt.runtime.paged_cache import PagedCache
 from attnopt.runtime.request import FinishReason, Request
 from attnopt.runtime.sampling import SamplingParams, sample
@@ -29,6 +30,24 @@ class StepFunction(Protocol):
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, /
+    ) -> Tensor: ...
+
+
+class CrossStepFunction(Protocol):
+    """The same for a model that reads another sequence: its keys and values are the first ``cross_seqlens_k[r]`` in the pages ``cross_block_table[r]`` of a ``ContextCache``."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_table: Tensor,
+        cu_seqlens_q: Tensor,
+        seqlens_k: Tensor,
+        rows: Tensor,
+        cross_block_table: Tensor,
+        cross_seqlens_k: Tensor,
+        /,
     ) -> Tensor: ...
 
 
@@ -60,12 +79,13 @@ class Result:
 class Engine:
     """Many requests through one model function. Not for use by several threads at once.
 
-    ``window``: see ``BlockManager``; the other options are ``Scheduler``'s. The same ``cache`` must not be given to two engines.
+    ``window``: see ``BlockManager``; the other options are ``Scheduler``'s. The same ``cache`` must not be given to two engines, nor the same ``contexts``,
+    which come with a function that reads another sequence.
     """
 
     def __init__(
         self,
-        run: StepFunction,
+        run: StepFunction | CrossStepFunction,
         cache: PagedCache,
         *,
         vocabulary: int | None = None,
@@ -75,17 +95,18 @@ class Engine:
         token_budget: int = 2048,
         chunk: int | None = None,
         max_requests: int = 256,
+        contexts: ContextCache | None = None,
     ) -> None:
-        self.run, self.cache = run, cache
+        self.run, self.cache, self.contexts = run, cache, contexts
         self.manager = BlockManager(cache.pages, cache.page_size, prefix_sharing, window)
-        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device)
+        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device, contexts)
         self._sums = Sums()
 
     # -------------------------------------------------------------------------------------------- requests
 
-    def add(self, prompt: Sequence[int], params: SamplingParams | None = None, salt: bytes = b"") -> Request:
-        """Queue a request; ``step`` computes. Raises ServingError where it can never run."""
-        return self.scheduler.add(prompt, params, salt)
+    def add(self, prompt: Sequence[int], params: SamplingParams | None = None, salt: bytes = b"", context: Sequence[Tensor] = ()) -> Request:
+        """Queue a request; ``step`` computes. ``context`` is what the other sequence that it reads is made of. Raises ServingError where it can never run."""
+        return self.scheduler.add(prompt, params, salt, context)
 
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
         """See ``Scheduler.fork``."""
@@ -122,20 +143,36 @@ class Engine:
         return changed
 
     def _tokens(self, step: Step) -> list[int | None]:
+        failed = self._without_context(step)
         try:
-            return self._sampled(step)
+            if not failed:
+                return self._sampled(step)
         except Exception as error:  # noqa: BLE001 - the model is the caller's and may raise anything; each request is told, none is lost
             if len(step.requests) == 1:
                 self._fail(step.requests[0], error)
                 return [None] * len(step.sampled)
         found: dict[Request, int | None] = {}
         for r, request in enumerate(step.requests):
+            if request in failed:
+                continue
             part = step.only(r)
             try:
                 found.update(zip(part.sampled, self._sampled(part), strict=True))
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(request, error)
         return [found.get(r) for r in step.sampled]
+
+    def _without_context(self, step: Step) -> Set[Request]:
+        """Compute the other sequences that are new in this step; the requests whose sequence the model fails on, which are told."""
+        failed = set()
+        for request in step.requests if self.contexts is not None else ():
+            try:
+                with torch.no_grad():
+                    self.contexts.compute(request)  # type: ignore[union-attr]
+            except Exception as error:  # noqa: BLE001 - as in _tokens
+                self._fail(request, error)
+                failed.add(request)
+        return failed
 
     def _fail(self, request: Request, error: Exception) -> None:
         told = ServingError(f"The model failed on request {request.id} ({request.length} tokens): {type(error).__name__}: {error}")
@@ -149,11 +186,16 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------- whole prompts
 
-    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None) -> Iterator[Event]:
-        """Tokens as they come, those of all prompts mixed. A prompt that cannot run gives one event with its error. Closing the iterator cancels the rest."""
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        contexts: Sequence[Sequence[Tensor]] | None = None,
+    ) -> Iterator[Event]:
+        """Tokens as they come, those of all prompts mixed; ``contexts`` as in ``generate``. A prompt that cannot run gives one event with its error. Closing the iterator cancels the rest."""
         requests: dict[Request, int] = {}
         try:
-            yield from self._added(prompts, params, requests)
+            yield from self._added(prompts, params, contexts, requests)
             untold = dict(requests)
             while untold:
                 changed = self.step() or ()
@@ -168,16 +210,21 @@ class Engine:
                 self.cancel(r)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None, progress: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = False,
+        contexts: Sequence[Sequence[Tensor]] | None = None,
     ) -> list[Result]:
         """Continue each prompt (token ids), by the same rules or by rules of its own; results in the order of the prompts, each with its own error if it has one.
 
+        ``contexts``: for a model that reads another sequence, what that of each prompt is made of, each tensor a batch of one.
         ``progress`` shows a bar with live statistics on standard error.
         """
         requests: dict[Request, int] = {}
         results: dict[int, Result] = {}
         try:
-            for event in self._added(prompts, params, requests):
+            for event in self._added(prompts, params, contexts, requests):
                 results[event.index] = Result((), "error", event.error)
             if progress:
                 from attnopt.runtime.progress import ProgressBar
@@ -197,15 +244,22 @@ class Engine:
         return [results[i] for i in range(len(prompts))]
 
     def _added(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None, requests: dict[Request, int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        contexts: Sequence[Sequence[Tensor]] | None,
+        requests: dict[Request, int],
     ) -> Iterator[Event]:
         """Fill ``requests``; an event for each prompt that is refused."""
         rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(rules) != len(prompts):
             raise ServingError(f"There are {len(prompts)} prompts and {len(rules)} sampling parameters; give one for all, or one for each.")
-        for i, (prompt, p) in enumerate(zip(prompts, rules, strict=True)):
+        others = [()] * len(prompts) if contexts is None else contexts
+        if len(others) != len(prompts):
+            raise ServingError(f"There are {len(prompts)} prompts and {len(others)} contexts; give one for each.")
+        for i, (prompt, p, context) in enumerate(zip(prompts, rules, others, strict=True)):
             try:
-                requests[self.add(prompt, p)] = i
+                requests[self.add(prompt, p, context=context)] = i
             except ServingError as error:
                 yield Event(i, None, "error", error)
 

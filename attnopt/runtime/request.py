@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from attnopt.errors import ServingError
 from attnopt.runtime.sampling import SamplingParams
 
@@ -26,6 +28,9 @@ class Request:
     most: int
     """How many tokens it may generate: what was asked, or what fits."""
     salt: bytes = b""
+    context: tuple[Tensor, ...] = ()
+    """What the other sequence that it reads is made of; dropped when it ends."""
+    context_name: bytes = b""
     output: list[int] = field(default_factory=list)
     computed: int = 0
     state: State = "waiting"

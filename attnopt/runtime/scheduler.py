@@ -11,9 +11,11 @@ import secrets
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from attnopt.errors import ServingError
 from attnopt.runtime.block_manager import BlockManager
+from attnopt.runtime.contexts import ContextCache
 from attnopt.runtime.request import FinishReason, Request, checked_prompt
 from attnopt.runtime.sampling import SamplingParams
 from attnopt.runtime.step import Step, make_step
@@ -22,7 +24,7 @@ from attnopt.runtime.step import Step, make_step
 class Scheduler:
     """``token_budget`` tokens a step at most; ``chunk``: of one request's prompt at most (None: the budget); ``max_requests`` running at once.
 
-    ``vocabulary`` and ``max_positions`` are the model's; None where unknown and unlimited.
+    ``vocabulary`` and ``max_positions`` are the model's; None where unknown and unlimited. ``contexts`` holds the other sequences, for a model that reads such.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Scheduler:
         vocabulary: int | None = None,
         max_positions: int | None = None,
         device: torch.device | str = "cpu",
+        contexts: ContextCache | None = None,
     ) -> None:
         chunk = token_budget if chunk is None else chunk
         for name, value in (("token_budget", token_budget), ("chunk", chunk), ("max_requests", max_requests)):
@@ -41,6 +44,7 @@ class Scheduler:
                 raise ServingError(f"{name} is {value}; it must be at least 1.")
         self.manager, self.token_budget, self.chunk, self.max_requests = manager, token_budget, min(chunk, token_budget), max_requests
         self.vocabulary, self.max_positions, self.device = vocabulary, max_positions, device
+        self.contexts = contexts
         self.waiting: list[Request] = []
         """By arrival; preempted ones are put back where they came."""
         self.running: list[Request] = []
@@ -66,13 +70,17 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, prompt: Sequence[int], params: SamplingParams | None = None, salt: bytes = b"") -> Request:
+    def add(self, prompt: Sequence[int], params: SamplingParams | None = None, salt: bytes = b"", context: Sequence[Tensor] = ()) -> Request:
         """Put a request at the end of the queue. Raises ServingError for a prompt that can never run; nothing else is touched then."""
         params = params or SamplingParams()
         by_model = self.max_positions is not None and self._longest == self.max_positions
         why = "the model has positions for" if by_model else f"the cache of {self.manager.pages} pages of {self.manager.page_size} can hold"
         tokens = checked_prompt(prompt, self.vocabulary, self._longest, why)
-        return self._queued(Request(self._arrivals, tokens, params, self._seed(params), self._most(len(tokens), params), salt))
+        if bool(context) != (self.contexts is not None):
+            what = "reads no other sequence, and one was given" if context else "reads another sequence, and none was given"
+            raise ServingError(f"The model {what}.")
+        name = b"" if self.contexts is None else self.contexts.name(context)
+        return self._queued(Request(self._arrivals, tokens, params, self._seed(params), self._most(len(tokens), params), salt + name, tuple(context), name))
 
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
         """A request that goes on from where ``request`` is, under rules of its own; it holds the same pages until either of them writes to one."""
@@ -80,11 +88,14 @@ class Scheduler:
         if request.state == "finished":
             raise ServingError(f"Request {request.id} is finished; only one that waits or runs can be forked.")
         params = params or request.params
-        child = Request(self._arrivals, request.tokens, params, self._seed(params), self._most(request.length, params), request.salt)
+        most = self._most(request.length, params)
+        child = Request(self._arrivals, request.tokens, params, self._seed(params), most, request.salt, request.context, request.context_name)
         if request.state != "running" or len(self.running) >= self.max_requests:
             return self._queued(child)
         self._arrivals += 1
         self.manager.fork(request.id, child.id)
+        if self.contexts is not None:
+            self.contexts.share(request, child)
         child.computed = child.shared = request.computed
         child.state = "running"
         self.running.append(child)
@@ -120,7 +131,9 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
-        request.state, request.finish_reason = "finished", reason
+        if self.contexts is not None:
+            self.contexts.free(request)
+        request.state, request.finish_reason, request.context = "finished", reason, ()
 
     # -------------------------------------------------------------------------------------------- a step
 
@@ -136,7 +149,7 @@ class Scheduler:
             assert not self.busy, "requests wait and none could run"
             return None
         pairs = [(source, target) for target, source in copies.items()]
-        self._in_flight = make_step(list(chosen), list(chosen.values()), self.manager, pairs, self.device)
+        self._in_flight = make_step(list(chosen), list(chosen.values()), self.manager, pairs, self.device, self.contexts)
         return self._in_flight
 
     def complete(self, step: Step, tokens: Sequence[int | None]) -> None:
@@ -211,7 +224,7 @@ class Scheduler:
         return shares
 
     def _preempt(self, request: Request) -> None:
-        """Its pages go; it waits where it came and computes its tokens again. What it generated stays."""
+        """Its pages go; it waits where it came and computes its tokens again. What it generated stays, and so does its other sequence."""
         self.manager.free(request.id)
         self.running.remove(request)
         request.state, request.computed = "waiting", 0
@@ -225,6 +238,7 @@ class Scheduler:
         pending = self._pending()
         # pages that those who run will need for the rest of what they have to compute
         promised = sum(max(0, self.manager.pages_for(r.length, self.chunk) - self.manager.held(r.id)) for r in self.running)
+        crowded = False
         for request in list(self.waiting):
             if not left or len(self.running) >= self.max_requests:
                 break
@@ -235,6 +249,11 @@ class Scheduler:
             needed = max(0, self.manager.pages_for(request.length, self.chunk) - stored) + reusable
             if needed + promised > self.manager.available and self.running:
                 break  # those behind it do not overtake
+            if self.contexts is not None and not self.contexts.holds(request):
+                # those behind it that hold theirs from before a preemption go on, or nobody would ever give pages back; others do not overtake
+                crowded = crowded or not self.contexts.hold(request)
+                if crowded:
+                    continue
             n, needed_now = self._start(request, left)
             chosen[request] = n
             left -= n

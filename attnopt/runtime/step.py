@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnopt.runtime.block_manager import BlockManager
+from attnopt.runtime.contexts import ContextCache
 from attnopt.runtime.request import Request
 
 
@@ -36,11 +37,13 @@ class Step:
     sampled: tuple[Request, ...]
     """The N requests of ``rows``."""
     copies: tuple[tuple[int, int], ...] = ()
+    cross: tuple[Tensor, ...] = ()
+    """int32 [R, max_pages] and [R]: block table and lengths of the other sequences; empty for a model that reads none."""
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The arguments of the step function, in order."""
-        return (self.tokens, self.positions, self.slots, self.block_table, self.cu_seqlens_q, self.seqlens_k, self.rows)
+        return (self.tokens, self.positions, self.slots, self.block_table, self.cu_seqlens_q, self.seqlens_k, self.rows, *self.cross)
 
     def only(self, r: int) -> Step:
         """The part of one request, without copies of pages."""
@@ -57,10 +60,18 @@ class Step:
             self.seqlens_k[r : r + 1],
             self.rows[mine] - first,
             tuple(x for x in self.sampled if x is self.requests[r]),
+            cross=tuple(x[r : r + 1] for x in self.cross),
         )
 
 
-def make_step(requests: Sequence[Request], counts: Sequence[int], manager: BlockManager, copies: Sequence[tuple[int, int]], device: torch.device | str) -> Step:
+def make_step(
+    requests: Sequence[Request],
+    counts: Sequence[int],
+    manager: BlockManager,
+    copies: Sequence[tuple[int, int]],
+    device: torch.device | str,
+    contexts: ContextCache | None = None,
+) -> Step:
     """The step that computes the next ``counts[r]`` tokens of each request, whose slots are given already."""
     size = manager.page_size
     tokens: list[int] = []
@@ -98,4 +109,5 @@ def make_step(requests: Sequence[Request], counts: Sequence[int], manager: Block
         tensor(rows, torch.int64),
         tuple(sampled),
         tuple(copies),
+        () if contexts is None else contexts.tables(requests),
     )

@@ -11,7 +11,18 @@ import attnopt
 from attnopt.errors import ServingError
 from attnopt.runtime import SamplingParams
 from attnopt.serving import ServingModel
-from serving.models import CONFIGS, example, hand_written, plain_generate, prompts, transformers_generate, transformers_model
+from serving.models import (
+    CONFIGS,
+    PAIRS,
+    example,
+    hand_written,
+    plain_generate,
+    prompts,
+    source,
+    transformers_generate,
+    transformers_model,
+    transformers_translate,
+)
 
 
 def serving_model(model: torch.nn.Module, *args: torch.Tensor, **kwargs: object) -> ServingModel:
@@ -41,6 +52,36 @@ def test_ragged_requests_get_what_the_model_generates_by_itself(kind: str) -> No
         assert engine.manager.available == engine.manager.pages
         if "page_size" in options:
             assert engine.statistics().preemptions > 0
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "t5" else pytest.mark.slow) for k in PAIRS])
+def test_an_encoder_decoder_generates_what_its_own_generate_does(kind: str) -> None:
+    """Alone, ragged, in chunks from a longer start, and as requests that arrive over time while pages of both kinds are few."""
+    model = transformers_model(kind)
+    name = "input_features" if kind == "whisper" else "input_ids"
+    serving = serving_model(model, **{name: torch.cat([source(kind, 24)] * 2), "decoder_input_ids": torch.randint(3, 128, (2, 11)), "use_cache": False})
+    sources = [source(kind, n) for n in (9, 40, 2, 17)]
+    expected = [transformers_translate(model, x, 18) for x in sources]
+    assert len({tuple(x) for x in expected}) == 4 and any(len(set(x)) > 3 for x in expected), "a model that always says the same shows nothing"
+    for chunk in (1, 7, None):
+        for start in (1, 9):
+            results = serving.generate([x[:start] for x in expected], SamplingParams(len(expected[0]) - start), contexts=sources, chunk=chunk)
+            assert [list(r.tokens) for r in results] == [x[start:] for x in expected], (chunk, start)
+    alone = serving.generate([expected[1][:1]], SamplingParams(18), contexts=[(sources[1],)])
+    assert list(alone[0].tokens) == expected[1][1:19]
+    engine = serving.engine(pages=8, page_size=4, context_pages=2 * -(-serving.context_length(sources[1]) // 4) + 2, chunk=7, token_budget=12)
+    assert engine.contexts is not None
+    for x in (x for cache in (engine.cache, engine.contexts.cache) for pair in cache.tensors for x in pair):
+        x.fill_(torch.nan)
+    requests = []
+    for i in (0, 1, 2, 3, 3, 1):
+        requests.append((engine.add(expected[i][:3], SamplingParams(len(expected[i]) - 3), context=(sources[i],)), expected[i][3:]))
+        engine.step()
+    while engine.step():
+        pass
+    assert [r.output for r, _ in requests] == [x for _, x in requests]
+    assert engine.statistics().preemptions > 0
+    assert engine.manager.available == engine.manager.pages and engine.contexts.available == engine.contexts.cache.pages
 
 
 @pytest.fixture(scope="module")
