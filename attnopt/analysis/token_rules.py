@@ -132,7 +132,7 @@ def _product(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None
         rows.append(flow.row(form.addend, form.addend_index))
     if any(form.summed in r.variables for r in rows):
         raise flow.mixed(node, f"{N.said(node)} sums over the tokens of {N.said(form.left)} and {N.said(form.right)}")
-    if not N.shape(form.left)[form.left_index.index(form.summed)].is_const:
+    if form.summed.extent is None or not form.summed.extent.is_const:
         return None
     return flow.joined(node, rows)
 
@@ -274,6 +274,15 @@ def _cat(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
     if any(not N.shape(t)[d].is_const for t in tensors):
         raise flow.mixed(node, f"{N.said(node)} puts sequences behind one another")
     return flow.joined(node, [flow.row(t, (*index[:d], E.ZERO, *index[d + 1 :])) for t in tensors])
+
+
+@rule("aten::pad", "aten::constant_pad_nd")
+def _pad(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Row | None:
+    """Along axes that are no token's."""
+    x, index = args["self"], index_of(node)
+    padded = {len(index) - 1 - i // 2 for i, n in enumerate(args["pad"]) if n != 0}
+    row = _without(flow, node, x, sorted(padded))
+    return None if row is None else flow.moved(row, {v: index[d] for d, v in enumerate(index_of(x)) if d not in padded and not v.is_const})
 
 
 @rule("aten::stack")

@@ -16,9 +16,11 @@ from attnopt.ir import dims
 from attnopt.ir import expr as E
 from attnopt.ir.bounds import nonnegative
 from attnopt.ir.expr import Expr
+from attnopt.ir.index import IndexMap, View
 
 Index = tuple[Expr, ...]
 Rule = Callable[[fx.Node, dict[str, Any], Index], tuple[fx.Node, Index] | None]
+Step = Callable[[fx.Node, Index], tuple[fx.Node, Index] | None]
 RULES: dict[str, Rule] = {}
 
 
@@ -43,6 +45,23 @@ def step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     if not isinstance(source, fx.Node) or not N.is_tensor(source) or not N.is_tensor(node):
         return None
     return found(source, args, index) if name not in _NEEDS_OUTPUT else found(source, {**args, "out": node}, index)
+
+
+def source(node: fx.Node, index: Index, out: Sequence[Expr], step: Step = step) -> tuple[fx.Node, list[View]] | None:
+    """The tensor furthest up of which ``node[index]`` is a view, and the views of it that give the axes ``out``; None where there is none.
+
+    ``step`` may see through more than views do.
+    """
+    variables = tuple(E.var(f"one{i}", 1) if x.is_const else x for i, x in enumerate(out))
+    best: tuple[fx.Node, list[View]] | None = None
+    while True:
+        found = IndexMap(variables, index).realise(N.shape(node))
+        if found is not None:
+            best = node, found
+        moved = step(node, index)
+        if moved is None:
+            return best
+        node, index = moved
 
 
 _NEEDS_OUTPUT = {f"aten::{n}" for n in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "tile", "repeat")}

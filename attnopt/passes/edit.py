@@ -59,6 +59,16 @@ class Editor:
         self._copy_origin(node)
         return node
 
+    def einsum(self, equation: str, a: fx.Node, b: fx.Node) -> fx.Node:
+        """A product of two operands whose letters each stand for one size. Its fake value is made by hand, as that of ``matmul``."""
+        with self.graph.inserting_before(self.anchor):
+            node: fx.Node = self.graph.call_function(aten.einsum.default, (equation, [a, b]))
+        inputs, out = equation.split("->")
+        sizes = {ch: n for word, x in zip(inputs.split(","), (a, b), strict=True) for ch, n in zip(word, N.value(x).shape, strict=True)}
+        node.meta["val"] = N.value(a).new_empty([sizes[ch] for ch in out])
+        self._copy_origin(node)
+        return node
+
     def size(self, x: Expr) -> int | fx.Node:
         """A symbolic size as a node, a constant one as an int."""
         if x.is_const:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from attnopt.analysis import nodes as N
+from attnopt.analysis.latent import starts_with
 from attnopt.analysis.layout import Refusal
 from attnopt.analysis.self_attention import reads_context, row_of_attention, without_shifts
 from attnopt.analysis.token_flow import Source, TokenFlow, flow_of
@@ -39,7 +40,10 @@ CONTEXT = "attnopt_context"
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one attention keeps of a token: keys [Hkv, D] and values [Hkv, Dv] of a dtype, for ``window`` tokens (None: for all)."""
+    """What one attention keeps of a token: keys [Hkv, D] and values [Hkv, Dv] of a dtype, for ``window`` tokens (None: for all).
+
+    Dv is 0 where the values are the first features of the keys, and are read from there.
+    """
 
     name: str
     Hkv: int
@@ -120,10 +124,13 @@ class InsertKVCache:
             block_table, seqlens_k = inputs.cross
         else:
             block_table, seqlens_k = inputs.block_table, inputs.seqlens_k
-        k_cache, v_cache = inputs.cache(k), inputs.cache(v)
+        within = not cross and starts_with(node.args[1], node.args[2])  # type: ignore[arg-type]
+        stored = edit.call(aten.slice.Tensor, v, 2, 0, 0) if within else v
+        k_cache, v_cache = inputs.cache(k), inputs.cache(stored)
         if not cross:
-            edit.call(torch.ops.attnopt.cache_write.default, k, v, k_cache, v_cache, inputs.slots)
-        arguments = (k_cache, v_cache, block_table, inputs.cu_seqlens_q, seqlens_k)
+            edit.call(torch.ops.attnopt.cache_write.default, k, stored, k_cache, v_cache, inputs.slots)
+        values = edit.call(aten.slice.Tensor, k_cache, 3, 0, int(N.value(v).shape[-1])) if within else v_cache
+        arguments = (k_cache, values, block_table, inputs.cu_seqlens_q, seqlens_k)
         read = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, node.args[3], [], spec.to_json(), self.backend)
         read.meta |= {KERNEL: ("paged", "keys and values are read from a paged cache"), "attnopt_spec": spec}
         out = edit.call(aten.unsqueeze.default, edit.call(aten.transpose.int, read, 0, 1), 0)
@@ -131,11 +138,12 @@ class InsertKVCache:
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         left, _ = spec.window
-        (_, Hkv, D), Dv = N.value(k).shape, N.value(v).shape[-1]
+        (_, Hkv, D), Dv = N.value(k).shape, N.value(stored).shape[-1]
         layer = CacheLayer(name, int(Hkv), int(D), int(Dv), None if left is None or cross else left + 1, N.value(k).dtype, cross)
         whose = "each token of another sequence, computed once for each request," if cross else "each token"
         window = "" if layer.window is None else f", of the last {layer.window} tokens"
-        result.remarks.append(Remark("AO104", f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}] of {whose} are kept in a paged cache{window}.", name, N.source(node)))
+        what = f"keys [{Hkv}, {D}], whose first {N.value(v).shape[-1]} features are the values," if within else f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}]"
+        result.remarks.append(Remark("AO104", f"{what} of {whose} are kept in a paged cache{window}.", name, N.source(node)))
         return layer
 
 

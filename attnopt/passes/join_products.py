@@ -11,7 +11,6 @@ A sum of two products, as of positions apart from contents, is one product over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -22,7 +21,7 @@ from attnopt.analysis.contraction import Contraction, contraction
 from attnopt.analysis.views import Index
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.index import IndexMap, View
+from attnopt.ir.index import View
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.edit import ORIGINAL, Editor, aten
 
@@ -76,7 +75,7 @@ def _join_scores(graph: fx.Graph, node: fx.Node) -> bool:
     if len(set(products)) != len(products):
         return False
     features = forms[0].summed if forms[0] is not None else E.ZERO
-    q = _source(*queries, (*_outer(node), features))
+    q = views.source(*queries, (*_outer(node), features))
     order = {n: i for i, n in enumerate(graph.nodes)}
     reader = min((u for p in products for u in p.users), key=order.__getitem__)
     if q is None or any(order[x] >= order[reader] for x, _ in (q, *keys)):
@@ -128,7 +127,7 @@ def _sides(form: Contraction, outer: Index) -> tuple[tuple[fx.Node, Index], _Ope
     (queries,) = [s for s in sides if s is not keys]
     if any(outer[-1] in i.variables for i in keys[1]) and outer[-1] is not E.ZERO:
         return None
-    found = _source(*keys, (*outer[:-1], key, form.summed))
+    found = views.source(*keys, (*outer[:-1], key, form.summed))
     return None if found is None else (queries, found)
 
 
@@ -193,7 +192,7 @@ def _part(node: fx.Node) -> _Part | None:
     start = N.scalar(args["start"] or 0)
     if start is not None and start.is_const and start.value < 0:
         start = E.add(N.shape(whole)[-1], start)
-    values = _source(form.right, form.right_index, (*outer[:-1], form.summed, E.var("v", N.shape(node)[-1])))
+    values = views.source(form.right, form.right_index, (*outer[:-1], form.summed, E.var("v", N.shape(node)[-1])))
     if start is None or not start.is_const or start.value < 0 or values is None or form.summed.extent is None:
         return None
     return _Part(whole, start, form.summed.extent, values)
@@ -213,7 +212,7 @@ def _join_features(graph: fx.Graph, node: fx.Node) -> bool:
             return False
         form = contraction(x, (*outer, E.var("k", N.shape(x)[-1])), "d")
         found = None if form is None or min(len(N.shape(form.left)), len(N.shape(form.right))) < 3 else _sides(form, outer)
-        queries = None if form is None or found is None else _source(*found[0], (*outer, form.summed))
+        queries = None if form is None or found is None else views.source(*found[0], (*outer, form.summed))
         if found is None or queries is None:
             return False
         parts.append((queries, found[1]))
@@ -237,20 +236,6 @@ def _reaches_softmax(node: fx.Node, steps: int = 12) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ all
-
-
-def _source(node: fx.Node, index: Index, out: Sequence[Expr]) -> _Operand | None:
-    """The tensor furthest up of which an operand is a view, with the views to the axes ``out``."""
-    variables = tuple(E.var(f"one{i}", 1) if x.is_const else x for i, x in enumerate(out))
-    best: _Operand | None = None
-    while True:
-        found = IndexMap(variables, index).realise(N.shape(node))
-        if found is not None:
-            best = node, found
-        moved = views.step(node, index)
-        if moved is None:
-            return best
-        node, index = moved
 
 
 def _expanded(edit: Editor, operand: _Operand, batch: list[int | fx.Node]) -> fx.Node:

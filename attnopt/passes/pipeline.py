@@ -13,6 +13,7 @@ from attnopt.config import OptimizeConfig
 from attnopt.errors import AttnoptError, PassError
 from attnopt.ir.check import check
 from attnopt.ir.spec import AttentionSpec
+from attnopt.passes.absorb_latent import AbsorbLatent
 from attnopt.passes.attention_nodes import attentions, spec_of
 from attnopt.passes.base import Pass
 from attnopt.passes.canonicalize import Canonicalize
@@ -32,7 +33,7 @@ from attnopt.report import Site
 
 NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
 """Every pass, in order."""
-SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "merge-projections", "insert-kv-cache", "cleanup")
+SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "cleanup")
 """Every pass with ``kv_cache``, in order."""
 _REQUIRED = ("canonicalize",)
 _REQUIRED_TO_SERVE = ("canonicalize", "raise-attention", "insert-kv-cache")
@@ -62,7 +63,8 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
         if n in required:
             raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in names if x not in required)}.")
     if config.kv_cache:
-        rewrites: list[Pass] = [KnownInputs(cache.positions if cache else ()), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), cache or InsertKVCache()]
+        known = KnownInputs(cache.positions if cache else ())
+        rewrites: list[Pass] = [known, RaiseAttention(skip_sites), GroupHeads(), AbsorbLatent(), MergeProjections(), cache or InsertKVCache()]
     else:
         rewrites = [RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend, config.autotune), ShareBlockMaps(), Lower()]
     everything: list[Pass] = [Canonicalize(), JoinProducts(), *rewrites, Cleanup()]

@@ -122,4 +122,31 @@ APPLIED: dict[str, Page] = {
             report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
         """),
     ),
+    "AO107": Page(
+        title="latents cached in place of keys and values",
+        text="Keys and values of all heads are made of one latent of each token; the latent is what is kept in the cache, and the attention reads it as its one KV head.",
+        cause="A product with the matrix of each head makes keys and values of the latent. It moves to the queries, and behind the attention, which is the same function: "
+        "the attention then reads the latent and the key features that all heads share, which are far fewer numbers than keys and values of all heads.",
+        hint="",
+        example=script("""
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.q, self.head = nn.Embedding(32, 16), nn.Linear(16, 48), nn.Linear(32, 32)
+                    self.down, self.up = nn.Linear(16, 12), nn.Linear(8, 64, bias=False)
+
+                def forward(self, ids):
+                    x = self.embed(ids)
+                    q = self.q(x).unflatten(-1, (4, 12)).transpose(1, 2)
+                    latent, shared = self.down(x).split([8, 4], -1)
+                    k, v = self.up(latent).unflatten(-1, (4, 16)).transpose(1, 2).split([8, 8], -1)
+                    k = torch.cat((k, shared[:, None].expand(-1, 4, -1, -1)), -1)
+                    x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # <- here
+                    return self.head(x.transpose(1, 2).flatten(2))
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
+        """),
+    ),
 }

@@ -1,4 +1,4 @@
-"""AO214 to AO217: why a decoder was not rewritten to packed tokens with a KV cache."""
+"""AO214 to AO218: why a decoder was not rewritten to packed tokens with a KV cache, or caches more than it might."""
 
 from __future__ import annotations
 
@@ -108,6 +108,36 @@ SERVING: dict[str, Page] = {
 
             config = attnopt.OptimizeConfig(kv_cache="paged")
             report = attnopt.inspect(Model(), (torch.arange(14).view(2, 7), torch.rand(2, 7)), config=config)
+            """,
+            _SERVED,
+        ),
+    ),
+    "AO218": Page(
+        title="keys and values cached, and not the latent",
+        text="Heads share a part of their keys, as where keys and values are made of a latent of each token, and that could not be shown, or would gain nothing. Keys and values are cached.",
+        cause="The product that makes keys and values of a latent moves to the queries only if it is nothing but a product: the same features of the token for all heads, times a matrix of each head.",
+        supported="keys and values that are projections, without bias, of the same latent of each token, which is narrower than they are, beside key features that all heads share.",
+        hint="The cache holds keys and values of all heads, which is right and takes more memory.",
+        example=script(
+            """
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.q, self.head = nn.Embedding(32, 16), nn.Linear(16, 48), nn.Linear(32, 32)
+                    self.down, self.up = nn.Linear(16, 12), nn.Linear(8, 64, bias=True)
+
+                def forward(self, ids):
+                    x = self.embed(ids)
+                    q = self.q(x).unflatten(-1, (4, 12)).transpose(1, 2)
+                    latent, shared = self.down(x).split([8, 4], -1)
+                    k, v = self.up(latent).unflatten(-1, (4, 16)).transpose(1, 2).split([8, 8], -1)
+                    k = torch.cat((k, shared[:, None].expand(-1, 4, -1, -1)), -1)
+                    x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # <- here
+                    return self.head(x.transpose(1, 2).flatten(2))
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged")
+            report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
             """,
             _SERVED,
         ),
