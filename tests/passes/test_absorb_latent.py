@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnopt
+import attnopt.errors
 from attnopt.serving import ServingModel
 
 H, OWN, SHARED, DV, C, WIDTH = 4, 8, 4, 6, 10, 32
@@ -218,3 +219,13 @@ def test_rows_of_features_of_heads() -> None:
     """The matrix of a head is every fourth row: a view like any other."""
     made = served(Decoder(features_of_heads, behind))
     assert [(x.Hkv, x.D, x.Dv) for x in made.layers] == [(1, C + SHARED, 0)]
+
+
+def test_shared_features_that_are_joined_along_the_sequence_are_read_behind_the_join() -> None:
+    """Which part a token's element stands in depends on the token; serving refuses the join itself."""
+
+    def joined(own: Tensor, shared: Tensor) -> Tensor:
+        return behind(own, torch.cat((shared[:, :, :1], shared[:, :, 1:]), 2))
+
+    with pytest.raises(attnopt.errors.ServingError, match="puts sequences behind one another"):
+        served(Decoder(together, joined))
