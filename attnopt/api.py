@@ -34,6 +34,7 @@ from attnopt.serving import rewrite, serve
 from attnopt.verify import DynamicDim, GraphPair, verify_and_repair, verify_modules
 from attnopt.verify import DynamicShapes as VariedShapes
 from attnopt.verify.exported import verify_exported
+from attnopt.verify.merged import verify_merged
 
 if TYPE_CHECKING:
     from attnopt.emit.onnx.plan import Target
@@ -182,6 +183,8 @@ def compile_report(clear: bool = False) -> Report:
 def _backend(config: OptimizeConfig, frames: Frames, mode: str | None = None) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     if config.kv_cache:
         raise AttnoptError("kv_cache needs the whole model, and a compiler gives parts of it; attnopt.optimize(model, inputs, config=...) makes a serving model.")
+    if config.merge_kv_heads:
+        raise AttnoptError("merge_kv_heads needs the whole model, and a compiler gives parts of it; it goes with example inputs and a model that torch.export takes.")
     passes(config)  # a misspelt name is an error of the caller, not of the compiler
 
     def rewrite(graph: fx.GraphModule) -> tuple[fx.GraphModule, Report]:
@@ -272,13 +275,14 @@ class _Builder:
         """Passes and verification; sites that fail are put back."""
         results: dict[frozenset[str], PipelineResult] = {}
         spent = 0.0
+        exact = replace(self.config, merge_kv_heads=None)
 
         def rebuild(skip: frozenset[str]) -> GraphPair:
             nonlocal spent
             if skip not in results:
                 self._tell("passes", 0, 1)
                 start = time.perf_counter()
-                results[skip] = run_pipeline(captured.graph_module, self.config, skip_sites=skip)
+                results[skip] = run_pipeline(captured.graph_module, exact, skip_sites=skip)
                 spent += time.perf_counter() - start
                 self._tell("passes", 1, 1)
             result = results[skip]
@@ -292,14 +296,17 @@ class _Builder:
             training = any(m.training for m in module.modules())
             repair = verify_and_repair(rebuild, captured.example.args, captured.example.kwargs, training=training, progress=_verify_progress(self.progress))
             verdict, reverted = repair.verdict, repair.reverted
-            if verdict.passed is None:
-                remarks.append(_unverified("the weights are on the meta device" if any(t.is_meta for t in tensors_of(module)) else "nothing could be compared"))
-            elif not verdict.passed:
-                remarks.append(_differs(verdict))
         else:
             rebuild(frozenset())
             remarks.append(_unverified("verify=False"))
         result = results[frozenset(reverted)]
+        if self.config.merge_kv_heads:
+            result = run_pipeline(captured.graph_module, self.config, skip_sites=frozenset(reverted))
+            remarks.append(Remark("AO109", verify_merged(result, captured.example.args, captured.example.kwargs, verdict, _verify_progress(self.progress))))
+        if self.config.verify and verdict.passed is None:
+            remarks.append(_unverified("the weights are on the meta device" if any(t.is_meta for t in tensors_of(module)) else "nothing could be compared"))
+        elif verdict.passed is False:
+            remarks.append(_differs(verdict))
         total = time.perf_counter() - start
         for site in result.sites:
             for check in reverted.get(site.name, ())[:1]:
@@ -320,6 +327,8 @@ class _Builder:
         variant = next(reversed(graph_variants(module)), None)
         if variant is None:
             raise CaptureError(f"{type(reference).__name__} holds no captured graph to export; torch.export has to take the model for that.")
+        if self.config.merge_kv_heads:
+            raise AttnoptError(f"merge_kv_heads is {self.config.merge_kv_heads}, and an exported file is compared with the original; supported is None.")
         off = dict.fromkeys((*self.config.disable_passes, "merge-projections", "share-block-maps"))
         config = replace(self.config, backend="reference", autotune=False, verify=True, capture="export", disable_passes=tuple(off))
         builder = replace(self, config=config, lazy=None)

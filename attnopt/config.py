@@ -33,6 +33,8 @@ class OptimizeConfig:
     """With dynamo capture: hand the rewritten graph to Inductor; otherwise it runs eagerly."""
     kv_cache: str | None = None
     """``paged``: make a serving model of a decoder that was written without a cache. It runs packed tokens of many requests; see ``attnopt.serving``."""
+    merge_kv_heads: int | None = None
+    """Merge the KV heads of each attention into so many, by the mean: another, smaller model, as a first step of uptraining. Never done by itself."""
     max_variants: int = 8
     """How many (mode, dtype, device, argument structure) variants of one module are captured before it raises."""
 
@@ -41,6 +43,10 @@ class OptimizeConfig:
             raise AttnoptError(f"autotune chooses the backend, and backend is {self.backend!r}; supported beside autotune is 'auto'.")
         if self.kv_cache not in (None, "paged"):
             raise AttnoptError(f"kv_cache is {self.kv_cache!r}; supported are None and 'paged'.")
+        if self.merge_kv_heads is not None and self.merge_kv_heads < 1:
+            raise AttnoptError(f"merge_kv_heads is {self.merge_kv_heads}; supported are None and numbers from 1 on.")
+        if self.merge_kv_heads and self.capture == "dynamo":
+            raise AttnoptError("merge_kv_heads needs a capture of the whole model, and capture is 'dynamo'; supported are 'auto' and 'export'.")
         if self.kv_cache and self.capture == "dynamo":
             raise AttnoptError("kv_cache needs a capture of the whole model, and capture is 'dynamo'; supported are 'auto' and 'export'.")
         if self.capture not in ("auto", "export", "dynamo"):

@@ -28,6 +28,7 @@ from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 from attnopt.runtime import ContextCache, Engine, Event, PagedCache, Result, SamplingParams
+from attnopt.verify.merged import change
 from attnopt.verify.packed import verify_packed
 
 Progress = Callable[[str, int, int], None]
@@ -299,6 +300,8 @@ def rewrite(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: Dynami
 
 def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicShapes, config: OptimizeConfig, progress: Progress | None = None) -> ServingModel:
     """A serving model of ``model``, verified. Raises ServingError where it cannot be served, and VerificationError where the result differs."""
+    if config.merge_kv_heads and config.verify:
+        serve(model, args, kwargs, dynamic_shapes, replace(config, merge_kv_heads=None), progress)  # all but the merge, against the original
     call, result, report = rewrite(model, args, kwargs, dynamic_shapes, config)
     plan = result.graph_module.meta.get(PLAN)
     if plan is None:
@@ -312,7 +315,12 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving
     start = time.perf_counter()
-    report.verdict = _verdict(model, serving, call, progress)
+    same = clone_tree(model) if result.merged is None else result.merged
+    report.verdict = _verdict(same, serving, call, progress)
+    if result.merged is not None:
+        example = call.captured.example
+        words = change(model, same, example.args, example.kwargs) if report.verdict.passed is not None else "how far the results change was not computed: nothing was verified"
+        report.remarks.append(Remark("AO109", f"{words}."))
     report.seconds["verify"] = time.perf_counter() - start
     if report.verdict.passed is None:
         report.remarks.append(Remark("AO304", "Not compared with the original: the weights are on the meta device."))
@@ -329,7 +337,7 @@ def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Pro
         return Verdict()
     example = next(x for name, x in zip(call.names, call.leaves, strict=True) if name == plan.ids)
     return verify_packed(
-        clone_tree(model),
+        model,
         serving._call,
         plan,
         example,

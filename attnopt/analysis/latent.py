@@ -94,7 +94,9 @@ def latent_of(k: fx.Node, v: fx.Node, shared: tuple[int, int] | None, lifter: Li
     latents = {(node, tuple(made)): width for _, _, (node, made), _, width in (*keys, *values)}
     if len(latents) != 1:
         names = " and ".join(sorted({N.said(node) for node, _ in latents}))
-        raise _refused(k, f"keys and values are made of {names}" if len({node for node, _ in latents}) > 1 else f"keys and values are made of different parts of {names}")
+        raise _refused(
+            k, f"keys and values are made of {names}" if len({node for node, _ in latents}) > 1 else f"keys and values are made of different parts of {names}"
+        )
     (((node, made), width),) = latents.items()
     runs = [Run(first, count, weight) for first, count, _, weight, _ in (*keys, *values)]
     rest = None if shared is None else _shared(k, *shared)
@@ -148,7 +150,9 @@ def _projected(node: fx.Node, index: Index, variables: Index, what: str) -> tupl
     tokens = [side for side in sides if not any(v in (h, i) for x in side[1] for v in x.variables)]
     heads = [side for side in sides if not any(v in (b, s) for x in side[1] for v in x.variables)]
     if len(tokens) != 1 or len(heads) != 1 or tokens == heads or c.extent is None or not c.extent.is_const:
-        raise _refused(node, f"{N.said(node)}, of which the {what}s are made, is not the product of features of a token, which all heads share, with a matrix of each head")
+        raise _refused(
+            node, f"{N.said(node)}, of which the {what}s are made, is not the product of features of a token, which all heads share, with a matrix of each head"
+        )
     latent = views.source(*tokens[0], (b, s, c))
     weight = _weight(*heads[0], (h, i, c))
     if latent is None or weight is None:
@@ -242,4 +246,6 @@ def starts_with(k: fx.Node, v: fx.Node) -> bool:
 
 
 def _refused(node: fx.Node, what: str) -> Refusal:
-    return Refusal("AO218", f"{what}; supported are products of one latent of each token with a matrix of each head, beside key features that all heads share.", node)
+    return Refusal(
+        "AO218", f"{what}; supported are products of one latent of each token with a matrix of each head, beside key features that all heads share.", node
+    )

@@ -89,6 +89,7 @@ _pass_options = _options(
     click.option("--autotune", is_flag=True, help="With --backend auto: measure the backends that can compute an attention, on its own shapes, and take the fastest."),
     click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
     click.option("--print-ir-after", multiple=True, metavar="NAME", help="Print the graph after a pass (or `all`) to standard error; repeatable."),
+    click.option("--merge-kv-heads", type=int, metavar="N", help="Merge the KV heads of each attention into N by their mean: another model, to be trained further."),
     click.option("--capture", type=click.Choice(["auto", "export", "dynamo"]), default="auto", show_default=True, help="How the graph is captured."),
 )
 _output_options = _options(

@@ -24,7 +24,7 @@ def config_of(options: dict[str, Any], *, verify: bool) -> OptimizeConfig:
         from attnopt.kernels import registry
 
         registry.find(options["backend"])
-    names = ("backend", "autotune", "disable_passes", "print_ir_after", "capture")
+    names = ("backend", "autotune", "disable_passes", "print_ir_after", "capture", "merge_kv_heads")
     return OptimizeConfig(verify=verify, **{n: options[n] for n in names})
 
 

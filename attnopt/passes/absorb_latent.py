@@ -72,9 +72,17 @@ class AbsorbLatent:
         assert isinstance(k, fx.Node) and isinstance(v, fx.Node)
         d = spec.dims
         if d.Sq is not d.Skv:
-            raise Refusal("AO218", f"this attention ({spec}) reads another sequence, whose keys and values are made once; supported is an attention of tokens to themselves.", node)
+            raise Refusal(
+                "AO218",
+                f"this attention ({spec}) reads another sequence, whose keys and values are made once; supported is an attention of tokens to themselves.",
+                node,
+            )
         if d.Hq is not d.Hkv or not all(n.is_const for n in (d.Hq, d.D, d.Dv)):
-            raise Refusal("AO218", f"this attention has {d.Hq} query heads and {d.Hkv} KV heads; supported is a known number of heads, as many of one as of the other.", node)
+            raise Refusal(
+                "AO218",
+                f"this attention has {d.Hq} query heads and {d.Hkv} KV heads; supported is a known number of heads, as many of one as of the other.",
+                node,
+            )
         found = latent_of(k, v, spec.traits.shared_key_features, lifter)
         own = sum(run.count for run in found.keys)
         row = found.width + int(d.D.value) - own

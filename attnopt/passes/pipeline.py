@@ -24,6 +24,7 @@ from attnopt.passes.insert_kv_cache import InsertKVCache
 from attnopt.passes.join_products import JoinProducts
 from attnopt.passes.known_inputs import KnownInputs
 from attnopt.passes.lower import Lower
+from attnopt.passes.merge_kv_heads import MergeKVHeads
 from attnopt.passes.merge_projections import MergeProjections
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
@@ -35,6 +36,8 @@ NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "mer
 """Every pass, in order."""
 SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "cleanup")
 """Every pass with ``kv_cache``, in order."""
+APPROXIMATE_NAMES = ("merge-kv-heads",)
+"""Passes that are only there when an option asks for them, behind group-heads."""
 _REQUIRED = ("canonicalize",)
 _REQUIRED_TO_SERVE = ("canonicalize", "raise-attention", "insert-kv-cache")
 
@@ -45,6 +48,8 @@ class PipelineResult:
     """The optimized graph, with the calling convention of the captured one."""
     reference: fx.GraphModule
     """The same graph before anything was replaced; untouched nodes have the same names in both."""
+    merged: fx.GraphModule | None = None
+    """With ``merge_kv_heads``: the graph with merged heads, each attention as its spec says; what the optimized one has to compute."""
     sites: list[Site] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
     outputs: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -56,7 +61,8 @@ class PipelineResult:
 def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cache: InsertKVCache | None = None) -> list[Pass]:
     """The passes that ``config`` asks for, in order. ``cache`` is the pass that ``kv_cache`` asks for, with what it knows of the model's call."""
     names, required = (SERVING_NAMES, _REQUIRED_TO_SERVE) if config.kv_cache else (NAMES, _REQUIRED)
-    unknown = [n for n in (*config.disable_passes, *config.print_ir_after) if n not in (*names, "all")]
+    approximate: list[Pass] = [] if config.merge_kv_heads is None else [MergeKVHeads(config.merge_kv_heads)]
+    unknown = [n for n in (*config.disable_passes, *config.print_ir_after) if n not in (*names, *APPROXIMATE_NAMES, "all")]
     if unknown:
         raise AttnoptError(f"there is no pass {unknown[0]!r}; the passes are {', '.join(names)}.")
     for n in config.disable_passes:
@@ -64,9 +70,10 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
             raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in names if x not in required)}.")
     if config.kv_cache:
         known = KnownInputs(cache.positions if cache else ())
-        rewrites: list[Pass] = [known, RaiseAttention(skip_sites), GroupHeads(), AbsorbLatent(), MergeProjections(), cache or InsertKVCache()]
+        rewrites: list[Pass] = [known, RaiseAttention(skip_sites), GroupHeads(), *approximate, AbsorbLatent(), MergeProjections(), cache or InsertKVCache()]
     else:
-        rewrites = [RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend, config.autotune), ShareBlockMaps(), Lower()]
+        select = SelectKernel(config.backend, config.autotune)
+        rewrites = [RaiseAttention(skip_sites), GroupHeads(), *approximate, MergeProjections(), select, ShareBlockMaps(), Lower()]
     everything: list[Pass] = [Canonicalize(), JoinProducts(), *rewrites, Cleanup()]
     return [p for p in everything if p.name not in config.disable_passes]
 
@@ -99,7 +106,7 @@ def _no_new_guards(gm: fx.GraphModule) -> Iterator[None]:
 
 
 def _run(module: fx.GraphModule, config: OptimizeConfig, skip_sites: frozenset[str], cache: InsertKVCache | None) -> PipelineResult:
-    reference = module
+    reference, merged = module, None
     sites: list[Site] = []
     remarks: list[Remark] = []
     folded: list[str] = []
@@ -124,6 +131,9 @@ def _run(module: fx.GraphModule, config: OptimizeConfig, skip_sites: frozenset[s
             sys.stderr.write(f"--- after {p.name}\n{module.graph}\n")
         if p.name == "canonicalize":
             reference = duplicate(module)
+        if p.name == "merge-kv-heads":
+            merged = duplicate(module)
+            merged.recompile()
     module.recompile()
     outputs = {}
     kernels = _kernels(module)
@@ -134,7 +144,7 @@ def _run(module: fx.GraphModule, config: OptimizeConfig, skip_sites: frozenset[s
     for s in sites:
         if s.name in kernels:
             s.spec, s.kernel, s.why = kernels[s.name]
-    return PipelineResult(module, reference, sites, remarks, outputs, tuple(dict.fromkeys(folded)))
+    return PipelineResult(module, reference, merged, sites, remarks, outputs, tuple(dict.fromkeys(folded)))
 
 
 def duplicate(gm: fx.GraphModule) -> fx.GraphModule:

@@ -142,4 +142,30 @@ SERVING: dict[str, Page] = {
             _SERVED,
         ),
     ),
+    "AO219": Page(
+        title="KV heads not merged",
+        text="`merge_kv_heads` was asked for, and the KV heads of this attention do not fall into so many groups of one size. They stay as they were.",
+        cause="Each query head reads the mean of one group of heads; groups of several sizes have no such form.",
+        supported="a divisor of the number of KV heads.",
+        hint="Choose a number that divides the heads of all layers.",
+        example=script(
+            """
+            class Attention(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.wide, self.narrow = nn.Linear(24, 72), nn.Linear(24, 72)
+
+                def forward(self, x):
+                    for qkv, heads in ((self.wide, 4), (self.narrow, 6)):
+                        q, k, v = qkv(x).unflatten(-1, (3, heads, 24 // heads)).permute(2, 0, 3, 1, 4)
+                        x = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)  # <- here
+                    return x
+
+
+            config = attnopt.OptimizeConfig(merge_kv_heads=3)
+            report = attnopt.inspect(Attention(), torch.randn(2, 9, 24), config=config)
+            """,
+            _SERVED,
+        ),
+    ),
 }

@@ -178,7 +178,7 @@ class Float64Interpreter(GraphInterpreter):
 
     def prepare_attention(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         args, kwargs = super().prepare_attention(target, args, kwargs)
-        return _set_argument(target, args, kwargs, "kernel", "reference")
+        return _set_argument(target, args, kwargs, "backend", "reference")
 
     def prepare(self, name: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if name == "view" and any(isinstance(a, torch.dtype) for a in args):

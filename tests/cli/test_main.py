@@ -105,10 +105,11 @@ def test_optimize_shows_sites_verdict_speed_and_a_summary_last(api: FakeApi, mod
 
 
 def test_optimize_hands_model_inputs_and_options_on(api: FakeApi, model: str) -> None:
-    assert run(["optimize", model, "--no-benchmark", "--no-verify", "--disable-pass", "cleanup", "--print-ir-after", "all", "--backend", "reference", "--capture", "export"]) == 0
+    assert run(["optimize", model, "--no-benchmark", "--no-verify", "--disable-pass", "cleanup", "--print-ir-after", "all", "--backend", "reference", "--capture", "export", "--merge-kv-heads", "2"]) == 0
     net, args, options = api.calls[0]
     config = options["config"]
     assert not net.training and len(args[0]) == 1 and options["kwargs"] == {}
+    assert config.merge_kv_heads == 2
     assert (config.verify, config.disable_passes, config.print_ir_after, config.backend, config.capture) == (False, ("cleanup",), ("all",), "reference", "export")
 
 
