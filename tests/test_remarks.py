@@ -31,6 +31,11 @@ ALSO = {
     "AO306": {"AO302"},
     "AO105": {"AO103", "AO104"},  # in a model that is served keys and values are cached
     "AO106": {"AO104"},
+    "AO107": {"AO104"},
+    "AO218": {"AO104"},
+    "AO108": {"AO109"},  # what is merged changes the results, and how far is told
+    "AO109": {"AO108"},
+    "AO219": {"AO108"},  # the layer whose heads can be merged
 }
 """Other codes that the example of a code gives, with the reason; AO101 is what any replaced attention has."""
 

@@ -7,7 +7,7 @@ With ``k[h] = [shared, latent @ W_k[h].T]`` and ``v[h] = latent @ W_v[h].T`` (``
 
 so the attention has one KV head, whose key is [latent, shared] and whose value is the latent, the first features of that key. It multiplies more
 and reads far less, which is what counts where each token reads all that came before it.
-Source: DeepSeek-AI, DeepSeek-V2, 2024 (arXiv:2405.04434), section 2.1.
+Source: arXiv:2405.04434 (2024), section 2.1, multi-head latent attention.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ APPLIED: dict[str, Page] = {
 
                 def forward(self, x):
                     q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
-                    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # <- here
+                    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
             config = attnopt.OptimizeConfig(merge_kv_heads=2)

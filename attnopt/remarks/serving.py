@@ -130,9 +130,9 @@ SERVING: dict[str, Page] = {
                     x = self.embed(ids)
                     q = self.q(x).unflatten(-1, (4, 12)).transpose(1, 2)
                     latent, shared = self.down(x).split([8, 4], -1)
-                    k, v = self.up(latent).unflatten(-1, (4, 16)).transpose(1, 2).split([8, 8], -1)
+                    k, v = self.up(latent).unflatten(-1, (4, 16)).transpose(1, 2).split([8, 8], -1)  # <- here
                     k = torch.cat((k, shared[:, None].expand(-1, 4, -1, -1)), -1)
-                    x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # <- here
+                    x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
                     return self.head(x.transpose(1, 2).flatten(2))
 
 
