@@ -87,6 +87,7 @@ class ServingModel(nn.Module):
         tokens, positions and slots int64 [T] are packed, those of request r at ``cu_seqlens_q[r] .. cu_seqlens_q[r + 1]``; its keys and values, these tokens' included,
         are the first ``seqlens_k[r]`` in the pages ``block_table[r]``. A token is written at slot page * page_size + offset of each layer's
         ``(k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv])``, which are changed in place; at slot -1 it is not written.
+        The first ``plan.prefix`` tokens of a request come in one call.
         ``cross`` is (block table [R, max_pages], lengths [R]) of the other sequences, whose keys and values, those of ``encode``, stand in the caches of layers that are ``cross``.
         """
         if (cross is None) != (self.context is None):
@@ -150,7 +151,7 @@ class ServingModel(nn.Module):
         def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches, rows, (cross[0], cross[1]) if cross else None)
 
-        return Engine(run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, contexts=contexts, **options)
+        return Engine(run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, prefix=self.plan.prefix, contexts=contexts, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, contexts: Contexts = None, progress: bool = False, **options: Any) -> list[Result]:
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.

@@ -12,10 +12,12 @@ from torch import fx
 from attnopt.analysis import classify
 from attnopt.analysis import nodes as N
 from attnopt.analysis.layout import Refusal
+from attnopt.analysis.linear import affine
 from attnopt.analysis.rows import Row, has_symbols, index_of
 from attnopt.analysis.token_flow import TokenFlow
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.ir.mask import diagonal
 from attnopt.ir.spec import AttentionSpec
 
 
@@ -30,7 +32,7 @@ def row_of_attention(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Ro
             raise _refused(node, f"the {what} of this attention, {N.said(x)}, are not those of the tokens in their order")
     if crosses and any(spec.dims.q in p.variables for p in spec.programs):
         raise _refused(node, f"this attention ({spec}) to keys of another sequence depends on the place of the query")
-    if not crosses and (spec.causal is None or spec.dims.Sq is not spec.dims.Skv):
+    if not crosses and (seen_by_all(spec) is None or spec.dims.Sq is not spec.dims.Skv):
         raise _refused(node, f"this attention ({spec}) may see keys after the query, which are not there yet when a token is generated")
     if spec.dropout:
         raise _refused(node, f"this attention drops probabilities ({spec.dropout:g}), because the model is in training mode")
@@ -40,6 +42,27 @@ def row_of_attention(flow: TokenFlow, node: fx.Node, args: dict[str, Any]) -> Ro
         if x in flow.context or not flow.rows[x].is_static or has_symbols(x):
             raise _refused(node, f"the score or mask of this attention ({spec}) reads {load.name}, {N.said(x)}, which is another one for each token or length")
     return Row(E.add(E.mul(index[0], flow.S), index[2]))
+
+
+def seen_by_all(spec: AttentionSpec) -> int | None:
+    """How many of the first keys every query sees, those before them too, beside the keys up to its own place: 0 where it is causal. None where more may be seen."""
+    if spec.causal is not None:
+        return 0
+    found = [n for c in E.conjuncts(spec.mask) if (n := _first_keys(c, spec.dims.k)) is not None]
+    return min(found, default=None)
+
+
+def _first_keys(c: Expr, k: Expr) -> int | None:
+    """The greatest n of ``k <= q or k < n or ...``; None where a condition is of another form."""
+    ends = [0]
+    for a in c.args if c.op == "or" else [c]:
+        if diagonal(a) == (1, E.ZERO):
+            continue
+        line = affine(a.args[0], k) if a.op == "ge0" else None
+        if line is None or line[0] != -1 or not line[1].is_const:
+            return None
+        ends.append(int(line[1].value) + 1)
+    return max(ends)
 
 
 def reads_context(flow: TokenFlow, node: fx.Node) -> bool:
@@ -75,4 +98,4 @@ def _moving(x: Expr, k: Expr) -> Expr:
 
 
 def _refused(node: fx.Node, what: str) -> Refusal:
-    return Refusal("AO215", f"{what}; supported are causal self-attention and attention to another sequence, by any program of head and positions.", node)
+    return Refusal("AO215", f"{what}; supported are self-attention that is causal beside a known number of first keys, and attention to another sequence, by any program of head and positions.", node)

@@ -16,7 +16,7 @@ from torch import fx
 from attnopt.analysis import nodes as N
 from attnopt.analysis.latent import starts_with
 from attnopt.analysis.layout import Refusal
-from attnopt.analysis.self_attention import reads_context, row_of_attention, without_shifts
+from attnopt.analysis.self_attention import reads_context, row_of_attention, seen_by_all, without_shifts
 from attnopt.analysis.token_flow import Source, TokenFlow, flow_of
 from attnopt.ir import expr as E
 from attnopt.passes.attention_nodes import attentions, spec_of
@@ -67,6 +67,8 @@ class PackedPlan:
     """The captured graph's input that holds the ids."""
     last_only: bool
     """The original gives logits of the last token alone."""
+    prefix: int = 0
+    """So many first tokens of a request see each other, later ones too: one call computes them all, or what is kept of them is wrong."""
     context: tuple[str, ...] = ()
     """The captured graph's inputs that another sequence is made of, by the module at ``CONTEXT``: its k and v for each layer that is ``cross``."""
 
@@ -99,6 +101,7 @@ class InsertKVCache:
         crossing = [n for n in served if reads_context(flow, n)]
         context = context_module(module, [(n.args[1], n.args[2]) for n in crossing]) if crossing else None  # type: ignore[misc]
         inputs = PackedInputs(graph, tokens, bool(crossing))
+        prefix = max((seen_by_all(without_shifts(spec_of(n))) or 0 for n in served if n not in crossing), default=0)
         layers = [self._cached(graph, node, inputs, node in crossing, result) for node in served]
         for node, source in flow.sources.items():
             _redirected(graph, node, source, inputs.positions)
@@ -109,7 +112,7 @@ class InsertKVCache:
         drop_unread(graph)
         limits = [n for n, _ in flow.limits]
         names = () if context is None else tuple(str(n.target) for n in context.graph.find_nodes(op="placeholder"))
-        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places), names)
+        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places), prefix, names)
         if context is not None:
             module.meta[CONTEXT] = context
         return result

@@ -37,9 +37,9 @@ SERVING: dict[str, Page] = {
     "AO215": Page(
         title="not served: an attention that a cache cannot serve",
         text="An attention is not one of the tokens to those before them, or its program reads tensors that are others for each token.",
-        cause="Keys and values are kept when their token is computed, and later queries read them as they are. So no query may see a key after it, keys and values must be "
+        cause="Keys and values are kept when their token is computed, and later queries read them as they are. So no query may see a key after it that is not computed together with it, keys and values must be "
         "those of the tokens themselves, and score and mask must be functions of head and positions.",
-        supported="causal self-attention with any window, chunk, softcap, sink, ALiBi or table of distances; attention to another sequence, such as an encoder's; "
+        supported="self-attention that is causal, beside a known number of first keys that all queries see, with any window, chunk, softcap, sink, ALiBi or table of distances; attention to another sequence, such as an encoder's; "
         "masks that an input of padding makes.",
         hint="A model that attends to all tokens at once, such as an encoder alone, generates nothing and needs no cache.",
         example=script(

@@ -96,10 +96,11 @@ class Engine:
         chunk: int | None = None,
         max_requests: int = 256,
         contexts: ContextCache | None = None,
+        prefix: int = 0,
     ) -> None:
         self.run, self.cache, self.contexts = run, cache, contexts
         self.manager = BlockManager(cache.pages, cache.page_size, prefix_sharing, window)
-        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device, contexts)
+        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device, contexts, prefix)
         self._sums = Sums()
 
     # -------------------------------------------------------------------------------------------- requests

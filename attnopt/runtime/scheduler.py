@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import secrets
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,7 @@ class Scheduler:
     """``token_budget`` tokens a step at most; ``chunk``: of one request's prompt at most (None: the budget); ``max_requests`` running at once.
 
     ``vocabulary`` and ``max_positions`` are the model's; None where unknown and unlimited. ``contexts`` holds the other sequences, for a model that reads such.
+    ``prefix``: so many first tokens of a request see each other, later ones too, so one step computes them all.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Scheduler:
         max_positions: int | None = None,
         device: torch.device | str = "cpu",
         contexts: ContextCache | None = None,
+        prefix: int = 0,
     ) -> None:
         chunk = token_budget if chunk is None else chunk
         for name, value in (("token_budget", token_budget), ("chunk", chunk), ("max_requests", max_requests)):
@@ -44,7 +47,10 @@ class Scheduler:
                 raise ServingError(f"{name} is {value}; it must be at least 1.")
         self.manager, self.token_budget, self.chunk, self.max_requests = manager, token_budget, min(chunk, token_budget), max_requests
         self.vocabulary, self.max_positions, self.device = vocabulary, max_positions, device
-        self.contexts = contexts
+        self.contexts, self.prefix = contexts, prefix
+        if self.chunk < prefix:
+            text = f"The first {prefix} tokens of a request see each other, so that one step computes them all, and steps take {self.chunk} of one request (chunk, token_budget)"
+            raise ServingError(f"{text}; supported are {prefix} or more.")
         self.waiting: list[Request] = []
         """By arrival; preempted ones are put back where they came."""
         self.running: list[Request] = []
@@ -76,6 +82,11 @@ class Scheduler:
         by_model = self.max_positions is not None and self._longest == self.max_positions
         why = "the model has positions for" if by_model else f"the cache of {self.manager.pages} pages of {self.manager.page_size} can hold"
         tokens = checked_prompt(prompt, self.vocabulary, self._longest, why)
+        if len(tokens) < self.prefix:
+            text = f"The prompt has {len(tokens)} tokens, and the first {self.prefix} of the model see each other: what is generated among them would change what came before"
+            raise ServingError(f"{text}; supported are prompts of {self.prefix} tokens or more.")
+        # what is kept of a page depends on its tokens, those before them, and on all of the prefix
+        salt += array("q", tokens[: self.prefix]).tobytes()
         if bool(context) != (self.contexts is not None):
             what = "reads no other sequence, and one was given" if context else "reads another sequence, and none was given"
             raise ServingError(f"The model {what}.")
@@ -240,7 +251,7 @@ class Scheduler:
         promised = sum(max(0, self.manager.pages_for(r.length, self.chunk) - self.manager.held(r.id)) for r in self.running)
         crowded = False
         for request in list(self.waiting):
-            if not left or len(self.running) >= self.max_requests:
+            if left < max(1, min(self.prefix, request.length)) or len(self.running) >= self.max_requests:
                 break
             hashes = self._hashes(request)
             stored, reusable = self.manager.match(hashes)
@@ -270,7 +281,7 @@ class Scheduler:
             self.admitted_tokens += len(tokens)
         before = self.manager.available
         n = min(left, self.chunk, request.remaining, self.manager.room(request.id))
-        assert n > 0, "a request that was admitted has no room"
+        assert n >= max(1, self.prefix - request.computed), "a request that was admitted has no room"
         self.manager.append(request.id, n)
         request.state = "running"
         self.waiting.remove(request)

@@ -68,7 +68,7 @@ class Requests:
         found: list[list[Tensor]] = [[] for _ in self.ids]
         done = [0] * len(self.ids)
         while left := [r for r, x in enumerate(self.ids) if done[r] < len(x)]:
-            counts = [min(chunk, len(self.ids[r]) - done[r]) for r in left]
+            counts = [min(chunk if done[r] else max(chunk, self.plan.prefix), len(self.ids[r]) - done[r]) for r in left]
             tokens = torch.cat([self.ids[r][done[r] : done[r] + n] for r, n in zip(left, counts, strict=True)])
             positions = torch.cat([torch.arange(done[r], done[r] + n, device=self.device) for r, n in zip(left, counts, strict=True)])
             requests = torch.repeat_interleave(torch.tensor(left, device=self.device), torch.tensor(counts, device=self.device))
@@ -96,8 +96,9 @@ def verify_packed(
     if seen.is_meta:
         return Verdict()
     windows = [layer.window or 0 for layer in plan.layers]
-    longest = min(LONG, plan.max_positions or LONG)
-    lengths = [min(n, longest) for n in (*LENGTHS, min(max(windows) + PAGE_SIZE, LONG) if any(windows) else LENGTHS[0])]
+    before = max(0, plan.prefix - 1)
+    longest = min(before + LONG, plan.max_positions or before + LONG)
+    lengths = [min(before + n, longest) for n in (*LENGTHS, min(max(windows) + PAGE_SIZE, LONG) if any(windows) else LENGTHS[0])]
     generator = torch.Generator().manual_seed(13)
     ids = [seen[torch.randint(len(seen), (n,), generator=generator).to(seen.device)] for n in lengths]
     exact, why = float64_copy(original)

@@ -106,7 +106,9 @@ def test_nothing_is_merged_by_default_and_fewer_heads_stay() -> None:
 
 
 def test_attentions_of_a_whole_sequence_keep_their_heads() -> None:
-    with pytest.raises(AttnoptError, match="no attention can be merged into so many KV heads: theirs are 6; supported are proper divisors of the number of KV heads of causal"):
+    with pytest.raises(
+        AttnoptError, match="no attention can be merged into so many KV heads: theirs are 6; supported are proper divisors of the number of KV heads of causal"
+    ):
         attnopt.optimize(Model(causal=False).eval(), IDS, config=OptimizeConfig(merge_kv_heads=2))
 
 
