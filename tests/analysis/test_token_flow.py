@@ -223,7 +223,8 @@ MASKS: dict[str, tuple[str | None, Callable[[Model, Tensor], Tensor]]] = {
     "all keys": ("AO215", lambda m, x: torch.ones_like(_causal(x))),
     "later keys only": ("AO215", lambda m, x: ~_causal(x) | (_i(x)[:, None] == _i(x))),
     "one key more": ("AO215", lambda m, x: _i(x)[:, None] + 1 >= _i(x)),
-    "prefix": ("AO215", lambda m, x: _causal(x) | (_i(x) < 3)),
+    "prefix": (None, lambda m, x: _causal(x) | (_i(x) < 3)),
+    "prefix of half the length": ("AO215", lambda m, x: _causal(x) | (_i(x) < x.shape[1] // 2)),
     "half of the length": ("AO216", lambda m, x: _causal(x) & (_i(x)[:, None] - _i(x) < x.shape[1] // 2 + 1)),
     "a weight for each token": ("AO215", lambda m, x: torch.where(_causal(x), x[:, None, None, :, 0], -torch.inf)),
 }

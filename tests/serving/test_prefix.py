@@ -78,7 +78,7 @@ def test_chunks_within_the_prefix_would_change_the_result(serving: ServingModel,
 def test_requests_that_arrive_at_random_get_their_tokens(serving: ServingModel, original: nn.Module, options: dict[str, int]) -> None:
     rng = random.Random(0)
     texts = prompts(*(rng.randint(PREFIX, 30) for _ in range(7)))
-    texts += [texts[0] + [5, 6], texts[0][: PREFIX + 1], texts[1][: PREFIX - 1] + [3, *texts[1][PREFIX:]]]
+    texts += [texts[0] + [5, 6], texts[0][: PREFIX + 1], [*texts[1][: PREFIX - 1], 3, *texts[1][PREFIX:]]]
     engine = serving.engine(**{"pages": 60, **options})
     left, requests = list(texts), []
     while left or engine.scheduler.busy:
