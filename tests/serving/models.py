@@ -105,6 +105,17 @@ def transformers_translate(model: Any, source: Tensor, new_tokens: int) -> list[
     return start + out
 
 
+def transformers_continue(model: Any, source: Tensor, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """What an encoder-decoder makes of one source [1, n] when its text begins with ``prompt``, the start token included."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, use_cache=True, decoder_start_token_id=model.config.decoder_start_token_id)
+    ids = torch.tensor([list(prompt)])
+    out: list[int] = model.generate(source, attention_mask=torch.ones_like(source), decoder_input_ids=ids, generation_config=config)[0].tolist()
+    assert out[: len(prompt)] == list(prompt)
+    return out[len(prompt) :]
+
+
 def source(kind: str, length: int) -> Tensor:
     """One input of an encoder."""
     generator = torch.Generator().manual_seed(length)
