@@ -128,3 +128,14 @@ class ContextCache:
         table = [c.pages + [0] * (width - len(c.pages)) for c in found]
         lengths = [c.length for c in found]
         return tuple(torch.tensor(x, dtype=torch.int32, device=self.cache.device) for x in (table, lengths))  # type: ignore[return-value]
+
+    # -------------------------------------------------------------------------------------------- for tests
+
+    def check(self) -> None:
+        """Raises AssertionError unless each page is free or of one sequence, and each sequence is held by the requests that say so."""
+        held = [p for c in self._contexts.values() for p in c.pages]
+        assert sorted(held + self._free) == list(range(self.cache.pages)), "a page is lost, or of two sequences"
+        for name, c in self._contexts.items():
+            assert c.holders and c.holders == {r for r, n in self._of.items() if n == name}, "the holders of a sequence are not those that hold it"
+            assert len(c.pages) == -(-c.length // self.cache.page_size), "a sequence has a page too many or too few"
+        assert set(self._of.values()) == set(self._contexts), "a request holds a sequence that is not there"

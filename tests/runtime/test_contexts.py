@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from attnopt.errors import ServingError
-from attnopt.runtime import ContextCache, Engine, LayerShape, PagedCache, SamplingParams
+from attnopt.runtime import ContextCache, Engine, LayerShape, PagedCache, Request, SamplingParams
+from runtime.test_machines import run
 
 VOCABULARY = 31
 LAYERS = [LayerShape(1, 2, 1)] * 2
@@ -67,8 +70,10 @@ def source(n: int, seed: int = 0) -> Tensor:
 
 def assert_empty(engine: Engine) -> None:
     engine.manager.check()
+    assert engine.contexts is not None
+    engine.contexts.check()
     assert engine.manager.available == engine.manager.pages
-    assert engine.contexts is not None and engine.contexts.available == engine.contexts.cache.pages
+    assert engine.contexts.available == engine.contexts.cache.pages
 
 
 @pytest.mark.parametrize("chunk", [1, 7, None], ids=["chunk1", "chunk7", "whole"])
@@ -156,3 +161,70 @@ def test_contexts_that_do_not_fit_are_told() -> None:
 
     with pytest.raises(ServingError, match="reads no other sequence, and one was given"):
         without().add([1], context=(source(3),))
+
+
+class Readers(RuleBasedStateMachine):
+    """Requests with other sequences that arrive, fork, are cancelled and fail, while pages of both kinds are few."""
+
+    @initialize(pages=st.integers(5, 12), context_pages=st.integers(3, 8), chunk=st.sampled_from([1, 7, None]), budget=st.integers(1, 20), most=st.integers(1, 5))
+    def begin(self, pages: int, context_pages: int, chunk: int | None, budget: int, most: int) -> None:
+        self.engine = make_engine(pages, context_pages, chunk=chunk, token_budget=budget, max_requests=most)
+        self.requests: list[tuple[Request, Tensor]] = []
+
+    @rule(text=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=18), new=st.integers(1, 8), length=st.integers(1, 12), seed=st.integers(0, 2), broken=st.booleans())
+    def arrive(self, text: list[int], new: int, length: int, seed: int, broken: bool) -> None:
+        x = source(length, seed)
+        if broken and seed == 2:
+            x[0, -1] = BROKEN
+        self.requests.append((self.engine.add(text, SamplingParams(new), context=(x,)), x))
+
+    def alive(self) -> list[tuple[Request, Tensor]]:
+        return [r for r in self.requests if r[0].state != "finished"]
+
+    @precondition(lambda self: self.alive())
+    @rule(data=st.data(), how=st.sampled_from(["fork", "cancel", "fail"]))
+    def change(self, data: st.DataObject, how: str) -> None:
+        request, x = data.draw(st.sampled_from(self.alive()))
+        if how == "fork":
+            self.requests.append((self.engine.fork(request, SamplingParams(5)), x))
+        elif how == "cancel":
+            self.engine.cancel(request)
+        else:
+            self.engine.scheduler.fail(request, ServingError("Stopped by the test."))
+
+    @rule(steps=st.integers(1, 4))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.engine.step()
+
+    @invariant()
+    def pages_are_sound(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.manager.check()
+            assert self.engine.contexts is not None
+            self.engine.contexts.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(3000):
+            if not self.engine.scheduler.busy:
+                break
+            self.engine.step()
+        assert not self.engine.scheduler.busy, "requests starve"
+        assert_empty(self.engine)
+        for r, x in self.requests:
+            if bool((x == BROKEN).any()):
+                assert not r.output and r.finish_reason in ("error", "cancelled")
+            else:
+                assert r.output == alone(r.prompt, x, len(r.output))
+                assert r.finish_reason != "length" or len(r.output) == r.params.max_new_tokens
+
+
+def test_readers_through_random_use() -> None:
+    run(Readers, 25)
+
+
+@pytest.mark.slow
+def test_readers_through_much_random_use() -> None:
+    run(Readers, 500)

@@ -32,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_TEXT, **_GQA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
     },
     "deepseek_v3": {**_TEXT, **_MLA},
+    "deepseek_v2": {**_TEXT, **_MLA},
     "llama4_text": {**_TEXT, **_GQA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128, "attention_chunk_size": 16},
 }  # fmt: skip
 

@@ -43,6 +43,8 @@ def test_a_model_of_transformers_generates_what_its_own_generate_does(kind: str)
     expected = [transformers_generate(model, p, NEW) for p in texts]
     assert len({tuple(x) for x in expected}) > 1 and any(len(set(x)) > 3 for x in expected), "a model that always says the same shows nothing"
     serving = serving_model(model, **example())
+    if "kv_lora_rank" in CONFIGS[kind]:
+        assert [(x.Hkv, x.D, x.Dv) for x in serving.layers] == [(1, 40, 0)] * 2, "latents are cached"
     for chunk in CHUNKS:
         assert generate(serving, texts, NEW, chunk) == expected, f"chunks of {chunk}"
     assert generate(serving, texts[1:2], NEW, 7) == expected[1:2], "alone"
