@@ -37,6 +37,9 @@ class Decoder(nn.Module):
         self.w_k, self.w_v = nn.Parameter(torch.randn(C, H * OWN)), nn.Parameter(torch.randn(H, C, DV))
         self.out, self.head = nn.Linear(H * DV, WIDTH), nn.Linear(WIDTH, 50)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
         b, s, _ = x.shape
@@ -49,7 +52,7 @@ class Decoder(nn.Module):
             turned = torch.cat((-shared[..., SHARED // 2 :], shared[..., : SHARED // 2]), -1)
             shared = shared * angle.cos() + turned * angle.sin()
         k = self.join(own, shared)
-        y = F.scaled_dot_product_attention(q[..., : k.shape[-1]], k, v, is_causal=True).transpose(1, 2).reshape(b, s, -1)
+        y = self.attend(q[..., : k.shape[-1]], k, v).transpose(1, 2).reshape(b, s, -1)
         return self.head(x + self.out(y))
 
 
@@ -128,6 +131,25 @@ def test_the_latent_is_what_is_cached(make: Callable[[Any, Tensor], Parts], join
     if join is not added:  # there the shared features are read out of whole keys
         assert made.function.source.count("aten.linear.default(") == 4, "q, down, out and head: no keys or values are made"
         assert "aten.matmul" not in made.function.source
+
+
+class Written(Decoder):
+    """A softcap, slopes, a window and a sink."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(q.shape[2])
+        distance = i[:, None] - i
+        scores = 5.0 * torch.tanh(q @ k.mT * 0.3 / 5.0) - torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None] * distance
+        scores = scores.masked_fill((distance < 0) | (distance >= 6), -torch.inf)
+        sink = torch.zeros_like(scores[..., :1])
+        return torch.cat((scores, sink), -1).softmax(-1)[..., :-1] @ v
+
+
+def test_score_and_mask_are_what_they_were() -> None:
+    made = served(Written(together, behind))
+    assert [(x.Hkv, x.D, x.Dv, x.window) for x in made.layers] == [(1, C + SHARED, 0, 6)]
+    (site,) = made.attnopt_report.sites
+    assert str(site.spec) == "causal, MQA 4/1, window 6, softcap 5, ALiBi, softmax plus one"
 
 
 def test_keys_without_a_shared_part() -> None:
