@@ -33,9 +33,9 @@ ALSO = {
     "AO106": {"AO104"},
     "AO107": {"AO104"},
     "AO218": {"AO104"},
-    "AO108": {"AO109"},  # what is merged changes the results, and how far is told
-    "AO109": {"AO108"},
-    "AO219": {"AO108"},  # the layer whose heads can be merged
+    "AO110": {"AO109"},  # what is merged changes the results, and how far is told
+    "AO109": {"AO110"},
+    "AO219": {"AO110"},  # the layer whose heads can be merged
 }
 """Other codes that the example of a code gives, with the reason; AO101 is what any replaced attention has."""
 

@@ -51,7 +51,7 @@ class MergeKVHeads:
             spec = spec.replace(dims=replace(spec.dims, Hkv=E.const(self.groups)), traits=replace(spec.traits, shared_key_features=None))
             node.args = (node.args[0], k, v, *node.args[3:5], spec.to_json(), *node.args[6:])
             text = f"{heads} KV heads are merged into {self.groups}, each the mean of {heads // self.groups}; this changes what the model computes."
-            result.remarks.append(Remark("AO108", text, site_name(node), N.source(node)))
+            result.remarks.append(Remark("AO110", text, site_name(node), N.source(node)))
             result.modified = True
         if not result.modified:
             have = ", ".join(dict.fromkeys(str(spec_of(n).dims.Hkv) for n in found)) or "none"

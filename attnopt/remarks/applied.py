@@ -149,26 +149,6 @@ APPLIED: dict[str, Page] = {
             report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
         """),
     ),
-    "AO108": Page(
-        title="KV heads merged",
-        text="Keys and values of a group of KV heads are replaced by their mean, because `merge_kv_heads` asks for it. The model computes something else than before.",
-        cause="A cache with fewer heads is smaller, and generating reads less; the mean of the heads is where training such a model starts from (arXiv:2305.13245).",
-        hint="Train the model further with the merged heads: gradients reach the original projections through the mean.",
-        example=script("""
-            class Attention(nn.Module):
-                def __init__(self):
-                    super().__init__()
-                    self.qkv = nn.Linear(16, 48)
-
-                def forward(self, x):
-                    q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
-                    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # <- here
-
-
-            config = attnopt.OptimizeConfig(merge_kv_heads=2)
-            report = attnopt.optimize(Attention(), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)), config=config).attnopt_report
-        """),
-    ),
     "AO109": Page(
         title="what merged KV heads change",
         text="How far the results with merged KV heads are from those of the original, on the example. The verdict compares the rest with the original, and the kernels with the merged model.",
@@ -183,6 +163,26 @@ APPLIED: dict[str, Page] = {
                 def forward(self, x):
                     q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
                     return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+            config = attnopt.OptimizeConfig(merge_kv_heads=2)
+            report = attnopt.optimize(Attention(), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)), config=config).attnopt_report
+        """),
+    ),
+    "AO110": Page(
+        title="KV heads merged",
+        text="Keys and values of a group of KV heads are replaced by their mean, because `merge_kv_heads` asks for it. The model computes something else than before.",
+        cause="A cache with fewer heads is smaller, and generating reads less; the mean of the heads is where training such a model starts from (arXiv:2305.13245).",
+        hint="Train the model further with the merged heads: gradients reach the original projections through the mean.",
+        example=script("""
+            class Attention(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.qkv = nn.Linear(16, 48)
+
+                def forward(self, x):
+                    q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+                    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # <- here
 
 
             config = attnopt.OptimizeConfig(merge_kv_heads=2)

@@ -67,7 +67,7 @@ def test_it_is_the_model_with_the_mean_of_the_weights(groups: int) -> None:
     report = merged.attnopt_report
     assert report.verdict.passed and any(c.name.startswith("whole model with merged heads") for c in report.verdict.checks)
     assert [s.spec.groups for s in report.sites] == [H // groups] * 2
-    assert messages(merged, "AO108") == [f"6 KV heads are merged into {groups}, each the mean of {6 // groups}; this changes what the model computes."] * 2
+    assert messages(merged, "AO110") == [f"6 KV heads are merged into {groups}, each the mean of {6 // groups}; this changes what the model computes."] * 2
     (said,) = messages(merged, "AO109")
     before = model(IDS).detach().double()
     change = float(((truth - before).square().mean() / before.square().mean()).sqrt())
@@ -101,7 +101,7 @@ def test_served_it_caches_the_merged_heads_and_generates_the_same() -> None:
 
 def test_nothing_is_merged_by_default_and_fewer_heads_stay() -> None:
     plain = attnopt.optimize(Model(2).eval(), IDS, config=OptimizeConfig(verify=False))
-    assert not messages(plain, "AO108") and not messages(plain, "AO109")
+    assert not messages(plain, "AO110") and not messages(plain, "AO109")
     assert OptimizeConfig().merge_kv_heads is None
 
 
