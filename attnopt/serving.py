@@ -27,7 +27,8 @@ from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCa
 from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
-from attnopt.runtime import ContextCache, Engine, Event, PagedCache, Result, SamplingParams
+from attnopt.runtime import Engine, Event, Result, SamplingParams
+from attnopt.runtime.model_caches import ModelCaches, pages_for
 from attnopt.verify.merged import change
 from attnopt.verify.packed import verify_packed
 
@@ -137,21 +138,13 @@ class ServingModel(nn.Module):
         windows = [x.window for x in self.layers if not x.cross]
         window = None if None in windows else max(x for x in windows if x is not None)
         place = next((x.device for x in (*self.parameters(), *self.buffers())), None)
-        own, crossing = ([x for x in self.layers if x.cross == cross] for cross in (False, True))
-        own_bytes = None if size_bytes is None else size_bytes * _bytes(own) // _bytes(self.layers)
-        cache = PagedCache(own, page_size, pages, own_bytes, place)
-        contexts: ContextCache | None = None
-        if crossing:
-            contexts = ContextCache(self.encode, self.context_length, crossing, page_size, context_pages or cache.pages, None, place)
-        elif context_pages is not None:
-            raise ServingError(f"context_pages is {context_pages}, and this model reads no other sequence; supported is None.")
-        tensors = {False: iter(cache.tensors), True: iter(contexts.cache.tensors if contexts else ())}
-        caches = [next(tensors[x.cross]) for x in self.layers]
+        caches = ModelCaches.of(self.layers, page_size, pages, size_bytes, place, self.encode, self.context_length, context_pages)
 
         def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
-            return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches, rows, (cross[0], cross[1]) if cross else None)
+            return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches.tensors, rows, (cross[0], cross[1]) if cross else None)
 
-        return Engine(run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, prefix=self.plan.prefix, contexts=contexts, **options)
+        limits = {"vocabulary": self.vocabulary, "max_positions": self.max_positions, "window": window, "prefix": self.plan.prefix}
+        return Engine(run, caches.own, contexts=caches.contexts, **limits, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, contexts: Contexts = None, progress: bool = False, **options: Any) -> list[Result]:
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.
@@ -173,13 +166,8 @@ class ServingModel(nn.Module):
         rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         page_size = max(1, options.get("page_size", 16))
         ends = [min(len(p) + r.max_new_tokens, self.max_positions or _LONGEST) for p, r in zip(prompts, rules, strict=False)]
-        others = [self.context_length(*x) for x in contexts or ()]
-        own, crossing = (sum(-(-n // page_size) for n in lengths) for lengths in (ends, others))
-        total = page_size * (own * _bytes([x for x in self.layers if not x.cross]) + crossing * _bytes([x for x in self.layers if x.cross]))
-        if total > _CACHE_BYTES:
-            own, crossing = (n * _CACHE_BYTES // total for n in (own, crossing))
-        more = {"context_pages": max(1, crossing)} if others and options.get("context_pages") is None else {}
-        return self.engine(**{**options, "pages": max(1, own), **more})
+        pages, context_pages = pages_for(self.layers, page_size, ends, [self.context_length(*x) for x in contexts or ()], _CACHE_BYTES)
+        return self.engine(**{"context_pages": context_pages, **options, "pages": pages})
 
     def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
         """Empty caches for ``run``: (k_cache, v_cache) of each layer, of ``pages`` pages of ``page_size`` tokens."""
@@ -187,11 +175,6 @@ class ServingModel(nn.Module):
         return [
             (torch.zeros(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=place), torch.zeros(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=place)) for x in self.layers
         ]
-
-
-def _bytes(layers: Sequence[CacheLayer]) -> int:
-    """What these layers keep of a token."""
-    return sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in layers)
 
 
 def _tuples(contexts: Contexts) -> list[tuple[Tensor, ...]] | None:

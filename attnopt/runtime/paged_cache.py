@@ -35,6 +35,11 @@ class LayerShape:
     dtype: torch.dtype = torch.float32
 
 
+def token_bytes(layers: Sequence[LayerLike]) -> int:
+    """What these layers keep of one token."""
+    return sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in layers)
+
+
 class PagedCache:
     """For each layer (k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv]); all layers share one numbering of pages.
 
@@ -57,7 +62,7 @@ class PagedCache:
         if (pages is None) == (size_bytes is None):
             raise ServingError(f"pages is {pages} and size_bytes is {size_bytes}; exactly one of them says how large the cache is.")
         self.page_size = page_size
-        self.page_bytes = page_size * sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in layers)
+        self.page_bytes = page_size * token_bytes(layers)
         if size_bytes is not None:
             pages = size_bytes // self.page_bytes
             if pages < 1:
