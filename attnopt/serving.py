@@ -143,8 +143,8 @@ class ServingModel(nn.Module):
         def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches.tensors, rows, (cross[0], cross[1]) if cross else None)
 
-        limits = {"vocabulary": self.vocabulary, "max_positions": self.max_positions, "window": window, "prefix": self.plan.prefix}
-        return Engine(run, caches.own, contexts=caches.contexts, **limits, **options)
+        plan, contexts = self.plan, caches.contexts
+        return Engine(run, caches.own, vocabulary=plan.vocabulary, max_positions=plan.max_positions, window=window, prefix=plan.prefix, contexts=contexts, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, contexts: Contexts = None, progress: bool = False, **options: Any) -> list[Result]:
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.
