@@ -119,14 +119,27 @@ def test_what_does_not_fit_is_named() -> None:
 
 def test_splits_fill_the_device() -> None:
     launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
-    processors, room = 132, 132 * launch_paged.PROGRAMS_EACH
-    for programs, blocks in ((8, 2048), (8, 128), (128, 128), (200, 32), (300, 32), (512, 128), (1024, 32), (1, 1), (1, 100_000)):
-        n = launch_paged.splits(programs, blocks, processors)
+    room = 132 * 3
+    for programs, blocks in ((8, 2048), (8, 128), (128, 128), (200, 32), (300, 32), (512, 128), (1024, 32), (1, 1), (1, 100_000), (3, 17)):
+        n = launch_paged.splits(programs, blocks, room)
+        each = -(-blocks // n)
         assert 1 <= n <= max(1, blocks // 2)
-        rounds = programs * n / room
-        # nobody waits for a last round that is nearly empty, unless there are no more blocks to share
-        assert rounds / -(-programs * n // room) >= 0.9 or n >= blocks // 2 or programs >= 4 * room, (programs, blocks, n)
-    assert launch_paged.splits(1024, 128, processors) == 1
+        assert (n - 1) * each < blocks, "a split without a block"
+        assert programs * n <= 1.25 * room or n == 1, "programs that wait for others to end"
+        # nearly full, as far as whole blocks allow
+        assert n == 1 or programs * n >= 0.6 * room or each <= 3, (programs, blocks, n)
+    assert launch_paged.splits(1024, 128, room) == 1
+    assert launch_paged.splits(8, 2048, room) == 49
+
+
+def test_room_for_programs() -> None:
+    launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
+    c = launch_paged.config(128, 128, 4, 1, torch.bfloat16, 227 * 1024)
+    assert c.one_query and c.BLOCK_Q == 1 and c.BLOCK_M == 16
+    assert launch_paged.programs_each(c, 128, 128, 2, 227 * 1024) == 3
+    assert launch_paged.programs_each(c, 128, 128, 1, 227 * 1024) == 4
+    assert launch_paged.programs_each(c, 256, 256, 2, 64 * 1024) == 1
+    assert launch_paged.config(128, 128, 4, 5, torch.bfloat16, 227 * 1024).BLOCK_Q == 8
 
 
 @pytest.mark.parametrize(("D", "parts"), [(16, (16, 0)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (192, (128, 64)), (576, (512, 64)), (8, (16, 0)), (40, (32, 16))])
