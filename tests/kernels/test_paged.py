@@ -142,7 +142,9 @@ def test_room_for_programs() -> None:
     assert launch_paged.config(128, 128, 4, 5, torch.bfloat16, 227 * 1024).BLOCK_Q == 8
 
 
-@pytest.mark.parametrize(("D", "parts"), [(16, (16, 0)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (192, (128, 64)), (576, (512, 64)), (8, (16, 0)), (40, (32, 16))])
+@pytest.mark.parametrize(
+    ("D", "parts"), [(16, (16, 0)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (192, (128, 64)), (576, (512, 64)), (8, (16, 0)), (40, (32, 16))]
+)
 def test_a_head_is_made_up_of_two_blocks(D: int, parts: tuple[int, int]) -> None:
     launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
     assert launch_paged.head_parts(D) == parts and sum(parts) >= D
@@ -211,6 +213,66 @@ def test_nothing_else_is_read(interpreted: Run) -> None:
 @pytest.mark.parametrize("cache", ["int8-float16", "float8_e4m3fn-float32"])
 def test_quantized(interpreted: Run, cache: str) -> None:
     interpreted("paged", "quantized", *cache.split("-"))
+
+
+@pytest.mark.parametrize("heads", ["32-64", "64-40"])
+@pytest.mark.parametrize("cache", ["int8-float16", "int8-bfloat16", "float8_e4m3fn-float16", "float8_e4m3fn-bfloat16"])
+def test_quantized_in_words_of_two(interpreted: Run, cache: str, heads: str) -> None:
+    interpreted("paged", "quantized", *cache.split("-"), *heads.split("-"))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_words_are_taken_apart_exactly(kind: str, wide: torch.dtype) -> None:
+    """The PTX in ``halves``, step by step, on every word of two numbers: what the cache's dtype means, but for the constant factor."""
+    halves = pytest.importorskip("attnopt.kernels.triton.halves", reason="triton is not installed")
+    words = torch.arange(1 << 16).to(torch.uint16)
+    pairs = words.view(torch.float8_e4m3fn if kind == "fp8" else torch.int8).view(-1, 2).double()
+    factor = 1.0 if kind == "int8" else 2.0**-120 if wide == torch.bfloat16 else 2.0**-8
+    for place, found in enumerate(emulate(halves.HALVES, kind, wide, words)):
+        want = pairs[:, place] * factor
+        known = ~want.isnan()  # a NaN has a scale of NaN
+        assert torch.equal(found.double()[known], want[known])
+
+
+def emulate(text: str, kind: str, wide: torch.dtype, words: Tensor) -> list[Tensor]:
+    """Runs the PTX of one of the functions, with every word in both halves of a register; both results, lower halves."""
+    body = text.split(f"def _halves_{kind}(")[1].split("@triton.jit")[0]
+    steps = body.split('"""')[1 if wide == torch.bfloat16 else 3]
+    value = words.to(torch.int64)
+    registers: dict[str, Tensor] = {"$2": value | value << 16}
+    for line in (x.strip().rstrip(";") for x in steps.splitlines()):
+        if not line or line in "{}" or line.startswith(".reg"):
+            continue
+        name, rest = line.split(None, 1)
+        into, *given = (x.strip() for x in rest.split(","))
+        a, *more = (registers[x] if x in registers else torch.tensor(int(x, 0)) for x in given)
+        if name == "mov.b32":
+            out = a.expand_as(value)
+        elif name in ("shl.b32", "shr.u32"):
+            out = (a << more[0] if name.startswith("shl") else a >> more[0]) & 0xFFFFFFFF
+        elif name == "and.b32":
+            out = a & more[0]
+        elif name == "lop3.b32":
+            b, c, table = more
+            out = (a & b) | c if int(table) == 0xEA else (a & b) ^ c
+            assert int(table) in (0xEA, 0x6A)
+        else:
+            assert name in ("sub.bf16x2", "sub.f16x2"), name
+            out = _pack(_low(a, wide) - _low(more[0], wide), wide)
+        registers[into] = out
+    for name in ("$0", "$1"):
+        assert torch.equal(registers[name] >> 16, registers[name] & 0xFFFF), "a word reaches into its neighbour"
+    return [_low(registers[n], wide) for n in ("$0", "$1")]
+
+
+def _low(x: Tensor, wide: torch.dtype) -> Tensor:
+    return (x & 0xFFFF).to(torch.uint16).view(wide)
+
+
+def _pack(x: Tensor, wide: torch.dtype) -> Tensor:
+    bits = x.to(wide).view(torch.uint16).to(torch.int64)
+    return bits | bits << 16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

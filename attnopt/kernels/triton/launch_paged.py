@@ -29,6 +29,7 @@ from attnopt.kernels.paged_reference import request_sizes
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import Bounds, bounds, cached_key_range
 from attnopt.kernels.triton.flash_forward import Source
+from attnopt.kernels.triton.halves import PACKED
 from attnopt.kernels.triton.launch import DTYPES, SHARED_MEMORY_SM90, available, import_source, interpreted, power_of_two, shared_memory
 from attnopt.kernels.triton.paged import CONSTEXPRS, generate, lengths_of, request_spec
 
@@ -99,8 +100,9 @@ class Kernel:
 
 
 @lru_cache(maxsize=1024)
-def kernel_for(spec: AttentionSpec, quantized: bool) -> Kernel:
-    source = generate(spec, quantized)
+def kernel_for(spec: AttentionSpec, cache: str = "") -> Kernel:
+    """``cache`` as in ``paged.generate``."""
+    source = generate(spec, cache)
     return Kernel(source, import_source(source.text), programs_of(request_spec(spec)).folded)
 
 
@@ -241,11 +243,12 @@ _PLANS: dict[Any, Plan] = {}
 class Plan:
     """The launches for calls of one shape."""
 
-    spec: AttentionSpec
     source: Source
     device: torch.device
     shape: dict[str, int]
     sizes: dict[str, int]
+    words: bool
+    """Whether the caches are read as words of two numbers."""
     part: tuple[int, ...] | None
     """The shape of what the splits leave; None where there are none."""
     forward: Launch
@@ -268,7 +271,9 @@ class Plan:
         memory = shared_memory(index) if on_gpu else SHARED_MEMORY_SM90
         one_load = shares(k_cache, v_cache)
         c = chosen or config(D, Dv, groups, -(-T // R), q.dtype, memory, one_load)
-        kernel = kernel_for(spec, quantized)
+        cache = packing(q.dtype, k_cache, v_cache, one_load) if quantized else ""
+        words = as_words(k_cache, v_cache) if cache in PACKED else {}
+        kernel = kernel_for(spec, cache)
         BLOCK_Q, lanes = c.BLOCK_Q, Hkv * -(-groups // c.HEADS)
         tiles = T if BLOCK_Q == 1 else T // BLOCK_Q + R + 1
         if num_splits is None:
@@ -279,11 +284,11 @@ class Plan:
         split = num_splits > 1
         pdl = split and on_gpu and capability() >= (9, 0)
         shape = {"b": R, "h": Hq, "q": capacity, "k": capacity}
-        arguments = bind(kernel.source, spec, tensors, load_tensors(kernel.source.parts, shape, loads, values, q.device), len(loads))
+        arguments = bind(kernel.source, spec, tensors | words, load_tensors(kernel.source.parts, shape, loads, values, q.device), len(loads))
         arguments |= {f"size{i}": values[name] for i, name in enumerate(kernel.source.sizes)}
         arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity}
         arguments |= {"O_s0": Hq * Dv, "O_s1": Dv, "O_s2": 1}
-        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl)
+        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, on_gpu and capability() >= (9, 0))
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
         forward = Launch(kernel.module.paged_forward, kernel.source.arguments, arguments, fixed, options, (tiles * lanes * num_splits,))
         reduction = None
@@ -292,11 +297,13 @@ class Plan:
             fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl)
             options = {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
             reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, options, (T * Hq,))
-        return Plan(spec, kernel.source, q.device, shape, values, (T, Hq, num_splits, Dv) if split else None, forward, reduction)
+        return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction)
 
     def run(self, tensors: dict[str, Tensor], loads: Sequence[Tensor], o: Tensor) -> None:
         named = tensors | {f"L{i}": x for i, x in enumerate(load_tensors(self.source.parts, self.shape, loads, self.sizes, self.device))}
         named |= {"O": o, "PART": o, "LSE": o}
+        if self.words:
+            named |= as_words(named["K"], named["V"])
         if self.part is not None:
             # one piece of memory, and one call for it
             weights = math.prod(self.part[:3])
@@ -327,12 +334,30 @@ def shares(k_cache: Tensor, v_cache: Tensor) -> bool:
     return same and Dv == head_parts(k_cache.shape[3])[0] == power_of_two(Dv)
 
 
-def constants(D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype, pdl: bool = False) -> dict[str, Any]:
+def packing(dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, one_load: bool) -> str:
+    """How a quantized cache is read for queries of ``dtype``: as words of two numbers, of the ``PACKED`` kind of its dtype, where two blocks of halves can be made of
+    its heads, and otherwise number by number (``scaled``)."""
+    whole = all(
+        x.shape[3] % 2 == 0 and power_of_two(x.shape[3]) >= 32 and x.stride(3) == 1 and not any(n % 2 for n in (x.data_ptr(), *x.stride()[:3]))
+        for x in (k_cache, v_cache)
+    )
+    if one_load or not whole or head_parts(k_cache.shape[3])[1] or dtype not in (torch.float16, torch.bfloat16):
+        return "scaled"
+    return "int8" if k_cache.dtype == torch.int8 else "fp8"
+
+
+def as_words(k_cache: Tensor, v_cache: Tensor) -> dict[str, Tensor]:
+    return {"K": k_cache.view(torch.int16), "V": v_cache.view(torch.int16)}
+
+
+def constants(
+    D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype, pdl: bool = False, asm: bool = False
+) -> dict[str, Any]:
     """The values of the kernel's ``CONSTEXPRS``. ``page`` is 0 where each request has one; with ``pdl`` the reduction is launched before this kernel ends."""
     BLOCK_R = max(128, power_of_two(R + 1))
     parts = head_parts(D)
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, precision)
+    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, asm, precision)
     return dict(zip(CONSTEXPRS, values, strict=True))
 
 
