@@ -24,6 +24,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import capability, processors
 from attnopt.kernels.materialise import load_tensors
+from attnopt.kernels.paged_checks import description
 from attnopt.kernels.paged_choice import CacheSetting
 from attnopt.kernels.paged_reference import request_sizes
 from attnopt.kernels.programs import programs_of
@@ -190,18 +191,25 @@ def attention(
     v_scale: Tensor | None = None,
     chosen: Config | None = None,
     num_splits: int | None = None,
+    described: Any = None,
 ) -> Tensor:
-    """``attnopt::paged_attention`` by the generated kernels. ``chosen`` and ``num_splits`` replace what ``config`` and ``splits`` say."""
+    """``attnopt::paged_attention`` by the generated kernels. ``chosen`` and ``num_splits`` replace what ``config`` and ``splits`` say.
+
+    ``described``: ``paged_checks.description`` of the call, where the caller has it already.
+    """
     tensors = {"Q": q, "K": k_cache, "V": v_cache, "TABLE": block_table, "STARTS": cu_seqlens_q.contiguous(), "LENGTHS": seqlens_k.contiguous()}
     if k_scale is not None and v_scale is not None:
         tensors |= {"K_SCALE": k_scale, "V_SCALE": v_scale}
     o = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
     if o.numel() == 0 or block_table.numel() == 0 or k_cache.shape[0] == 0:
         return o.zero_()
+    if described is None:
+        described = (spec, description(sizes, q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, k_scale, v_scale, *loads))
     # what Triton compiles for depends on whether addresses are multiples of 16
-    given = (*tensors.values(), *loads)
-    places = tuple((x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in given)
-    key = (spec, tuple(sizes), q.device, k_cache.data_ptr() == v_cache.data_ptr(), k_scale is None, places, chosen, num_splits)
+    k_at, v_at = k_cache.data_ptr(), v_cache.data_ptr()
+    places = (k_at % 16, v_at % 16, k_at == v_at, *(x.data_ptr() % 16 for x in (q, block_table, cu_seqlens_q, seqlens_k, *loads)))
+    scales = () if k_scale is None or v_scale is None else (k_scale.data_ptr() % 16, v_scale.data_ptr() % 16)
+    key = (described, places, scales, chosen, num_splits)
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= MOST_PLANS:
@@ -218,22 +226,27 @@ class Launch:
     function: Any
     arguments: tuple[str, ...]
     values: dict[str, Any]
-    """By name: sizes, strides and bounds. ``tensors`` of a call come on top."""
+    """By name: sizes, strides and bounds. What is not among them is a tensor, and comes with the call."""
     fixed: dict[str, Any]
     """Its constexprs, in order."""
     options: dict[str, Any]
     grid: tuple[int]
-    compiled: Any = None
-    """What Triton made of it at the first launch. To launch that one spares looking at every argument again."""
+    launch: Any = None
+    """What Triton made of it at the first launch, for this grid. To launch that spares looking at every argument again."""
+
+    def __post_init__(self) -> None:
+        self.template = [self.values.get(n) for n in self.arguments]
+        self.places = [(i, n) for i, n in enumerate(self.arguments) if n not in self.values]
 
     def run(self, tensors: dict[str, Tensor]) -> None:
-        values = self.values | tensors
-        arguments = [values[n] for n in self.arguments]
-        if self.compiled is not None:
-            self.compiled[(*self.grid, 1, 1)](*arguments, *self.fixed.values())
+        arguments = self.template.copy()
+        for i, name in self.places:
+            arguments[i] = tensors[name]
+        if self.launch is not None:
+            self.launch(*arguments, *self.fixed.values())
             return
         made = self.function[self.grid](*arguments, **self.fixed, **self.options)
-        self.compiled = None if interpreted() else made
+        self.launch = None if interpreted() else made[(*self.grid, 1, 1)]
 
 
 _PLANS: dict[Any, Plan] = {}
