@@ -26,7 +26,8 @@ from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCa
 from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
-from attnopt.runtime import Engine, Event, PagedCache, Result, SamplingParams
+from attnopt.runtime import DecodeGraphs, Engine, Event, PagedCache, Result, SamplingParams
+from attnopt.runtime.graphs import module_tensors
 from attnopt.verify.packed import verify_packed
 
 Progress = Callable[[str, int, int], None]
@@ -118,8 +119,11 @@ class ServingModel(nn.Module):
 
     run = forward
 
-    def engine(self, *, page_size: int = 16, pages: int | None = None, size_bytes: int | None = None, **options: Any) -> Engine:
-        """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ..."""
+    def engine(self, *, page_size: int = 16, pages: int | None = None, size_bytes: int | None = None, graphs: bool = True, **options: Any) -> Engine:
+        """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ...
+
+        With ``graphs`` steps of one token a request are replayed from CUDA graphs where that can be; ``engine.run`` counts them, and says why not.
+        """
         if self.context is not None:
             raise ServingError("This model reads another sequence, which the engine does not hold yet; call encode and run instead.")
         windows = [x.window for x in self.layers]
@@ -130,7 +134,11 @@ class ServingModel(nn.Module):
         def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, cache.tensors, rows)
 
-        return Engine(run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, **options)
+        def state() -> list[Tensor]:
+            constants = [x for x in self.function.constants if isinstance(x, Tensor)]
+            return [*module_tensors(self), *constants, *(x for pair in cache.tensors for x in pair)]
+
+        return Engine(DecodeGraphs(run, state, cache.device) if graphs else run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, progress: bool = False, **options: Any) -> list[Result]:
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.

@@ -3,6 +3,7 @@
 from attnopt.errors import ServingError
 from attnopt.runtime.block_manager import BlockManager, OutOfPages, Usage
 from attnopt.runtime.engine import Engine, Event, Result, StepFunction
+from attnopt.runtime.graphs import DecodeGraphs
 from attnopt.runtime.paged_cache import LayerShape, PagedCache
 from attnopt.runtime.request import Request
 from attnopt.runtime.sampling import SamplingParams, sample
@@ -12,6 +13,7 @@ from attnopt.runtime.step import Step
 
 __all__ = [
     "BlockManager",
+    "DecodeGraphs",
     "Engine",
     "Event",
     "LayerShape",
