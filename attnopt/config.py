@@ -10,10 +10,12 @@ from attnopt.errors import AttnoptError
 BACKENDS = ("auto", "cudnn", "flash_attn", "flex", "gluon", "reference", "sdpa", "triton")
 """Names that ``backend`` may have; others can be registered. Held here too, where nothing heavy is imported."""
 
+KV_CACHE_DTYPES = ("int8", "fp8")
+
 
 @dataclass(frozen=True)
 class OptimizeConfig:
-    """What to do and how. Every field but ``kv_cache`` has a command-line option of the same name."""
+    """What to do and how. Every field but ``kv_cache`` and ``kv_cache_dtype`` has a command-line option of the same name."""
 
     backend: str = "auto"
     """Kernel for every site: ``auto`` or a registered backend's name. A named backend never falls back in silence."""
@@ -33,6 +35,9 @@ class OptimizeConfig:
     """With dynamo capture: hand the rewritten graph to Inductor; otherwise it runs eagerly."""
     kv_cache: str | None = None
     """``paged``: make a serving model of a decoder that was written without a cache. It runs packed tokens of many requests; see ``attnopt.serving``."""
+    kv_cache_dtype: str | None = None
+    """With ``kv_cache``: keep keys and values in ``int8`` or ``fp8`` (e4m3), with a scale for each token and head. Approximate, so only where it is asked for; verified
+    against the model whose keys and values are rounded so."""
     max_variants: int = 8
     """How many (mode, dtype, device, argument structure) variants of one module are captured before it raises."""
 
@@ -41,6 +46,10 @@ class OptimizeConfig:
             raise AttnoptError(f"autotune chooses the backend, and backend is {self.backend!r}; supported beside autotune is 'auto'.")
         if self.kv_cache not in (None, "paged"):
             raise AttnoptError(f"kv_cache is {self.kv_cache!r}; supported are None and 'paged'.")
+        if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
+            raise AttnoptError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; supported are None, {' and '.join(map(repr, KV_CACHE_DTYPES))}.")
+        if self.kv_cache_dtype and not self.kv_cache:
+            raise AttnoptError(f"kv_cache_dtype is {self.kv_cache_dtype!r} and kv_cache is None: there is no cache to keep in it; supported beside it is kv_cache='paged'.")
         if self.kv_cache and self.capture == "dynamo":
             raise AttnoptError("kv_cache needs a capture of the whole model, and capture is 'dynamo'; supported are 'auto' and 'export'.")
         if self.capture not in ("auto", "export", "dynamo"):

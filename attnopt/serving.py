@@ -24,11 +24,13 @@ from attnopt.emit.function import GraphFunction, graph_function
 from attnopt.errors import ServingError, VerificationError
 from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCache, PackedPlan
 from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
+from attnopt.passes.quantize_kv_cache import QuantizeKVCache, rounded_writes
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 from attnopt.runtime import DecodeGraphs, Engine, Event, PagedCache, Result, SamplingParams
 from attnopt.runtime.graphs import module_tensors
-from attnopt.verify.packed import verify_packed
+from attnopt.runtime.paged_cache import layer_tensors, token_bytes
+from attnopt.verify.packed import Stated, verify_packed
 
 Progress = Callable[[str, int, int], None]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -75,7 +77,7 @@ class ServingModel(nn.Module):
         block_table: Tensor,
         cu_seqlens_q: Tensor,
         seqlens_k: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[tuple[Tensor, ...]],
         rows: Tensor | None = None,
         cross: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -83,7 +85,8 @@ class ServingModel(nn.Module):
 
         tokens, positions and slots int64 [T] are packed, those of request r at ``cu_seqlens_q[r] .. cu_seqlens_q[r + 1]``; its keys and values, these tokens' included,
         are the first ``seqlens_k[r]`` in the pages ``block_table[r]``. A token is written at slot page * page_size + offset of each layer's
-        ``(k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv])``, which are changed in place; at slot -1 it is not written.
+        ``(k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv])``, which are changed in place; at slot -1 it is not written. Caches of int8 and fp8
+        have their scales behind them, ``k_scale`` and ``v_scale`` [pages, page_size, Hkv].
         ``cross`` is (block table [R, max_pages], lengths [R]) of the other sequences, whose keys and values, those of ``encode``, stand in the caches of layers that are ``cross``.
         """
         if (cross is None) != (self.context is None):
@@ -157,15 +160,13 @@ class ServingModel(nn.Module):
         rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         page_size = max(1, options.get("page_size", 16))
         ends = [min(len(p) + r.max_new_tokens, self.max_positions or _LONGEST) for p, r in zip(prompts, rules, strict=False)]
-        page_bytes = page_size * sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in self.layers)
+        page_bytes = page_size * token_bytes(self.layers)
         return self.engine(**options, pages=max(1, min(sum(-(-n // page_size) for n in ends), _CACHE_BYTES // page_bytes)))
 
-    def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Empty caches for ``run``: (k_cache, v_cache) of each layer, of ``pages`` pages of ``page_size`` tokens."""
+    def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, ...]]:
+        """Empty caches for ``run``, those of each layer, of ``pages`` pages of ``page_size`` tokens."""
         place = next(self.parameters()).device if device is None else device
-        return [
-            (torch.zeros(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=place), torch.zeros(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=place)) for x in self.layers
-        ]
+        return [tuple(x.zero_() for x in layer_tensors(layer, pages, page_size, place)) for layer in self.layers]
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,8 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving
     start = time.perf_counter()
-    report.verdict = _verdict(model, serving, call, progress)
+    stated = None if config.kv_cache_dtype is None else _rounded(model, call, config)
+    report.verdict = _verdict(model, serving, call, progress, stated)
     report.seconds["verify"] = time.perf_counter() - start
     if report.verdict.passed is None:
         report.remarks.append(Remark("AO304", "Not compared with the original: the weights are on the meta device."))
@@ -294,7 +296,23 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     return serving
 
 
-def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Progress | None) -> Verdict:
+def _rounded(model: nn.Module, call: _Call, config: OptimizeConfig) -> Stated:
+    """The serving model with caches of its own dtype, whose keys and values are rounded as the caches that ``config`` asks for are stated to round them."""
+    assert config.kv_cache_dtype is not None
+    plain = replace(config, kv_cache_dtype=None, disable_passes=tuple(x for x in config.disable_passes if x != QuantizeKVCache.name), print_ir_after=())
+    found = run_pipeline(call.captured.graph_module, plain, cache=InsertKVCache(call.positions(), call.output(), config.backend)).graph_module
+    rounded_writes(found, config.kv_cache_dtype)
+    function = graph_function(found, model)
+    same = clone_tree(model)
+
+    def run(*inputs: Tensor) -> Tensor:
+        logits: Tensor = function.run(same, *inputs, *function.constants)[0]
+        return logits
+
+    return Stated(run, found.meta[PLAN], f"beside the model whose keys and values are rounded to {config.kv_cache_dtype}")
+
+
+def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Progress | None, stated: Stated | None) -> Verdict:
     plan, place = serving.plan, call.output()
     if any(t.is_meta for t in tensors_of(serving)):
         return Verdict()
@@ -308,6 +326,7 @@ def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Pro
         lambda result: call.logits(result, place, plan.last_only),
         None if serving.context is None else lambda request: serving.encode(*(call.row(name, request) for name in plan.context)),
         progress,
+        stated,
     )
 
 

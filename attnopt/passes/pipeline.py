@@ -24,6 +24,7 @@ from attnopt.passes.join_products import JoinProducts
 from attnopt.passes.known_inputs import KnownInputs
 from attnopt.passes.lower import Lower
 from attnopt.passes.merge_projections import MergeProjections
+from attnopt.passes.quantize_kv_cache import QuantizeKVCache
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
 from attnopt.passes.share_block_maps import ShareBlockMaps
@@ -32,8 +33,8 @@ from attnopt.report import Site
 
 NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
 """Every pass, in order."""
-SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "merge-projections", "insert-kv-cache", "cleanup")
-"""Every pass with ``kv_cache``, in order."""
+SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "merge-projections", "insert-kv-cache", "quantize-kv-cache", "cleanup")
+"""Every pass with ``kv_cache``, in order; quantize-kv-cache is there with ``kv_cache_dtype``."""
 _REQUIRED = ("canonicalize",)
 _REQUIRED_TO_SERVE = ("canonicalize", "raise-attention", "insert-kv-cache")
 
@@ -63,6 +64,8 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
             raise AttnoptError(f"the pass {n!r} cannot be disabled: every other one needs its form; those that can are {', '.join(x for x in names if x not in required)}.")
     if config.kv_cache:
         rewrites: list[Pass] = [KnownInputs(cache.positions if cache else ()), RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), cache or InsertKVCache()]
+        if config.kv_cache_dtype:
+            rewrites.append(QuantizeKVCache(config.kv_cache_dtype))
     else:
         rewrites = [RaiseAttention(skip_sites), GroupHeads(), MergeProjections(), SelectKernel(config.backend, config.autotune), ShareBlockMaps(), Lower()]
     everything: list[Pass] = [Canonicalize(), JoinProducts(), *rewrites, Cleanup()]
