@@ -124,7 +124,7 @@ def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, g
     out = []
     label = f"{name} D{D} {dtype_name} {cache} queries{queries} groups{groups} page{page} sm_{arch} {c}"
     for split in (False, True):
-        constexprs = launch_paged.constants(D, Dv, groups, 16, page, split, D == 576, c, dtype, split and arch >= 90, arch >= 90)
+        constexprs = launch_paged.constants(D, Dv, groups, 16, page, split, D == 576, c, dtype, arch >= 90, arch >= 90)
         found = compile_typed(arch, kernel.module.paged_forward, types, fixed, constexprs, aligned, c)
         out.append({"kernel": f"paged {'split ' if split else ''}{label}", **found})
     parts = {"PART": "*fp32", "LSE": "*fp32", "O": f"*{NAMES[dtype]}", "O_s0": "i32", "O_s1": "i32", "O_s2": "constexpr", "Hq": "i32", "SPLITS": "i32"}

@@ -166,12 +166,22 @@ def programs_each(c: Config, D: int, Dv: int, element: int, memory: int) -> int:
 def splits(programs: int, blocks: int, room: int) -> int:
     """How many programs share the keys of a tile, where there are ``programs`` tiles of at most ``blocks`` blocks of keys, and the device holds ``room`` programs.
 
-    As many as fill the device once. Then all keys are asked for at once, and no program waits for another to end; where the device is full anyway, bandwidth
-    is what all share, and splits would only add their results to what is moved. Never a split that gets no block.
+    The least number that fills the device about as well as any: whole rounds of programs, without a nearly empty last one, in which few programs would have to ask for all
+    that memory can give. From two rounds on that hardly matters, and none are split. Never a split that gets no block.
     """
-    most = max(1, blocks // LEAST_BLOCKS)
-    n = max(1, min(most, (room + programs // 4) // programs))
-    return -(-blocks // -(-blocks // n))
+
+    def whole(n: int) -> int:
+        return -(-blocks // -(-blocks // n))
+
+    def filled(n: int) -> float:
+        rounds = programs * n / room
+        return rounds / math.ceil(rounds)
+
+    if programs >= 2 * room:
+        return 1
+    tried = sorted({whole(n) for n in range(1, max(1, min(blocks // LEAST_BLOCKS, room)) + 1)})
+    best = max(map(filled, tried))
+    return next(n for n in tried if filled(n) >= 0.95 * best)
 
 
 # ------------------------------------------------------------------------------------------------ the call
@@ -295,20 +305,21 @@ class Plan:
             each = programs_each(c, D, 0 if one_load else Dv, k_cache.element_size(), memory)
             num_splits = splits(likely, blocks, each * (processors(index) if on_gpu else INTERPRETED_PROCESSORS))
         split = num_splits > 1
-        pdl = split and on_gpu and capability() >= (9, 0)
+        pdl = on_gpu and capability() >= (9, 0)
+        early = {"launch_pdl": True} if pdl else {}
         shape = {"b": R, "h": Hq, "q": capacity, "k": capacity}
         arguments = bind(kernel.source, spec, tensors | words, load_tensors(kernel.source.parts, shape, loads, values, q.device), len(loads))
         arguments |= {f"size{i}": values[name] for i, name in enumerate(kernel.source.sizes)}
         arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity}
         arguments |= {"O_s0": Hq * Dv, "O_s1": Dv, "O_s2": 1}
-        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, on_gpu and capability() >= (9, 0))
-        options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl)
+        options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **early}
         forward = Launch(kernel.module.paged_forward, kernel.source.arguments, arguments, fixed, options, (tiles * lanes * num_splits,))
         reduction = None
         if split:
             names = ("PART", "LSE", "O", "O_s0", "O_s1", "O_s2", "Hq", "SPLITS")
             fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl)
-            options = {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
+            options = {"num_warps": 4, **early}
             reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, options, (T * Hq,))
         return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction)
 
@@ -366,7 +377,8 @@ def as_words(k_cache: Tensor, v_cache: Tensor) -> dict[str, Tensor]:
 def constants(
     D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype, pdl: bool = False, asm: bool = False
 ) -> dict[str, Any]:
-    """The values of the kernel's ``CONSTEXPRS``. ``page`` is 0 where each request has one; with ``pdl`` the reduction is launched before this kernel ends."""
+    """The values of the kernel's ``CONSTEXPRS``. ``page`` is 0 where each request has one; with ``pdl`` (programmatic dependent launch, sm_90) it is launched before the kernel
+    in front of it ends, and waits for that; with ``asm`` words of two numbers are taken apart in PTX."""
     BLOCK_R = max(128, power_of_two(R + 1))
     parts = head_parts(D)
     precision = "ieee" if dtype == torch.float32 else "tf32"

@@ -128,14 +128,17 @@ class PagedWriter(Writer):
 
     def place(self) -> list[str]:
         return [
+            "if PDL:",
+            "    # put in place while the kernel before it ends, whose results are all there from here on; the one behind it may be put in place as soon as all of these",
+            "    # programs have begun",
+            "    gdc_wait()",
+            "    gdc_launch_dependents()",
             "HEAD_BLOCKS: tl.constexpr = (GROUPS + HEADS - 1) // HEADS",
             "lanes = Hkv * HEAD_BLOCKS",
             "lane = tl.program_id(0) % lanes",
             "split = tl.program_id(0) // lanes % SPLITS",
             "tile = tl.program_id(0) // lanes // SPLITS",
             "h_kv = lane // HEAD_BLOCKS",
-            "if PDL:",
-            "    gdc_launch_dependents()  # the reduction may be put in place beside the last of these programs; it waits for all of them",
             "# The tiles of request r begin at starts[r] // BLOCK_Q + r: never too few, and at most one too many; where a tile is one token, at starts[r],",
             "# and none is too many. Behind the last request stand the tokens of no request, as one of their own without keys.",
             "MORE: tl.constexpr = 1 if BLOCK_Q > 1 else 0",
@@ -379,6 +382,7 @@ def paged_reduce(
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     for start in tl.range(0, SPLITS, BLOCK_S):
         inside = start + offs_s < SPLITS
         lse = tl.load(LSE + base + start + offs_s, mask=inside, other=float("-inf"))
