@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.capture.call import Args, Kwargs
@@ -21,6 +22,7 @@ from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.export import DynamicShapes, capture
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import GraphFunction, graph_function
+from attnopt.emit.pieces import Compiler, in_pieces
 from attnopt.errors import ServingError, VerificationError
 from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCache, PackedPlan
 from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
@@ -47,13 +49,15 @@ class ServingModel(nn.Module):
     have (None: as many as the cache holds). It stays in the dtype and on the device that it was made for.
     """
 
-    def __init__(self, model: nn.Module, function: GraphFunction, plan: PackedPlan, report: Report, context: GraphFunction | None = None) -> None:
+    def __init__(self, model: nn.Module, function: GraphFunction, plan: PackedPlan, report: Report, context: GraphFunction | None = None, pieces: Callable[[Compiler], GraphFunction] | None = None) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = False
         self.function = function
         self.context = context
+        self._pieces = pieces
+        self._compiled: GraphFunction | None = None
         self.plan = plan
         self.attnopt_report = report
 
@@ -110,6 +114,15 @@ class ServingModel(nn.Module):
             found = self.context.run(self, *inputs, *self.context.constants)[0]
         return list(zip(found[0::2], found[1::2], strict=True))
 
+    def _compiled_function(self) -> GraphFunction:
+        """The graph with what lies between its attentions compiled, on the first call with sizes of its kind."""
+        if self._compiled is None:
+            if self._pieces is None:
+                raise ServingError("This serving model was made without its graph, so compile=True has nothing to compile; leave it out.")
+            # sizes are constants at first, and open from the second on: that of a batch, and no other
+            self._compiled = self._pieces(lambda gm: torch.compile(gm, fullgraph=True))
+        return self._compiled
+
     def _call(self, *inputs: Tensor) -> Tensor:
         """The graph, on its inputs in their order."""
         found: Tensor = self.function.run(self, *inputs, *self.function.constants)[0]
@@ -122,10 +135,12 @@ class ServingModel(nn.Module):
 
     run = forward
 
-    def engine(self, *, page_size: int = 16, pages: int | None = None, size_bytes: int | None = None, graphs: bool = True, **options: Any) -> Engine:
+    def engine(self, *, page_size: int = 16, pages: int | None = None, size_bytes: int | None = None, graphs: bool = True, compile: bool = False, **options: Any  # noqa: A002 - as torch calls it
+    ) -> Engine:
         """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ...
 
-        With ``graphs`` steps of one token a request are replayed from CUDA graphs where that can be; ``engine.run`` counts them, and says why not.
+        With ``graphs`` steps of one token a request are replayed from CUDA graphs where that can be; ``engine.run`` counts them, and says why not. With ``compile`` what lies
+        between the attentions of such a step is compiled by torch.compile when the first of them runs, which takes a while; its roundings may differ.
         """
         if self.context is not None:
             raise ServingError("This model reads another sequence, which the engine does not hold yet; call encode and run instead.")
@@ -141,7 +156,16 @@ class ServingModel(nn.Module):
             constants = [x for x in self.function.constants if isinstance(x, Tensor)]
             return [*module_tensors(self), *constants, *(x for pair in cache.tensors for x in pair)]
 
-        return Engine(DecodeGraphs(run, state, cache.device) if graphs else run, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, **options)
+        function = self._compiled_function() if compile else self.function
+
+        def decode(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
+            leaves = (tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *(x for tensors in cache.tensors for x in tensors))
+            with torch.no_grad():
+                logits: Tensor = function.run(self, *leaves, *function.constants)[0]
+            return logits
+
+        step = DecodeGraphs(run, state, cache.device, decode=decode if compile else None, cannot=None if graphs else "graphs=False") if graphs or compile else run
+        return Engine(step, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, progress: bool = False, **options: Any) -> list[Result]:
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.
@@ -279,7 +303,8 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     plan = replace(plan, max_positions=call.longest(plan))
     module = result.graph_module.meta.get(CONTEXT)
     context = None if module is None else graph_function(lowered(module, config), model)
-    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context)
+    pieces = partial(_in_pieces, result.graph_module, model)
+    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, pieces)
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving
@@ -294,6 +319,10 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
         assert worst is not None
         raise VerificationError(f"The serving model differs from {type(model).__name__}: {worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}.")
     return serving
+
+
+def _in_pieces(gm: fx.GraphModule, model: nn.Module, compiler: Compiler) -> GraphFunction:
+    return graph_function(in_pieces(gm, compiler), model)
 
 
 def _rounded(model: nn.Module, call: _Call, config: OptimizeConfig) -> Stated:

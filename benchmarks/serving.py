@@ -1,7 +1,7 @@
 """Generation by a whole model: tokens per second beside transformers' ``generate``, and what fewer KV heads bring.
 
 A decoder of Llama-8B's shape with random weights, made on the device, continues prompts of uneven lengths greedily, and every way does so from the same prompts to the same
-number of tokens: attnopt's serving model (paged cache, continuous batching, CUDA graphs; also with an fp8 cache), and ``generate`` with its dynamic cache
+number of tokens: attnopt's serving model (paged cache, continuous batching, CUDA graphs; also with what lies between attentions compiled, and with an fp8 cache), and ``generate`` with its dynamic cache
 and with its static cache, which it compiles, both over padded prompts. Tokens per second are generated tokens over the time of the whole call, prompts included; ``step_ms`` is
 the time of a step of one token each once all prompts are in. Each way has run before it is timed. Logits of a prompt are compared first; where they differ nothing is timed.
 
@@ -132,10 +132,10 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def by_attnopt(serving: ServingModel, texts: list[list[int]], new: int, device: torch.device) -> Callable[[], Run]:
+def by_attnopt(serving: ServingModel, texts: list[list[int]], new: int, device: torch.device, compiled: bool = False) -> Callable[[], Run]:
     pages = sum(-(-(len(x) + new) // PAGE_SIZE) for x in texts)
     # prefixes are not shared: each run would find the prompts of the one before
-    engine = serving.engine(page_size=PAGE_SIZE, pages=pages, token_budget=8192, prefix_sharing=False)
+    engine = serving.engine(page_size=PAGE_SIZE, pages=pages, token_budget=8192, prefix_sharing=False, compile=compiled)
     params = SamplingParams(max_new_tokens=new)
 
     def run() -> Run:
@@ -184,7 +184,7 @@ def by_transformers(model: Any, texts: list[list[int]], new: int, device: torch.
     return run
 
 
-WAYS = ("attnopt", "attnopt fp8", "dynamic", "static")
+WAYS = ("attnopt", "attnopt+compile", "attnopt fp8", "attnopt fp8+compile", "dynamic", "static")
 
 
 # ------------------------------------------------------------------------------------------------ cells
@@ -237,11 +237,11 @@ def batch_cell(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         try:
             with patience(options.patience):
                 if way.startswith("attnopt"):
-                    serving = served(model, size, device, "fp8" if way.endswith("fp8") else None)
+                    serving = served(model, size, device, "fp8" if "fp8" in way else None)
                     row["optimize_s"] = round(now(device) - start, 1)
                     if way == "attnopt":
                         row["logits_off"] = compared(model, serving, texts[0], device, dtype)
-                    run = by_attnopt(serving, texts, options.new, device)
+                    run = by_attnopt(serving, texts, options.new, device, way.endswith("+compile"))
                 else:
                     run = by_transformers(model, texts, options.new, device, way == "static")
                 if device.type == "cuda":
@@ -349,7 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cells = (*BATCHES, "heads")
     parser.add_argument("--cells", default=",".join(cells), help="names, separated by commas")
-    parser.add_argument("--ways", default="attnopt,dynamic,static", help=f"names, separated by commas, of {', '.join(WAYS)}")
+    parser.add_argument("--ways", default="attnopt,attnopt+compile,dynamic,static", help=f"names, separated by commas, of {', '.join(WAYS)}")
     parser.add_argument("--size", default="8b", choices=list(SIZES))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in DIFFERENT])

@@ -132,7 +132,8 @@ class DecodeGraphs:
     """The step function ``run``, whose steps of one token a request are replayed from graphs on CUDA, and whose other steps run as they are.
 
     ``state``: all tensors whose addresses a step holds (weights, buffers, constants, caches), asked for at each step. ``reason`` says why steps run without graphs,
-    None where they do not. A graph's requests that the step does not have are without keys and are written nowhere.
+    None where they do not; ``cannot`` gives one from the beginning. ``decode`` computes the steps of one token a request, where another function does that better than
+    ``run``. A graph's requests that the step does not have are without keys and are written nowhere.
     """
 
     def __init__(
@@ -142,11 +143,13 @@ class DecodeGraphs:
         device: torch.device,
         recorder: Recorder | None = None,
         most_graphs: int = MOST_GRAPHS,
+        decode: Function | None = None,
+        cannot: str | None = None,
     ) -> None:
-        self.run, self.state, self.device = run, state, device
+        self.run, self.decode, self.state, self.device = run, decode or run, state, device
         self.recorder = recorder
-        self.reason: str | None = None
-        if recorder is None:
+        self.reason = cannot
+        if recorder is None and cannot is None:
             if device.type == "cuda":
                 self.recorder = CudaRecorder(device)
             else:
@@ -167,14 +170,16 @@ class DecodeGraphs:
         requests = seqlens_k.shape[0]
         # each request of a step has a token, and each has one row at most: where all three are as many, each has one token
         alike = tokens.shape[0] == requests == rows.shape[0] and 0 < requests <= MOST_REQUESTS
-        if self.recorder is None or self.reason is not None or not alike:
+        if not alike:
             return self.run(*inputs)
+        if self.recorder is None or self.reason is not None:
+            return self.decode(*inputs)
         key = self._key(inputs)
         found = self._graphs.get(key)
         if found is None:
             made = self._record(key, inputs)
             if made is None:
-                return self.run(*inputs)
+                return self.decode(*inputs)
             found = made
         self._graphs.move_to_end(key)
         self._fill(found.inputs, inputs)
@@ -216,7 +221,7 @@ class DecodeGraphs:
             torch.arange(n, dtype=rows.dtype, device=place),
         )
         try:
-            replay = self.recorder(lambda: self.run(*held))
+            replay = self.recorder(lambda: self.decode(*held))
         except RuntimeError as error:
             first = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
             self.reason = f"a step cannot be recorded: {first}"
