@@ -21,9 +21,10 @@ MOST_GRAPHS = 64
 MOST_REQUESTS = 512
 """Larger steps keep the device busy without a graph."""
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
+"""A step's, in order (``StepFunction``); where the model reads another sequence, its block table and lengths behind them."""
 Replay = Callable[[], Tensor]
-Function = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Function = Callable[..., Tensor]
 
 
 class Recorder(Protocol):
@@ -68,8 +69,8 @@ class Key:
 
     requests: int
     """Of the bucket: the step may have fewer."""
-    columns: int
-    """Of the block table, of the bucket."""
+    columns: tuple[int, ...]
+    """Of the block tables, of the bucket."""
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     tensors: tuple[Hashable, ...]
@@ -163,10 +164,8 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, /
-    ) -> Tensor:
-        inputs = (tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, rows)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        tokens, _, _, _, _, seqlens_k, rows, *_ = inputs
         requests = seqlens_k.shape[0]
         # each request of a step has a token, and each has one row at most: where all three are as many, each has one token
         alike = tokens.shape[0] == requests == rows.shape[0] and 0 < requests <= MOST_REQUESTS
@@ -190,7 +189,7 @@ class DecodeGraphs:
     def _key(self, inputs: Inputs) -> Key:
         return Key(
             bucket(inputs[5].shape[0]),
-            columns_for(inputs[3].shape[1]),
+            tuple(columns_for(inputs[i].shape[1]) for i in (3, 7) if i < len(inputs)),
             tuple(x.dtype for x in inputs),
             inputs[0].device,
             described(self.state()),
@@ -210,15 +209,16 @@ class DecodeGraphs:
         def filled(like: Tensor, shape: tuple[int, ...], value: int) -> Tensor:
             return torch.full(shape, value, dtype=like.dtype, device=place)
 
-        tokens, positions, slots, table, starts, lengths, rows = inputs
-        held = (
+        tokens, positions, slots, table, starts, lengths, rows, *cross = inputs
+        held: Inputs = (
             filled(tokens, (n,), 0),
             filled(positions, (n,), 0),
             filled(slots, (n,), -1),
-            filled(table, (n, key.columns), 0),
+            filled(table, (n, key.columns[0]), 0),
             torch.arange(n + 1, dtype=starts.dtype, device=place),
             filled(lengths, (n,), 0),
             torch.arange(n, dtype=rows.dtype, device=place),
+            *(filled(x, (n, key.columns[1]) if i == 0 else (n,), 0) for i, x in enumerate(cross)),
         )
         try:
             replay = self.recorder(lambda: self.decode(*held))
@@ -232,14 +232,13 @@ class DecodeGraphs:
 
     def _fill(self, held: Inputs, inputs: Inputs) -> None:
         """Put a step into a graph's inputs. What is left of a longer one before it is taken out."""
-        tokens, positions, slots, table, _, lengths, rows = inputs
-        n = lengths.shape[0]
-        for into, x, empty in zip(held[:3], (tokens, positions, slots), (0, 0, -1), strict=True):
-            into[:n].copy_(x)
-            into[n:].fill_(empty)
-        held[3][:n, : table.shape[1]].copy_(table)
-        held[3][:n, table.shape[1] :].zero_()
-        held[3][n:].zero_()
-        held[5][:n].copy_(lengths)
-        held[5][n:].zero_()
-        held[6][:n].copy_(rows)
+        n = inputs[5].shape[0]
+        for i, (into, x) in enumerate(zip(held, inputs, strict=True)):
+            if i == 4:
+                continue  # one token each, whichever step it is
+            if i in (3, 7):
+                into[:n, : x.shape[1]].copy_(x)
+                into[:n, x.shape[1] :].zero_()
+            else:
+                into[:n].copy_(x)
+            into[n:].fill_(-1 if i == 2 else 0)

@@ -193,6 +193,26 @@ def test_prompts_run_without(held: Held) -> None:
     assert held.recorder.recorded == 0 and held.graphs.reason is None
 
 
+def test_another_sequence_goes_along() -> None:
+    """A step with the block table and the lengths of other sequences behind its own."""
+    seen: list[tuple[Tensor, ...]] = []
+
+    def run(*inputs: Tensor) -> Tensor:
+        seen.append(tuple(x.clone() for x in inputs))
+        return inputs[8][:, None].float()
+
+    recorder = Recorder()
+    graphs = DecodeGraphs(run, list, CPU, recorder)
+    for n, width in ((5, 3), (6, 4), (5, 1)):
+        ids, lengths = torch.arange(n), torch.arange(1, n + 1, dtype=torch.int32)
+        table = torch.full((n, width), 7, dtype=torch.int32)
+        out = graphs(ids, ids, ids, table, torch.arange(n + 1, dtype=torch.int32), lengths, ids, table, 2 * lengths)
+        assert out.shape == (n, 1) and torch.equal(out[:, 0], 2.0 * lengths)
+        held = seen[-1]
+        assert held[7].shape == (8, columns_for(width)) and not held[7][n:].any() and not held[7][:, width:].any() and not held[8][n:].any()
+    assert recorder.recorded == 2
+
+
 def test_why_there_are_no_graphs_is_said(held: Held) -> None:
     graphs = DecodeGraphs(held.run, list, CPU)
     held.graphs = graphs
