@@ -238,7 +238,9 @@ class DecodeGraphs:
                 continue  # one token each, whichever step it is
             if i in (3, 7):
                 into[:n, : x.shape[1]].copy_(x)
-                into[:n, x.shape[1] :].zero_()
+                if x.shape[1] < into.shape[1]:
+                    into[:n, x.shape[1] :].zero_()
             else:
                 into[:n].copy_(x)
-            into[n:].fill_(-1 if i == 2 else 0)
+            if n < len(into):
+                into[n:].fill_(-1 if i == 2 else 0)

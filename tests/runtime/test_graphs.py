@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnopt.runtime import DecodeGraphs, Engine, LayerShape, PagedCache, SamplingParams
 from attnopt.runtime.graphs import CudaRecorder, bucket, columns_for, module_tensors
+from attnopt.runtime.step import on_device
 from tests.runtime.toy import DV, HEADS, LAYERS, VOCABULARY, D, Toy, alone
 
 CPU = torch.device("cpu")
@@ -232,6 +233,15 @@ def test_buckets() -> None:
     assert [bucket(n) for n in (1, 2, 3, 5, 8, 9, 17, 64, 65, 200, 257)] == [1, 2, 4, 8, 8, 16, 24, 64, 96, 224, 320]
     assert all(bucket(n) >= n for n in range(1, 600))
     assert [columns_for(n) for n in (1, 2, 3, 500, 512)] == [1, 2, 4, 512, 512]
+
+
+def test_what_is_sent_together_lies_as_tensors_of_their_own_do() -> None:
+    """Kernels are compiled for whether addresses are multiples of 16 bytes: a step of another size must not be another case."""
+    for dtype in (torch.int32, torch.int64):
+        parts = ([5], [], [1, 2, 3, 4, 5], [7, 8])
+        found = on_device(parts, dtype, "cpu")
+        assert [x.tolist() for x in found] == [list(p) for p in parts]
+        assert all(x.dtype == dtype and x.data_ptr() % 16 == 0 for x in found)
 
 
 # ------------------------------------------------------------------------------------------------ on a device
