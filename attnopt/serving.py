@@ -140,7 +140,7 @@ class ServingModel(nn.Module):
         """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ...
 
         With ``graphs`` steps of one token a request are replayed from CUDA graphs where that can be; ``engine.run`` counts them, and says why not. With ``compile`` what lies
-        between the attentions of such a step is compiled by torch.compile when the first of them runs, which takes a while; its roundings may differ.
+        between the attentions is compiled by torch.compile when the first steps run, which takes a while; its roundings may differ.
         """
         if self.context is not None:
             raise ServingError("This model reads another sequence, which the engine does not hold yet; call encode and run instead.")
@@ -156,15 +156,17 @@ class ServingModel(nn.Module):
             constants = [x for x in self.function.constants if isinstance(x, Tensor)]
             return [*module_tensors(self), *constants, *(x for pair in cache.tensors for x in pair)]
 
-        function = self._compiled_function() if compile else self.function
+        function = self._compiled_function() if compile else None
 
-        def decode(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
+        def compiled(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
+            assert function is not None
             leaves = (tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *(x for tensors in cache.tensors for x in tensors))
-            with torch.no_grad():
-                logits: Tensor = function.run(self, *leaves, *function.constants)[0]
+            logits: Tensor = function.run(self, *leaves, *function.constants)[0]
             return logits
 
-        step = DecodeGraphs(run, state, cache.device, decode=decode if compile else None, cannot=None if graphs else "graphs=False") if graphs or compile else run
+        step: Callable[..., Tensor] = run if function is None else compiled
+        if graphs:
+            step = DecodeGraphs(step, state, cache.device)
         return Engine(step, cache, vocabulary=self.vocabulary, max_positions=self.max_positions, window=window, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, progress: bool = False, **options: Any) -> list[Result]:

@@ -133,8 +133,7 @@ class DecodeGraphs:
     """The step function ``run``, whose steps of one token a request are replayed from graphs on CUDA, and whose other steps run as they are.
 
     ``state``: all tensors whose addresses a step holds (weights, buffers, constants, caches), asked for at each step. ``reason`` says why steps run without graphs,
-    None where they do not; ``cannot`` gives one from the beginning. ``decode`` computes the steps of one token a request, where another function does that better than
-    ``run``. A graph's requests that the step does not have are without keys and are written nowhere.
+    None where they do not. A graph's requests that the step does not have are without keys and are written nowhere.
     """
 
     def __init__(
@@ -144,13 +143,11 @@ class DecodeGraphs:
         device: torch.device,
         recorder: Recorder | None = None,
         most_graphs: int = MOST_GRAPHS,
-        decode: Function | None = None,
-        cannot: str | None = None,
     ) -> None:
-        self.run, self.decode, self.state, self.device = run, decode or run, state, device
+        self.run, self.state, self.device = run, state, device
         self.recorder = recorder
-        self.reason = cannot
-        if recorder is None and cannot is None:
+        self.reason: str | None = None
+        if recorder is None:
             if device.type == "cuda":
                 self.recorder = CudaRecorder(device)
             else:
@@ -169,16 +166,14 @@ class DecodeGraphs:
         requests = seqlens_k.shape[0]
         # each request of a step has a token, and each has one row at most: where all three are as many, each has one token
         alike = tokens.shape[0] == requests == rows.shape[0] and 0 < requests <= MOST_REQUESTS
-        if not alike:
+        if self.recorder is None or self.reason is not None or not alike:
             return self.run(*inputs)
-        if self.recorder is None or self.reason is not None:
-            return self.decode(*inputs)
         key = self._key(inputs)
         found = self._graphs.get(key)
         if found is None:
             made = self._record(key, inputs)
             if made is None:
-                return self.decode(*inputs)
+                return self.run(*inputs)
             found = made
         self._graphs.move_to_end(key)
         self._fill(found.inputs, inputs)
@@ -221,7 +216,7 @@ class DecodeGraphs:
             *(filled(x, (n, key.columns[1]) if i == 0 else (n,), 0) for i, x in enumerate(cross)),
         )
         try:
-            replay = self.recorder(lambda: self.decode(*held))
+            replay = self.recorder(lambda: self.run(*held))
         except RuntimeError as error:
             first = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
             self.reason = f"a step cannot be recorded: {first}"

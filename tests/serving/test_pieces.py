@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import attnopt
 from attnopt.emit.pieces import OUTSIDE
-from attnopt.runtime import DecodeGraphs, SamplingParams
+from attnopt.runtime import SamplingParams
 from attnopt.serving import ServingModel
 from serving.models import example, prompts, sharpened
 
@@ -76,25 +76,6 @@ def test_a_weight_that_is_replaced_is_seen(serving: ServingModel, compiled: list
         assert found != before and found == [r.tokens for r in serving.engine(pages=40).generate(TEXTS, PARAMS)]
     finally:
         layer.weight = old
-
-
-def test_prompts_run_as_they_are(serving: ServingModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt has a size of its own at each step: compiled is what comes again and again."""
-    sizes: set[int] = set()
-
-    def keep(gm: fx.GraphModule, **_: Any) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            sizes.update(x.shape[0] for x in args if isinstance(x, Tensor) and x.dtype == torch.int64 and x.dim() == 1)
-            return gm(*args)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", keep)
-    monkeypatch.setattr(serving, "_compiled", None)
-    engine = serving.engine(pages=40, compile=True)
-    assert isinstance(engine.run, DecodeGraphs) and engine.run.reason is not None
-    engine.generate(TEXTS, PARAMS)
-    assert sizes and max(sizes) <= len(TEXTS)
 
 
 def test_torch_compile_takes_the_pieces(serving: ServingModel, monkeypatch: pytest.MonkeyPatch) -> None:
