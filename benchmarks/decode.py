@@ -18,6 +18,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def configs(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
 
     blocks, warps, stages = ([int(x) for x in text.split(",")] for text in (options.blocks, options.warps, options.stages))
     for layout in names:
-        every = [Config(usual.BLOCK_M, n, usual.HEADS, w, s) for n in blocks for w in warps for s in stages]
+        every = [replace(usual, BLOCK_N=n, num_warps=w, num_stages=s) for n in blocks for w in warps for s in stages]
         first = timed([(None, None), *((c, None) for c in every)], layout)
         wanted = [None if x == "auto" else int(x) for x in options.splits.split(",")]
         best = [r["chosen"][0] for r in first if r["us"]][:3]
