@@ -2,7 +2,7 @@
 # make test   all checks and all tests
 # make docs   write docs/remarks from the table of remarks
 # make zoo    every architecture in every form, as a table, with docs/zoo.md (MODELS="llama bert": some of them)
-# make bench-gpu  kernels and whole models on a CUDA device, side by side with what else is installed (about 25 minutes)
+# make bench-gpu  kernels and whole models on a CUDA device, side by side with what else is installed (about 45 minutes)
 # make property  two thousand random attention programs, each judged by an exhaustive evaluation (PROGRAMS=500: as many)
 # make mutation  every guard of the analysis removed in turn, and the test that must notice
 #
@@ -63,6 +63,8 @@ bench: $(VENV)/.stamp-dev
 bench-gpu: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/kernels.py --budget 100000
 	$(BIN)/python benchmarks/models.py --budget 100000
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[report]'
 	$(BIN)/python benchmarks/plot.py
 

@@ -10,10 +10,12 @@ from attnopt.errors import AttnoptError
 BACKENDS = ("auto", "cudnn", "flash_attn", "flex", "gluon", "reference", "sdpa", "triton")
 """Names that ``backend`` may have; others can be registered. Held here too, where nothing heavy is imported."""
 
+KV_CACHE_DTYPES = ("int8", "fp8")
+
 
 @dataclass(frozen=True)
 class OptimizeConfig:
-    """What to do and how. Every field but ``kv_cache`` has a command-line option of the same name."""
+    """What to do and how. Every field but ``kv_cache`` and ``kv_cache_dtype`` has a command-line option of the same name."""
 
     backend: str = "auto"
     """Kernel for every site: ``auto`` or a registered backend's name. A named backend never falls back in silence."""
@@ -35,6 +37,9 @@ class OptimizeConfig:
     """``paged``: make a serving model of a decoder that was written without a cache. It runs packed tokens of many requests; see ``attnopt.serving``."""
     merge_kv_heads: int | None = None
     """Merge the KV heads of each attention into so many, by the mean: another, smaller model, as a first step of uptraining. Never done by itself."""
+    kv_cache_dtype: str | None = None
+    """With ``kv_cache``: keep keys and values in ``int8`` or ``fp8`` (e4m3), with a scale for each token and head. Approximate, so only where it is asked for; verified
+    against the model whose keys and values are rounded so."""
     max_variants: int = 8
     """How many (mode, dtype, device, argument structure) variants of one module are captured before it raises."""
 
@@ -47,6 +52,10 @@ class OptimizeConfig:
             raise AttnoptError(f"merge_kv_heads is {self.merge_kv_heads}; supported are None and numbers from 1 on.")
         if self.merge_kv_heads and self.capture == "dynamo":
             raise AttnoptError("merge_kv_heads needs a capture of the whole model, and capture is 'dynamo'; supported are 'auto' and 'export'.")
+        if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
+            raise AttnoptError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; supported are None, {' and '.join(map(repr, KV_CACHE_DTYPES))}.")
+        if self.kv_cache_dtype and not self.kv_cache:
+            raise AttnoptError(f"kv_cache_dtype is {self.kv_cache_dtype!r} and kv_cache is None: there is no cache to keep in it; supported beside it is kv_cache='paged'.")
         if self.kv_cache and self.capture == "dynamo":
             raise AttnoptError("kv_cache needs a capture of the whole model, and capture is 'dynamo'; supported are 'auto' and 'export'.")
         if self.capture not in ("auto", "export", "dynamo"):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.capture.call import Args, Kwargs
@@ -21,16 +22,20 @@ from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.export import DynamicShapes, capture
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import GraphFunction, graph_function
+from attnopt.emit.pieces import Compiler, in_pieces
 from attnopt.errors import ServingError, VerificationError
 from attnopt.passes.context import context_length
 from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCache, PackedPlan
 from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
+from attnopt.passes.quantize_kv_cache import QuantizeKVCache, rounded_writes
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
-from attnopt.runtime import Engine, Event, Result, SamplingParams
+from attnopt.runtime import DecodeGraphs, Engine, Event, Result, SamplingParams
+from attnopt.runtime.graphs import module_tensors
 from attnopt.runtime.model_caches import ModelCaches, pages_for
+from attnopt.runtime.paged_cache import layer_tensors
 from attnopt.verify.merged import change
-from attnopt.verify.packed import verify_packed
+from attnopt.verify.packed import Stated, verify_packed
 
 Progress = Callable[[str, int, int], None]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -48,7 +53,16 @@ class ServingModel(nn.Module):
     have (None: as many as the cache holds). It stays in the dtype and on the device that it was made for.
     """
 
-    def __init__(self, model: nn.Module, function: GraphFunction, plan: PackedPlan, report: Report, context: GraphFunction | None = None, length: Callable[..., int] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        function: GraphFunction,
+        plan: PackedPlan,
+        report: Report,
+        context: GraphFunction | None = None,
+        length: Callable[..., int] | None = None,
+        pieces: Callable[[Compiler], GraphFunction] | None = None,
+    ) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
@@ -56,6 +70,8 @@ class ServingModel(nn.Module):
         self.function = function
         self.context = context
         self._length = length
+        self._pieces = pieces
+        self._compiled: GraphFunction | None = None
         self.plan = plan
         self.attnopt_report = report
 
@@ -79,7 +95,7 @@ class ServingModel(nn.Module):
         block_table: Tensor,
         cu_seqlens_q: Tensor,
         seqlens_k: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[tuple[Tensor, ...]],
         rows: Tensor | None = None,
         cross: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -87,7 +103,8 @@ class ServingModel(nn.Module):
 
         tokens, positions and slots int64 [T] are packed, those of request r at ``cu_seqlens_q[r] .. cu_seqlens_q[r + 1]``; its keys and values, these tokens' included,
         are the first ``seqlens_k[r]`` in the pages ``block_table[r]``. A token is written at slot page * page_size + offset of each layer's
-        ``(k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv])``, which are changed in place; at slot -1 it is not written.
+        ``(k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv])``, which are changed in place; at slot -1 it is not written. Caches of int8 and fp8
+        have their scales behind them, ``k_scale`` and ``v_scale`` [pages, page_size, Hkv].
         The first ``plan.prefix`` tokens of a request come in one call.
         ``cross`` is (block table [R, max_pages], lengths [R]) of the other sequences, whose keys and values, those of ``encode``, stand in the caches of layers that are ``cross``.
         """
@@ -118,6 +135,15 @@ class ServingModel(nn.Module):
             raise ServingError(f"encode takes {', '.join(self.plan.context)}, each a batch of one; it was given tensors of shape {shapes}.")
         return self._length(*inputs)
 
+    def _compiled_function(self) -> GraphFunction:
+        """The graph with what lies between its attentions compiled, on the first call with sizes of its kind."""
+        if self._compiled is None:
+            if self._pieces is None:
+                raise ServingError("This serving model was made without its graph, so compile=True has nothing to compile; leave it out.")
+            # sizes are constants at first, and open from the second on: that of a batch, and no other
+            self._compiled = self._pieces(lambda gm: torch.compile(gm, fullgraph=True))
+        return self._compiled
+
     def _call(self, *inputs: Tensor) -> Tensor:
         """The graph, on its inputs in their order."""
         found: Tensor = self.function.run(self, *inputs, *self.function.constants)[0]
@@ -130,10 +156,22 @@ class ServingModel(nn.Module):
 
     run = forward
 
-    def engine(self, *, page_size: int = 16, pages: int | None = None, context_pages: int | None = None, size_bytes: int | None = None, **options: Any) -> Engine:
+    def engine(
+        self,
+        *,
+        page_size: int = 16,
+        pages: int | None = None,
+        context_pages: int | None = None,
+        size_bytes: int | None = None,
+        graphs: bool = True,
+        compile: bool = False,  # noqa: A002 - as torch calls it
+        **options: Any,
+    ) -> Engine:
         """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ...
 
         A model that reads another sequence keeps its keys and values in ``context_pages`` further pages (None: as many as ``pages``); ``size_bytes`` is for both.
+        With ``graphs`` steps of one token a request are replayed from CUDA graphs where that can be; ``engine.run`` counts them, and says why not. With ``compile`` what lies
+        between the attentions is compiled by torch.compile when the first steps run, which takes a while; its roundings may differ.
         """
         windows = [x.window for x in self.layers if not x.cross]
         window = None if None in windows else max(x for x in windows if x is not None)
@@ -143,8 +181,23 @@ class ServingModel(nn.Module):
         def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches.tensors, rows, (cross[0], cross[1]) if cross else None)
 
+        def state() -> list[Tensor]:
+            constants = [x for x in self.function.constants if isinstance(x, Tensor)]
+            return [*module_tensors(self), *constants, *(x for pair in caches.tensors for x in pair)]
+
+        function = self._compiled_function() if compile else None
+
+        def compiled(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
+            assert function is not None
+            leaves = (tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *cross, *(x for tensors in caches.tensors for x in tensors))
+            logits: Tensor = function.run(self, *leaves, *function.constants)[0]
+            return logits
+
+        step: Callable[..., Tensor] = run if function is None else compiled
+        if graphs:
+            step = DecodeGraphs(step, state, caches.own.device)
         plan, contexts = self.plan, caches.contexts
-        return Engine(run, caches.own, vocabulary=plan.vocabulary, max_positions=plan.max_positions, window=window, prefix=plan.prefix, contexts=contexts, **options)
+        return Engine(step, caches.own, vocabulary=plan.vocabulary, max_positions=plan.max_positions, window=window, prefix=plan.prefix, contexts=contexts, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, contexts: Contexts = None, progress: bool = False, **options: Any) -> list[Result]:
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.
@@ -169,12 +222,10 @@ class ServingModel(nn.Module):
         pages, context_pages = pages_for(self.layers, page_size, ends, [self.context_length(*x) for x in contexts or ()], _CACHE_BYTES)
         return self.engine(**{"context_pages": context_pages, **options, "pages": pages})
 
-    def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Empty caches for ``run``: (k_cache, v_cache) of each layer, of ``pages`` pages of ``page_size`` tokens."""
+    def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, ...]]:
+        """Empty caches for ``run``, those of each layer, of ``pages`` pages of ``page_size`` tokens."""
         place = next(self.parameters()).device if device is None else device
-        return [
-            (torch.zeros(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=place), torch.zeros(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=place)) for x in self.layers
-        ]
+        return [tuple(x.zero_() for x in layer_tensors(layer, pages, page_size, place)) for layer in self.layers]
 
 
 def _tuples(contexts: Contexts) -> list[tuple[Tensor, ...]] | None:
@@ -294,13 +345,15 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     module = result.graph_module.meta.get(CONTEXT)
     length = None if module is None else context_length(module)
     context = None if module is None else graph_function(lowered(module, config), model)
-    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, length)
+    pieces = partial(_in_pieces, result.graph_module, model)
+    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, length, pieces)
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving
     start = time.perf_counter()
     same = clone_tree(model) if result.merged is None else result.merged
-    report.verdict = _verdict(same, serving, call, progress)
+    stated = None if config.kv_cache_dtype is None else _rounded(model, call, config)
+    report.verdict = _verdict(same, serving, call, progress, stated)
     if result.merged is not None:
         example = call.captured.example
         words = change(model, same, example.args, example.kwargs) if report.verdict.passed is not None else "how far the results change was not computed: nothing was verified"
@@ -315,7 +368,27 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     return serving
 
 
-def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Progress | None) -> Verdict:
+def _in_pieces(gm: fx.GraphModule, model: nn.Module, compiler: Compiler) -> GraphFunction:
+    return graph_function(in_pieces(gm, compiler), model)
+
+
+def _rounded(model: nn.Module, call: _Call, config: OptimizeConfig) -> Stated:
+    """The serving model with caches of its own dtype, whose keys and values are rounded as the caches that ``config`` asks for are stated to round them."""
+    assert config.kv_cache_dtype is not None
+    plain = replace(config, kv_cache_dtype=None, disable_passes=tuple(x for x in config.disable_passes if x != QuantizeKVCache.name), print_ir_after=())
+    found = run_pipeline(call.captured.graph_module, plain, cache=InsertKVCache(call.positions(), call.output(), config.backend)).graph_module
+    rounded_writes(found, config.kv_cache_dtype)
+    function = graph_function(found, model)
+    same = clone_tree(model)
+
+    def run(*inputs: Tensor) -> Tensor:
+        logits: Tensor = function.run(same, *inputs, *function.constants)[0]
+        return logits
+
+    return Stated(run, found.meta[PLAN], f"beside the model whose keys and values are rounded to {config.kv_cache_dtype}")
+
+
+def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Progress | None, stated: Stated | None) -> Verdict:
     plan, place = serving.plan, call.output()
     if any(t.is_meta for t in tensors_of(serving)):
         return Verdict()
@@ -329,6 +402,7 @@ def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Pro
         lambda result: call.logits(result, place, plan.last_only),
         None if serving.context is None else lambda request: serving.encode(*(call.row(name, request) for name in plan.context)),
         progress,
+        stated,
     )
 
 

@@ -27,6 +27,7 @@ sys.modules["remark_pages"] = remark_pages
 _spec.loader.exec_module(remark_pages)
 
 ALSO = {
+    "AO108": {"AO104"},
     "AO209": {"AO302"},  # a graph breaks only under torch.compile, and that is remarked
     "AO306": {"AO302"},
     "AO105": {"AO103", "AO104"},  # in a model that is served keys and values are cached

@@ -14,6 +14,11 @@ from attnopt.kernels.paged_reference import GREATEST, axes_by
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def description(sizes: Sequence[int], *tensors: Tensor | None) -> tuple[object, ...]:
+    """All that the checks of ``attnopt::paged_attention`` look at and its launch follows from, but for the spec: equal where they come out alike."""
+    return tuple(sizes), *(x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+
+
 def check_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,10 +84,3 @@ def writer(k: Tensor, k_cache: Tensor) -> str:
     from attnopt.kernels.triton import cache_write
 
     return "reference" if cache_write.refusal(k, k_cache) else "triton"
-
-
-@lru_cache(maxsize=4096)
-def prepared(spec: str, setting: CacheSetting, backend: str, disabled: frozenset[str]) -> tuple[AttentionSpec, str]:
-    """The spec, and who runs it: what a call would otherwise work out each time."""
-    parsed = AttentionSpec.from_json(spec)
-    return parsed, choose(parsed, setting, backend)[0]

@@ -15,8 +15,8 @@ from torch import Tensor
 from attnopt.config import disabled_backends
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import paged_reference
-from attnopt.kernels.paged_checks import check_attention, check_write
-from attnopt.kernels.paged_choice import CacheSetting, prepared, writer
+from attnopt.kernels.paged_checks import check_attention, check_write, description
+from attnopt.kernels.paged_choice import CacheSetting, choose, writer
 
 _LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
 _LIBRARY.define(
@@ -54,28 +54,58 @@ def _paged_attention(
     ``k_scale`` and ``v_scale``, float32 [pages, page_size, Hkv], come with caches of int8 or float8_e4m3fn: a number is cache * scale.
     """
     with torch.no_grad():
-        setting = CacheSetting(
-            device=q.device.type,
-            dtype=q.dtype,
-            page_size=k_cache.shape[1] if k_cache.dim() == 4 else 0,
-            D=q.shape[-1],
-            Dv=v_cache.shape[-1],
-            contiguous=block_table.shape[-1] == 1,
-            cache_dtype=None if k_scale is None else k_cache.dtype,
-        )
-        parsed = AttentionSpec.from_json(spec)
-        check_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
-        _, kernel = prepared(spec, setting, backend, frozenset(disabled_backends()))
+        described = (spec, description(sizes, q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, k_scale, v_scale, *loads))
+        key = (described, backend, disabled_backends())
+        known = _KNOWN.get(key)
+        if known is None:
+            known = _looked_at(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, spec, backend, k_scale, v_scale)
+            if len(_KNOWN) >= MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[key] = known
+        parsed, kernel = known
         if kernel == "triton":
             from attnopt.kernels.triton import launch_paged
 
-            return launch_paged.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
+            return launch_paged.attention(
+                q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale, described=described
+            )
         return paged_reference.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
 
 
-def _cache_write(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None
-) -> None:
+_KNOWN: dict[object, tuple[AttentionSpec, str]] = {}
+"""Calls that were looked at, by their descriptions: the parsed spec and the backend. A generated token is one call a layer, and looking takes longer than launching."""
+MOST_KNOWN = 4096
+
+
+def _looked_at(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    backend: str,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> tuple[AttentionSpec, str]:
+    parsed = AttentionSpec.from_json(spec)
+    check_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
+    setting = CacheSetting(
+        device=q.device.type,
+        dtype=q.dtype,
+        page_size=k_cache.shape[1],
+        D=q.shape[-1],
+        Dv=v_cache.shape[-1],
+        contiguous=block_table.shape[-1] == 1,
+        cache_dtype=None if k_scale is None else k_cache.dtype,
+    )
+    return parsed, choose(parsed, setting, backend)[0]
+
+
+def _cache_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> None:
     """Writes k [T, Hkv, D] and v [T, Hkv, Dv] to the slots int64 [T] of the caches; ``slot = page * page_size + offset``, a negative one: not written.
 
     Two tokens never have the same slot, and slots lie within the caches. Where the caches have scales, numbers are quantized, each token and head by its greatest magnitude.
@@ -115,9 +145,7 @@ def _fake_attention(
     return q.new_empty((*q.shape[:2], v_cache.shape[3]))
 
 
-def _fake_write(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None
-) -> None:
+def _fake_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> None:
     torch._check(k.dim() == 3 and k_cache.dim() == 4, lambda: "k must have 3 axes [T, Hkv, D], and k_cache 4 axes [pages, page_size, Hkv, D]")
 
 

@@ -26,6 +26,7 @@ from attnopt.passes.known_inputs import KnownInputs
 from attnopt.passes.lower import Lower
 from attnopt.passes.merge_kv_heads import MergeKVHeads
 from attnopt.passes.merge_projections import MergeProjections
+from attnopt.passes.quantize_kv_cache import QuantizeKVCache
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
 from attnopt.passes.share_block_maps import ShareBlockMaps
@@ -36,8 +37,8 @@ NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "mer
 """Every pass, in order."""
 SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "cleanup")
 """Every pass with ``kv_cache``, in order."""
-APPROXIMATE_NAMES = ("merge-kv-heads",)
-"""Passes that are only there when an option asks for them, behind group-heads."""
+APPROXIMATE_NAMES = ("merge-kv-heads", "quantize-kv-cache")
+"""Passes that are only there when an option asks for them: behind group-heads, and behind insert-kv-cache."""
 _REQUIRED = ("canonicalize",)
 _REQUIRED_TO_SERVE = ("canonicalize", "raise-attention", "insert-kv-cache")
 
@@ -71,6 +72,8 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
     if config.kv_cache:
         known = KnownInputs(cache.positions if cache else ())
         rewrites: list[Pass] = [known, RaiseAttention(skip_sites), GroupHeads(), *approximate, AbsorbLatent(), MergeProjections(), cache or InsertKVCache()]
+        if config.kv_cache_dtype:
+            rewrites.append(QuantizeKVCache(config.kv_cache_dtype))
     else:
         select = SelectKernel(config.backend, config.autotune)
         rewrites = [RaiseAttention(skip_sites), GroupHeads(), *approximate, MergeProjections(), select, ShareBlockMaps(), Lower()]

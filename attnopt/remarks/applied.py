@@ -149,6 +149,28 @@ APPLIED: dict[str, Page] = {
             report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
         """),
     ),
+    "AO108": Page(
+        title="keys and values kept in 8 bits",
+        text="The cache of a serving model holds keys and values in int8 or fp8 (e4m3), and a scale for each token and head: half the memory, and half of what a "
+        "generated token has to read. Its numbers are rounded, so this is only done where it is asked for.",
+        cause="kv_cache_dtype asks for it. The serving model may be as far from the truth as the model whose keys and values are rounded so; a cache that is off by more is not handed out.",
+        hint="Leave kv_cache_dtype out for a cache of the model's own dtype.",
+        example=script("""
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+                def forward(self, ids):
+                    x = self.embed(ids)[:, None]
+                    x = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+                    return self.head(x[:, 0])
+
+
+            config = attnopt.OptimizeConfig(kv_cache="paged", kv_cache_dtype="int8")
+            report = attnopt.inspect(Model(), torch.arange(14).view(2, 7), config=config)
+        """),
+    ),
     "AO109": Page(
         title="what merged KV heads change",
         text="How far the results with merged KV heads are from those of the original, on the example. The verdict compares the rest with the original, and the kernels with the merged model.",

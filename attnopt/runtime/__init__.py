@@ -4,6 +4,7 @@ from attnopt.errors import ServingError
 from attnopt.runtime.block_manager import BlockManager, OutOfPages, Usage
 from attnopt.runtime.contexts import ContextCache
 from attnopt.runtime.engine import CrossStepFunction, Engine, Event, Result, StepFunction
+from attnopt.runtime.graphs import DecodeGraphs
 from attnopt.runtime.paged_cache import LayerShape, PagedCache
 from attnopt.runtime.request import Request
 from attnopt.runtime.sampling import SamplingParams, sample
@@ -15,6 +16,7 @@ __all__ = [
     "BlockManager",
     "ContextCache",
     "CrossStepFunction",
+    "DecodeGraphs",
     "Engine",
     "Event",
     "LayerShape",

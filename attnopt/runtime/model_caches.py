@@ -26,7 +26,7 @@ class ModelCaches:
 
     own: PagedCache
     contexts: ContextCache | None
-    tensors: list[tuple[Tensor, Tensor]]
+    tensors: list[tuple[Tensor, ...]]
 
     @staticmethod
     def of(

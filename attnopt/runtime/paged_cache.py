@@ -11,6 +11,9 @@ from torch import Tensor
 
 from attnopt.errors import ServingError
 
+SCALED = (torch.int8, torch.float8_e4m3fn)
+"""Dtypes of caches whose numbers are multiplied by a scale, float32 for each token and head."""
+
 
 class LayerLike(Protocol):
     """What one attention keeps of a token: keys [Hkv, D] and values [Hkv, Dv] of a dtype."""
@@ -35,13 +38,21 @@ class LayerShape:
     dtype: torch.dtype = torch.float32
 
 
-def token_bytes(layers: Sequence[LayerLike]) -> int:
-    """What these layers keep of one token."""
-    return sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in layers)
+def token_bytes(layers: Iterable[LayerLike]) -> int:
+    """What a token takes in the caches of all layers."""
+    return sum(x.Hkv * ((x.D + x.Dv) * x.dtype.itemsize + (8 if x.dtype in SCALED else 0)) for x in layers)
+
+
+def layer_tensors(layer: LayerLike, pages: int, page_size: int, device: torch.device | str | None) -> tuple[Tensor, ...]:
+    """k_cache [pages, page_size, Hkv, D] and v_cache [pages, page_size, Hkv, Dv], and behind them k_scale and v_scale [pages, page_size, Hkv] of a dtype in ``SCALED``. Not initialised."""
+    found = [torch.empty(pages, page_size, layer.Hkv, d, dtype=layer.dtype, device=device) for d in (layer.D, layer.Dv)]
+    if layer.dtype in SCALED:
+        found += [torch.empty(pages, page_size, layer.Hkv, device=device) for _ in range(2)]
+    return tuple(found)
 
 
 class PagedCache:
-    """For each layer (k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv]); all layers share one numbering of pages.
+    """For each layer the tensors of ``layer_tensors``; all layers share one numbering of pages.
 
     Give ``pages``, or ``size_bytes``: as many pages as that budget holds, over all layers. Raises ServingError where that is less than one page.
     Contents are not initialised: a slot is read only after it was written.
@@ -73,13 +84,7 @@ class PagedCache:
         if pages < 1:
             raise ServingError(f"The cache has {pages} pages; it must have at least one page of {page_size} tokens.")
         self.pages = pages
-        self.tensors: list[tuple[Tensor, Tensor]] = [
-            (
-                torch.empty(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=device),
-                torch.empty(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=device),
-            )
-            for x in layers
-        ]
+        self.tensors = [layer_tensors(x, pages, page_size, device) for x in layers]
         self.device = self.tensors[0][0].device
 
     @property
@@ -92,6 +97,8 @@ class PagedCache:
         if not pairs:
             return
         source, target = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in zip(*pairs, strict=True))
-        for pair in self.tensors:
-            for x in pair:
+        for layer in self.tensors:
+            for x in layer:
+                # not every device copies numbers of 8 bits by index, and all copy bytes
+                x = x.view(torch.uint8) if x.dtype in SCALED else x
                 x[target] = x[source]

@@ -65,8 +65,10 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], seeds: Sequence[int
     """
     if logits.dim() != 2 or len(logits) != len(params):
         raise ServingError(f"The model gave logits {tuple(logits.shape)} where {len(params)} rows [N, vocabulary] were wanted.")
-    bad = (logits.isnan().any(-1) | (logits == -torch.inf).all(-1)).tolist()
-    chosen: list[int] = logits.argmax(-1).tolist()
+    # a row with a NaN has its greatest there, and one of -inf alone has -inf: one pass over the logits, and one wait for the device
+    best = logits.argmax(-1, keepdim=True)
+    most = logits.gather(-1, best)
+    chosen, bad = torch.cat([best, most.isnan() | (most == -torch.inf)], 1).T.tolist()
     rows = [i for i, p in enumerate(params) if p.temperature > 0 and p.top_k != 1 and not bad[i]]
     if rows:
         drawn = _drawn(logits[rows].double(), [params[i] for i in rows], [uniform(seeds[i], counters[i]) for i in rows])

@@ -38,6 +38,8 @@ from attnopt.verify.compare import Distance, distance
 _HALF = (torch.float16, torch.bfloat16)
 ROW = 2.0
 """What K is multiplied by for the worst row of a tensor."""
+STATED = 1.5
+"""K where both computations round the same numbers to few bits: where those lie on an edge they may fall to different sides, which scatters the error, and no more."""
 FEW = 16
 """Gradients of fewer elements are judged like a row."""
 
@@ -64,14 +66,24 @@ def computing_dtype(values: Sequence[Any]) -> torch.dtype:
 
 
 def judge(
-    name: str, optimized: Sequence[Any], original: Sequence[Any], truth: Sequence[Any] | None, dtype: torch.dtype, *, gradient: bool = False, detail: str = ""
+    name: str,
+    optimized: Sequence[Any],
+    original: Sequence[Any],
+    truth: Sequence[Any] | None,
+    dtype: torch.dtype,
+    *,
+    gradient: bool = False,
+    stated: bool = False,
+    detail: str = "",
 ) -> Check:
     """Compare the leaves of two outputs (in order), with the truth or, where ``truth`` is None, with each other.
 
     The check holds the leaf that used the largest part of its budget. ``gradient``: a gradient is measured against at least 1% of the
     root mean square of all gradients together (some are zero but for rounding: softmax does not see a shift of all keys), over whole
-    tensors, and not where the truth is NaN, since nothing can be learnt there.
+    tensors, and not where the truth is NaN, since nothing can be learnt there. ``stated``: ``original`` has the error that an approximate computation is stated
+    to have, by the same many roundings, so K is ``STATED`` in every dtype.
     """
+    times = STATED if stated else factor(dtype)
     if len(optimized) != len(original):
         return Check(name, math.inf, band(dtype), False, f"{len(optimized)} outputs instead of {len(original)}")
     reference = original if truth is None else truth
@@ -86,9 +98,9 @@ def judge(
         else:
             got, base = distance(o, t, floor=floor, ignore_nan_truth=gradient), band(dtype)
         scatter = ROW if gradient and isinstance(t, Tensor) and t.numel() < FEW else 1.0
-        found = [(got.norm, scatter * factor(dtype) * own.norm + base)]
+        found = [(got.norm, scatter * times * own.norm + base)]
         if not gradient and base == band(dtype):
-            found.append((got.row, ROW * factor(dtype) * own.row + base))
+            found.append((got.row, ROW * times * own.row + base))
         for error, budget in found:
             if math.isinf(budget) and _ORIGINAL_LOST not in notes:
                 notes.append(_ORIGINAL_LOST)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnopt.kernels.paged_reference import GREATEST
 from attnopt.passes.insert_kv_cache import PackedPlan
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import judge
@@ -30,6 +31,15 @@ Encode = Callable[[int], Sequence[tuple[Tensor, Tensor]]]
 """Keys and values of a request's other sequence, for each layer that reads one."""
 
 
+@dataclass(frozen=True)
+class Stated:
+    """A model with the error that an approximate one is stated to have: that one may be as far from the truth, where an exact one may be as far as the original."""
+
+    run: Run
+    plan: PackedPlan
+    detail: str
+
+
 @dataclass
 class Requests:
     """Packed tokens of some requests over pages in random order, whose unused entries hold NaN."""
@@ -49,12 +59,16 @@ class Requests:
         for layer in self.plan.layers:
             table = self.cross[0] if layer.cross else self.block_table
             for which, d in enumerate((layer.D, layer.Dv)):
-                cache = torch.full((table.numel(), PAGE_SIZE, layer.Hkv, d), torch.nan, dtype=layer.dtype, device=self.device)
+                # what 8 bits cannot say, their scales do
+                cache = torch.zeros((table.numel(), PAGE_SIZE, layer.Hkv, d), dtype=layer.dtype, device=self.device)
+                cache = cache if layer.dtype in GREATEST else cache.fill_(torch.nan)
                 for r, context in enumerate(self.contexts if layer.cross else ()):
                     x = context[crossing][which]
                     place = torch.arange(len(x), device=self.device)
                     cache[table[r, place // PAGE_SIZE].long(), place % PAGE_SIZE] = x
                 self.caches.append(cache)
+            if layer.dtype in GREATEST:
+                self.caches += [torch.full((table.numel(), PAGE_SIZE, layer.Hkv), torch.nan, device=self.device) for _ in range(2)]
             crossing += layer.cross
 
     def _table(self, lengths: Sequence[int], seed: int) -> Tensor:
@@ -85,12 +99,13 @@ class Requests:
 
 
 def verify_packed(
-    original: nn.Module, run: Run, plan: PackedPlan, example: Tensor, alone: Alone, logits: Callable[[object], Tensor], encode: Encode | None = None, progress: Progress | None = None
+    original: nn.Module, run: Run, plan: PackedPlan, example: Tensor, alone: Alone, logits: Callable[[object], Tensor], encode: Encode | None = None, progress: Progress | None = None,
+    stated: Stated | None = None,
 ) -> Verdict:
     """Compare on ragged requests whose ids are drawn from those of ``example`` [B, S].
 
     ``alone`` makes the original's call for one request, ``encode`` what it keeps of another sequence, and ``logits`` takes [1, n, V], or [1, 1, V] of the last token, out of its result. The truth is a
-    float64 copy of a small original.
+    float64 copy of a small original. With ``stated`` the budget is that model's error, instead of the original's.
     """
     seen = example.flatten()
     if seen.is_meta:
@@ -116,8 +131,13 @@ def verify_packed(
             if progress is not None:
                 progress("comparing packed requests", i, len(CHUNKS))
             contexts = [] if encode is None else [encode(r) for r in range(len(ids))]
-            got = [x[-len(e) :] for x, e in zip(Requests(plan, ids, seen.device, contexts).logits(run, chunk), expected, strict=True)]
+            packed = [(run, plan)] if stated is None else [(run, plan), (stated.run, stated.plan)]
+            got, *others = [[x[-len(e) :] for x, e in zip(Requests(p, ids, seen.device, contexts).logits(f, chunk), expected, strict=True)] for f, p in packed]
             name = f"packed requests of {', '.join(map(str, lengths))} tokens, {'whole' if chunk > max(lengths) else f'chunks of {chunk}'}"
+            if stated is not None:
+                said = "; ".join(x for x in (stated.detail, detail) if x)
+                checks.append(judge(name, got, others[0], expected if truth is None else truth, expected[0].dtype, stated=True, detail=said))
+                continue
             checks.append(judge(name, got, expected, truth, expected[0].dtype, detail=detail))
     return Verdict(all(c.passed for c in checks), checks)
 

@@ -104,7 +104,8 @@ CACHES = {"int8": (torch.int8, "*i8"), "fp8": (torch.float8_e4m3fn, "*fp8e4nv")}
 def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, groups: int = 4, page: int = 16, cache: str = "") -> list[dict[str, Any]]:
     """The forward over pages with splits and without. D 576 is that of latents: one KV head, and the values are features of the keys."""
     spec, dtype = spec_of(name), getattr(torch, dtype_name)
-    kernel = launch_paged.kernel_for(spec, bool(cache))
+    packed = cache if cache and dtype != torch.float32 and not launch_paged.head_parts(D)[1] else "scaled" if cache else ""
+    kernel = launch_paged.kernel_for(spec, packed)
     Dv = min(D, launch_paged.MAX_VALUE_DIM)
     c = launch_paged.config(D, Dv, groups, queries, dtype, SHARED[arch], D == 576)
     kinds = [x.kind for x in spec.loads] + [p.kind for p in kernel.source.parts]
@@ -114,7 +115,7 @@ def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, g
             types[argument] = PAGED_TYPES[argument]
             aligned[(i,)] = [["tt.divisibility", 16]]
         elif argument in ("K", "V") and cache:
-            types[argument] = CACHES[cache][1]
+            types[argument] = "*i16" if packed != "scaled" else CACHES[cache][1]
         elif argument in ("Q_s2", "O_s2"):
             types[argument], fixed[argument] = "constexpr", 1
             aligned.pop((i,), None)
@@ -123,12 +124,11 @@ def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, g
     out = []
     label = f"{name} D{D} {dtype_name} {cache} queries{queries} groups{groups} page{page} sm_{arch} {c}"
     for split in (False, True):
-        constexprs = launch_paged.constants(D, Dv, groups, 16, page, split, D == 576, c, dtype)
+        constexprs = launch_paged.constants(D, Dv, groups, 16, page, split, D == 576, c, dtype, arch >= 90, arch >= 90)
         found = compile_typed(arch, kernel.module.paged_forward, types, fixed, constexprs, aligned, c)
         out.append({"kernel": f"paged {'split ' if split else ''}{label}", **found})
     parts = {"PART": "*fp32", "LSE": "*fp32", "O": f"*{NAMES[dtype]}", "O_s0": "i32", "O_s1": "i32", "O_s2": "constexpr", "Hq": "i32", "SPLITS": "i32"}
-    width = launch.power_of_two(Dv)
-    constexprs = {"DV": Dv, "BLOCK_DV": width, "BLOCK_S": max(1, 2048 // width), "FOLDED": True}
+    constexprs = launch_paged.reduction_constants(Dv, 64, True, arch >= 90)
     out.append({"kernel": f"reduce {label}", **compile_typed(arch, kernel.module.paged_reduce, parts, {"O_s2": 1}, constexprs, {}, c)})
     return out
 

@@ -110,10 +110,11 @@ def check_nothing_else_is_read(_: str) -> None:
     torch.testing.assert_close(launched("window", one, num_splits=2).double(), one_by_one(case, one), atol=5e-6, rtol=5e-6)
 
 
-def check_quantized(cache: str, dtype: str) -> None:
+def check_quantized(cache: str, dtype: str, D: str = "16", Dv: str = "16") -> None:
     """What the kernel writes is what PyTorch writes, and what it reads is cache * scale."""
     case, kind = BY_CASE["window"], getattr(torch, cache)
-    p = paged(((1, 40), (9, 21)), 16, getattr(torch, dtype))
+    p = paged(((1, 40), (9, 21)), 16, getattr(torch, dtype), D=int(D), Dv=int(Dv))
+    p = replace(p, q=p.q * (16 / int(D)) ** 0.5)
     k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8).view(kind) for x in (p.k_cache, p.v_cache))
     caches = (k8, v8, *(torch.full(k8.shape[:3], torch.nan) for _ in range(2)))
     same = tuple(x.clone() for x in caches)

@@ -119,17 +119,32 @@ def test_what_does_not_fit_is_named() -> None:
 
 def test_splits_fill_the_device() -> None:
     launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
-    processors, room = 132, 132 * launch_paged.PROGRAMS_EACH
-    for programs, blocks in ((8, 2048), (8, 128), (128, 128), (200, 32), (300, 32), (512, 128), (1024, 32), (1, 1), (1, 100_000)):
-        n = launch_paged.splits(programs, blocks, processors)
+    room = 132 * 3
+    for programs, blocks in ((8, 2048), (8, 128), (128, 128), (200, 32), (300, 32), (512, 128), (1024, 32), (1, 1), (1, 100_000), (3, 17)):
+        n = launch_paged.splits(programs, blocks, room)
+        each = -(-blocks // n)
         assert 1 <= n <= max(1, blocks // 2)
-        rounds = programs * n / room
-        # nobody waits for a last round that is nearly empty, unless there are no more blocks to share
-        assert rounds / -(-programs * n // room) >= 0.9 or n >= blocks // 2 or programs >= 4 * room, (programs, blocks, n)
-    assert launch_paged.splits(1024, 128, processors) == 1
+        assert (n - 1) * each < blocks, "a split without a block"
+        # nobody waits for a last round that is nearly empty, as far as whole blocks allow
+        assert programs * n / room / -(-programs * n // room) >= 0.85 or programs >= 2 * room or each <= 3, (programs, blocks, n)
+    assert launch_paged.splits(1024, 128, room) == 1
+    assert launch_paged.splits(128, 128, room) == 3
+    assert launch_paged.splits(8, 128, room) == 43
 
 
-@pytest.mark.parametrize(("D", "parts"), [(16, (16, 0)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (192, (128, 64)), (576, (512, 64)), (8, (16, 0)), (40, (32, 16))])
+def test_room_for_programs() -> None:
+    launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
+    c = launch_paged.config(128, 128, 4, 1, torch.bfloat16, 227 * 1024)
+    assert c.one_query and c.BLOCK_Q == 1 and c.BLOCK_M == 16
+    assert launch_paged.programs_each(c, 128, 128, 2, 227 * 1024) == 3
+    assert launch_paged.programs_each(c, 128, 128, 1, 227 * 1024) == 4
+    assert launch_paged.programs_each(c, 256, 256, 2, 64 * 1024) == 1
+    assert launch_paged.config(128, 128, 4, 5, torch.bfloat16, 227 * 1024).BLOCK_Q == 8
+
+
+@pytest.mark.parametrize(
+    ("D", "parts"), [(16, (16, 0)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (192, (128, 64)), (576, (512, 64)), (8, (16, 0)), (40, (32, 16))]
+)
 def test_a_head_is_made_up_of_two_blocks(D: int, parts: tuple[int, int]) -> None:
     launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
     assert launch_paged.head_parts(D) == parts and sum(parts) >= D
@@ -198,6 +213,65 @@ def test_nothing_else_is_read(interpreted: Run) -> None:
 @pytest.mark.parametrize("cache", ["int8-float16", "float8_e4m3fn-float32"])
 def test_quantized(interpreted: Run, cache: str) -> None:
     interpreted("paged", "quantized", *cache.split("-"))
+
+
+@pytest.mark.parametrize("cache", ["int8-float16-64-40", "int8-bfloat16-32-32", "float8_e4m3fn-float16-32-32", "float8_e4m3fn-bfloat16-64-40"])
+def test_quantized_in_words_of_two(interpreted: Run, cache: str) -> None:
+    interpreted("paged", "quantized", *cache.split("-"))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_words_are_taken_apart_exactly(kind: str, wide: torch.dtype) -> None:
+    """The PTX in ``halves``, step by step, on every word of two numbers: what the cache's dtype means, but for the constant factor."""
+    halves = pytest.importorskip("attnopt.kernels.triton.halves", reason="triton is not installed")
+    words = torch.arange(1 << 16).to(torch.uint16)
+    pairs = words.view(torch.float8_e4m3fn if kind == "fp8" else torch.int8).view(-1, 2).double()
+    factor = 1.0 if kind == "int8" else 2.0**-120 if wide == torch.bfloat16 else 2.0**-8
+    for place, found in enumerate(emulate(halves.HALVES, kind, wide, words)):
+        want = pairs[:, place] * factor
+        known = ~want.isnan()  # a NaN has a scale of NaN
+        assert torch.equal(found.double()[known], want[known])
+
+
+def emulate(text: str, kind: str, wide: torch.dtype, words: Tensor) -> list[Tensor]:
+    """Runs the PTX of one of the functions, with every word in both halves of a register; both results, lower halves."""
+    body = text.split(f"def _halves_{kind}(")[1].split("@triton.jit")[0]
+    steps = body.split('"""')[1 if wide == torch.bfloat16 else 3]
+    value = words.to(torch.int64)
+    registers: dict[str, Tensor] = {"$2": value | value << 16}
+    for line in (x.strip().rstrip(";") for x in steps.splitlines()):
+        if not line or line in "{}" or line.startswith(".reg"):
+            continue
+        name, rest = line.split(None, 1)
+        into, *given = (x.strip() for x in rest.split(","))
+        a, *more = (registers[x] if x in registers else torch.tensor(int(x, 0)) for x in given)
+        if name == "mov.b32":
+            out = a.expand_as(value)
+        elif name in ("shl.b32", "shr.u32"):
+            out = (a << more[0] if name.startswith("shl") else a >> more[0]) & 0xFFFFFFFF
+        elif name == "and.b32":
+            out = a & more[0]
+        elif name == "lop3.b32":
+            b, c, table = more
+            out = (a & b) | c if int(table) == 0xEA else (a & b) ^ c
+            assert int(table) in (0xEA, 0x6A)
+        else:
+            assert name in ("sub.bf16x2", "sub.f16x2"), name
+            out = _pack(_low(a, wide) - _low(more[0], wide), wide)
+        registers[into] = out
+    for name in ("$0", "$1"):
+        assert torch.equal(registers[name] >> 16, registers[name] & 0xFFFF), "a word reaches into its neighbour"
+    return [_low(registers[n], wide) for n in ("$0", "$1")]
+
+
+def _low(x: Tensor, wide: torch.dtype) -> Tensor:
+    return (x & 0xFFFF).to(torch.uint16).view(wide)
+
+
+def _pack(x: Tensor, wide: torch.dtype) -> Tensor:
+    bits = x.to(wide).view(torch.uint16).to(torch.int64)
+    return bits | bits << 16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.errors import AttnoptError, ServingError, VerificationError
 from attnopt.kernels import paged_reference
+from attnopt.runtime import DecodeGraphs, SamplingParams
 from attnopt.serving import ServingModel
 from serving.models import HandWritten, hand_written
 
@@ -179,3 +180,10 @@ def test_weights_on_the_meta_device_are_not_compared() -> None:
     made = attnopt.optimize(Called().eval().to("meta"), IDS, config=PAGED)
     assert made.attnopt_report.verdict.passed is None and made.layers[0].D == 32
     assert "AO304" in [r.code for r in made.attnopt_report.remarks]
+
+
+def test_without_a_gpu_steps_run_without_graphs_and_say_why(serving: ServingModel) -> None:
+    engine = serving.engine(pages=8)
+    assert isinstance(engine.run, DecodeGraphs) and engine.run.reason == "CUDA graphs need a CUDA device, and the caches are on cpu"
+    want = serving.engine(pages=8, graphs=False).generate([[3, 4, 5]], SamplingParams(max_new_tokens=5))
+    assert engine.generate([[3, 4, 5]], SamplingParams(max_new_tokens=5))[0].tokens == want[0].tokens

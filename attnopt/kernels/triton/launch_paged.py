@@ -1,6 +1,7 @@
 """Running the generated kernels of attention over a paged cache: what they refuse, block sizes, the number of splits, the launch.
 
-Everything here follows from shapes, so nothing waits for the device, and a CUDA graph can hold the launch.
+Everything here follows from shapes, so nothing waits for the device, and a CUDA graph can hold the launch. What follows from them is worked out once, as a
+``Plan``: a call of a shape that was seen before only puts its tensors in.
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import capability, processors
 from attnopt.kernels.materialise import load_tensors
+from attnopt.kernels.paged_checks import description
 from attnopt.kernels.paged_choice import CacheSetting
 from attnopt.kernels.paged_reference import request_sizes
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import Bounds, bounds, cached_key_range
 from attnopt.kernels.triton.flash_forward import Source
+from attnopt.kernels.triton.halves import PACKED
 from attnopt.kernels.triton.launch import DTYPES, SHARED_MEMORY_SM90, available, import_source, interpreted, power_of_two, shared_memory
 from attnopt.kernels.triton.paged import CONSTEXPRS, generate, lengths_of, request_spec
 
 MAX_HEAD_DIM = 576
 MAX_VALUE_DIM = 512
 LEAST_PAGE = 16
-PROGRAMS_EACH = 2
-"""Programs that a multiprocessor holds at a time, as the block sizes below leave room for."""
+MOST_PROGRAMS_EACH = 4
+"""Programs that a multiprocessor holds at a time, where shared memory has room: more of them than this have no registers."""
 INTERPRETED_PROCESSORS = 4
 """Under the interpreter there are none to count: as many as make small tests split."""
+LEAST_BLOCKS = 2
+"""Blocks of keys that are worth a program of their own: the first waits for the page table."""
+MOST_PLANS = 4096
 
 
 def refusal(spec: AttentionSpec, setting: CacheSetting) -> str | None:
@@ -95,20 +101,27 @@ class Kernel:
 
 
 @lru_cache(maxsize=1024)
-def kernel_for(spec: AttentionSpec, quantized: bool) -> Kernel:
-    source = generate(spec, quantized)
+def kernel_for(spec: AttentionSpec, cache: str = "") -> Kernel:
+    """``cache`` as in ``paged.generate``."""
+    source = generate(spec, cache)
     return Kernel(source, import_source(source.text), programs_of(request_spec(spec)).folded)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes, and Triton's launch options. A tile is HEADS heads times BLOCK_M // HEADS queries."""
+    """Block sizes, and Triton's launch options. A tile is HEADS heads times BLOCK_Q queries, in BLOCK_M rows."""
 
     BLOCK_M: int
     BLOCK_N: int
     HEADS: int
     num_warps: int
     num_stages: int
+    one_query: bool = False
+    """A tile is of one token, though more of them had room: then tokens and tiles are one, where every request has one token."""
+
+    @property
+    def BLOCK_Q(self) -> int:
+        return 1 if self.one_query else self.BLOCK_M // self.HEADS
 
 
 @lru_cache(maxsize=1024)
@@ -132,7 +145,7 @@ def config(D: int, Dv: int, groups: int, queries: int, dtype: torch.dtype, memor
         tallest, BLOCK_N, stages = 64 if large else 16, 32, 3 if one_load else 2
     BLOCK_M = min(tallest, power_of_two(groups * queries))
     warps = 8 if BLOCK_M * width >= 64 * 128 or width > (64 if dtype == torch.float32 else 128) else 4
-    return Config(BLOCK_M, BLOCK_N, min(groups, BLOCK_M), warps, stages)
+    return Config(BLOCK_M, BLOCK_N, min(groups, BLOCK_M), warps, stages, queries == 1)
 
 
 def head_parts(D: int) -> tuple[int, int]:
@@ -143,23 +156,32 @@ def head_parts(D: int) -> tuple[int, int]:
     return first // 2, power_of_two(D - first // 2)
 
 
-@lru_cache(maxsize=4096)
-def splits(programs: int, blocks: int, processors: int) -> int:
-    """How many programs share the keys of a tile, where there are ``programs`` tiles of at most ``blocks`` blocks of keys.
+def programs_each(c: Config, D: int, Dv: int, element: int, memory: int) -> int:
+    """How many programs a multiprocessor with ``memory`` bytes of shared memory holds: each keeps its blocks of keys and values in flight there."""
+    taken = max(1, c.num_stages - 1) * c.BLOCK_N * (D + Dv) * element + 8 * 1024
+    return max(1, min(MOST_PROGRAMS_EACH * 4 // c.num_warps, memory // taken))
 
-    The least number that fills the multiprocessors about as well as any: whole rounds of them, without a nearly empty last one.
+
+@lru_cache(maxsize=4096)
+def splits(programs: int, blocks: int, room: int) -> int:
+    """How many programs share the keys of a tile, where there are ``programs`` tiles of at most ``blocks`` blocks of keys, and the device holds ``room`` programs.
+
+    The least number that fills the device about as well as any: whole rounds of programs, without a nearly empty last one, in which few programs would have to ask for all
+    that memory can give. From two rounds on that hardly matters, and none are split. Never a split that gets no block.
     """
-    room = processors * PROGRAMS_EACH
-    most = max(1, min(blocks // 2, room))
+
+    def whole(n: int) -> int:
+        return -(-blocks // -(-blocks // n))
 
     def filled(n: int) -> float:
         rounds = programs * n / room
         return rounds / math.ceil(rounds)
 
-    if programs >= 4 * room:
+    if programs >= 2 * room:
         return 1
-    best = max(filled(n) for n in range(1, most + 1))
-    return next(n for n in range(1, most + 1) if filled(n) >= 0.95 * best)
+    tried = sorted({whole(n) for n in range(1, max(1, min(blocks // LEAST_BLOCKS, room)) + 1)})
+    best = max(map(filled, tried))
+    return next(n for n in tried if filled(n) >= 0.95 * best)
 
 
 # ------------------------------------------------------------------------------------------------ the call
@@ -179,47 +201,143 @@ def attention(
     v_scale: Tensor | None = None,
     chosen: Config | None = None,
     num_splits: int | None = None,
+    described: Any = None,
 ) -> Tensor:
-    """``attnopt::paged_attention`` by the generated kernels. ``chosen`` and ``num_splits`` replace what ``config`` and ``splits`` say."""
-    T, Hq, D = q.shape
-    _, page_size, Hkv, Dv = v_cache.shape
-    R, columns = block_table.shape
-    o = torch.empty((T, Hq, Dv), dtype=q.dtype, device=q.device)
-    if o.numel() == 0 or R == 0 or columns == 0 or k_cache.shape[0] == 0:
-        return o.zero_()
-    capacity, groups = columns * page_size, Hq // Hkv
-    on_gpu = q.device.type == "cuda"
-    index = q.device.index or 0
-    spec = request_spec(spec)
-    values = request_sizes(spec, sizes, q, k_cache, v_cache, R, capacity)
-    limits = bounds(spec, values)
-    memory = shared_memory(index) if on_gpu else SHARED_MEMORY_SM90
-    one_load = shares(k_cache, v_cache)
-    c = chosen or config(D, Dv, groups, -(-T // R), q.dtype, memory, one_load)
-    kernel = kernel_for(spec, k_scale is not None)
-    BLOCK_Q, lanes = c.BLOCK_M // c.HEADS, Hkv * -(-groups // c.HEADS)
-    if num_splits is None:
-        likely = R + (T - R) // BLOCK_Q if T > R else R
-        num_splits = splits(likely * lanes, -(-reach(limits, chunk(spec.mask), BLOCK_Q, capacity) // c.BLOCK_N), processors(index) if on_gpu else INTERPRETED_PROCESSORS)
-    split = num_splits > 1
-    part = torch.empty((T, Hq, num_splits, Dv), dtype=torch.float32, device=q.device) if split else o
-    lse = torch.empty((T, Hq, num_splits), dtype=torch.float32, device=q.device) if split else o
-    tensors = {"Q": q, "K": k_cache, "V": v_cache, "O": o, "TABLE": block_table}
+    """``attnopt::paged_attention`` by the generated kernels. ``chosen`` and ``num_splits`` replace what ``config`` and ``splits`` say.
+
+    ``described``: ``paged_checks.description`` of the call, where the caller has it already.
+    """
+    tensors = {"Q": q, "K": k_cache, "V": v_cache, "TABLE": block_table, "STARTS": cu_seqlens_q.contiguous(), "LENGTHS": seqlens_k.contiguous()}
     if k_scale is not None and v_scale is not None:
         tensors |= {"K_SCALE": k_scale, "V_SCALE": v_scale}
-    arguments = bind(kernel.source, spec, tensors, loads, values, capacity)
-    arguments |= {"PART": part, "LSE": lse, "STARTS": cu_seqlens_q.contiguous(), "LENGTHS": seqlens_k.contiguous()}
-    arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "LEFT": limits.left, "RIGHT": limits.right}
-    grid = ((T // BLOCK_Q + R + 1) * lanes, num_splits)
-    fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype)
-    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
-        kernel.module.paged_forward[grid](*(arguments[n] for n in kernel.source.arguments), **fixed, num_warps=c.num_warps, num_stages=c.num_stages)
-        if split:
-            width = power_of_two(Dv)
-            kernel.module.paged_reduce[(T * Hq,)](
-                part, lse, o, *o.stride(), Hq, num_splits, DV=Dv, BLOCK_DV=width, BLOCK_S=max(1, 2048 // width), FOLDED=kernel.folded, num_warps=4
-            )
+    o = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
+    if o.numel() == 0 or block_table.numel() == 0 or k_cache.shape[0] == 0:
+        return o.zero_()
+    if described is None:
+        described = (spec, description(sizes, q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, k_scale, v_scale, *loads))
+    # what Triton compiles for depends on whether addresses are multiples of 16
+    k_at, v_at = k_cache.data_ptr(), v_cache.data_ptr()
+    places = (k_at % 16, v_at % 16, k_at == v_at, *(x.data_ptr() % 16 for x in (q, block_table, cu_seqlens_q, seqlens_k, *loads)))
+    scales = () if k_scale is None or v_scale is None else (k_scale.data_ptr() % 16, v_scale.data_ptr() % 16)
+    key = (described, places, scales, chosen, num_splits)
+    plan = _PLANS.get(key)
+    if plan is None:
+        if len(_PLANS) >= MOST_PLANS:
+            _PLANS.clear()
+        plan = _PLANS[key] = Plan.of(tensors, loads, sizes, spec, chosen, num_splits)
+    plan.run(tensors, loads, o)
     return o
+
+
+@dataclass
+class Launch:
+    """One kernel with all of its arguments but the tensors."""
+
+    function: Any
+    arguments: tuple[str, ...]
+    values: dict[str, Any]
+    """By name: sizes, strides and bounds. What is not among them is a tensor, and comes with the call."""
+    fixed: dict[str, Any]
+    """Its constexprs, in order."""
+    options: dict[str, Any]
+    grid: tuple[int]
+    launch: Any = None
+    """What Triton made of it at the first launch, for this grid. To launch that spares looking at every argument again."""
+
+    def __post_init__(self) -> None:
+        self.template = [self.values.get(n) for n in self.arguments]
+        self.places = [(i, n) for i, n in enumerate(self.arguments) if n not in self.values]
+
+    def run(self, tensors: dict[str, Tensor]) -> None:
+        arguments = self.template.copy()
+        for i, name in self.places:
+            arguments[i] = tensors[name]
+        if self.launch is not None:
+            self.launch(*arguments, *self.fixed.values())
+            return
+        made = self.function[self.grid](*arguments, **self.fixed, **self.options)
+        self.launch = None if interpreted() else made[(*self.grid, 1, 1)]
+
+
+_PLANS: dict[Any, Plan] = {}
+
+
+@dataclass
+class Plan:
+    """The launches for calls of one shape."""
+
+    source: Source
+    device: torch.device
+    shape: dict[str, int]
+    sizes: dict[str, int]
+    words: bool
+    """Whether the caches are read as words of two numbers."""
+    part: tuple[int, ...] | None
+    """The shape of what the splits leave; None where there are none."""
+    forward: Launch
+    reduction: Launch | None
+
+    @staticmethod
+    def of(
+        tensors: dict[str, Tensor], loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, chosen: Config | None, num_splits: int | None
+    ) -> Plan:
+        q, k_cache, v_cache, table = (tensors[x] for x in ("Q", "K", "V", "TABLE"))
+        T, Hq, D = q.shape
+        _, page_size, Hkv, Dv = v_cache.shape
+        R, columns = table.shape
+        capacity, groups = columns * page_size, Hq // Hkv
+        on_gpu, index = q.device.type == "cuda", q.device.index or 0
+        quantized = "K_SCALE" in tensors
+        spec = request_spec(spec)
+        values = request_sizes(spec, sizes, q, k_cache, v_cache, R, capacity)
+        limits = bounds(spec, values)
+        memory = shared_memory(index) if on_gpu else SHARED_MEMORY_SM90
+        one_load = shares(k_cache, v_cache)
+        c = chosen or config(D, Dv, groups, -(-T // R), q.dtype, memory, one_load)
+        cache = packing(q.dtype, k_cache, v_cache, one_load) if quantized else ""
+        words = as_words(k_cache, v_cache) if cache in PACKED else {}
+        kernel = kernel_for(spec, cache)
+        BLOCK_Q, lanes = c.BLOCK_Q, Hkv * -(-groups // c.HEADS)
+        tiles = T if BLOCK_Q == 1 else T // BLOCK_Q + R + 1
+        if num_splits is None:
+            likely = (R + (T - R) // BLOCK_Q if T > R else T) * lanes
+            blocks = -(-reach(limits, chunk(spec.mask), BLOCK_Q, capacity) // c.BLOCK_N)
+            each = programs_each(c, D, 0 if one_load else Dv, k_cache.element_size(), memory)
+            num_splits = splits(likely, blocks, each * (processors(index) if on_gpu else INTERPRETED_PROCESSORS))
+        split = num_splits > 1
+        pdl = on_gpu and capability() >= (9, 0)
+        early = {"launch_pdl": True} if pdl else {}
+        shape = {"b": R, "h": Hq, "q": capacity, "k": capacity}
+        arguments = bind(kernel.source, spec, tensors | words, load_tensors(kernel.source.parts, shape, loads, values, q.device), len(loads))
+        arguments |= {f"size{i}": values[name] for i, name in enumerate(kernel.source.sizes)}
+        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity}
+        arguments |= {"O_s0": Hq * Dv, "O_s1": Dv, "O_s2": 1}
+        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl)
+        options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **early}
+        forward = Launch(kernel.module.paged_forward, kernel.source.arguments, arguments, fixed, options, (tiles * lanes * num_splits,))
+        reduction = None
+        if split:
+            names = ("PART", "LSE", "O", "O_s0", "O_s1", "O_s2", "Hq", "SPLITS")
+            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl)
+            options = {"num_warps": 4, **early}
+            reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, options, (T * Hq,))
+        return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction)
+
+    def run(self, tensors: dict[str, Tensor], loads: Sequence[Tensor], o: Tensor) -> None:
+        named = tensors | {f"L{i}": x for i, x in enumerate(load_tensors(self.source.parts, self.shape, loads, self.sizes, self.device))}
+        named |= {"O": o, "PART": o, "LSE": o}
+        if self.words:
+            named |= as_words(named["K"], named["V"])
+        if self.part is not None:
+            # one piece of memory, and one call for it
+            weights = math.prod(self.part[:3])
+            space = torch.empty(weights * (self.part[3] + 1), dtype=torch.float32, device=self.device)
+            named |= {"PART": space[: weights * self.part[3]], "LSE": space[weights * self.part[3] :]}
+        elsewhere = self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
+        with torch.cuda.device(self.device) if elsewhere else contextlib.nullcontext():
+            self.forward.run(named)
+            if self.reduction is not None:
+                self.reduction.run(named)
 
 
 def reach(limits: Bounds, of_chunk: int | None, queries: int, capacity: int) -> int:
@@ -240,30 +358,47 @@ def shares(k_cache: Tensor, v_cache: Tensor) -> bool:
     return same and Dv == head_parts(k_cache.shape[3])[0] == power_of_two(Dv)
 
 
+def packing(dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, one_load: bool) -> str:
+    """How a quantized cache is read for queries of ``dtype``: as words of two numbers, of the ``PACKED`` kind of its dtype, where two blocks of halves can be made of
+    its heads, and otherwise number by number (``scaled``)."""
+    whole = all(
+        x.shape[3] % 2 == 0 and power_of_two(x.shape[3]) >= 32 and x.stride(3) == 1 and not any(n % 2 for n in (x.data_ptr(), *x.stride()[:3]))
+        for x in (k_cache, v_cache)
+    )
+    if one_load or not whole or head_parts(k_cache.shape[3])[1] or dtype not in (torch.float16, torch.bfloat16):
+        return "scaled"
+    return "int8" if k_cache.dtype == torch.int8 else "fp8"
+
+
+def as_words(k_cache: Tensor, v_cache: Tensor) -> dict[str, Tensor]:
+    return {"K": k_cache.view(torch.int16), "V": v_cache.view(torch.int16)}
+
+
 def constants(
-    D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype
+    D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype, pdl: bool = False, asm: bool = False
 ) -> dict[str, Any]:
-    """The values of the kernel's ``CONSTEXPRS``. ``page`` is 0 where each request has one."""
+    """The values of the kernel's ``CONSTEXPRS``. ``page`` is 0 where each request has one; with ``pdl`` (programmatic dependent launch, sm_90) it is launched before the kernel
+    in front of it ends, and waits for that; with ``asm`` words of two numbers are taken apart in PTX."""
     BLOCK_R = max(128, power_of_two(R + 1))
     parts = head_parts(D)
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, BLOCK_R, page, split, shared, precision)
+    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, asm, precision)
     return dict(zip(CONSTEXPRS, values, strict=True))
 
 
-def bind(
-    source: Source, spec: AttentionSpec, tensors: dict[str, Tensor], loads: Sequence[Tensor], sizes: dict[str, int], capacity: int
-) -> dict[str, Any]:
-    """Tensors, loads and sizes by the names of the kernel's arguments, each with its strides and extents."""
-    shape = {"b": tensors["TABLE"].shape[0], "h": tensors["Q"].shape[1], "q": capacity, "k": capacity}
-    read = load_tensors(source.parts, shape, loads, sizes, tensors["Q"].device)
+def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool) -> dict[str, Any]:
+    """Of ``paged_reduce``: as many splits at once as there are, up to what registers hold."""
+    width = power_of_two(Dv)
+    return {"DV": Dv, "BLOCK_DV": width, "BLOCK_S": max(1, min(power_of_two(num_splits), 4096 // width)), "FOLDED": folded, "PDL": pdl}
+
+
+def bind(source: Source, spec: AttentionSpec, tensors: dict[str, Tensor], read: Sequence[Tensor], given: int) -> dict[str, Any]:
+    """The strides and extents of tensors and loads by the names of the kernel's arguments. ``given`` of the loads are the spec's, the others tables."""
     for i, x in enumerate(read):
         if x.numel() == 0:
-            raise AttnoptError(f"{spec.loads[i].name if i < len(loads) else 'A table'} {tuple(x.shape)} is empty, and this attention reads it.")
-    named = tensors | {f"L{i}": x for i, x in enumerate(read)}
-    values: dict[str, Any] = dict(named)
-    for name, x in named.items():
+            raise AttnoptError(f"{spec.loads[i].name if i < given else 'A table'} {tuple(x.shape)} is empty, and this attention reads it.")
+    values: dict[str, Any] = {}
+    for name, x in (*tensors.items(), *((f"L{i}", x) for i, x in enumerate(read))):
         values.update({f"{name}_s{d}": n for d, n in enumerate(x.stride())})
         values.update({f"{name}_n{d}": n for d, n in enumerate(x.shape)})
-    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
-    return values | {"POSITIONS": capacity}
+    return values
