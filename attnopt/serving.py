@@ -33,6 +33,7 @@ Progress = Callable[[str, int, int], None]
 Params = SamplingParams | Sequence[SamplingParams] | None
 _CACHE_BYTES = 4 << 30
 """The most that the cache of ``generate`` takes where nothing else is said."""
+_PAGE_SIZE = 16
 _LONGEST = 1 << 20
 """A capture that holds for this many tokens is taken to hold for more."""
 
@@ -118,14 +119,23 @@ class ServingModel(nn.Module):
 
     run = forward
 
-    def engine(self, *, page_size: int = 16, pages: int | None = None, size_bytes: int | None = None, **options: Any) -> Engine:
-        """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ..."""
+    def engine(self, *, page_size: int | None = None, pages: int | None = None, size_bytes: int | None = None, **options: Any) -> Engine:
+        """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ...
+
+        ``page_size`` is 16 tokens where nothing is said. In a contiguous cache it is how many tokens a request may have, by default as many as the model has positions for.
+        """
         if self.context is not None:
             raise ServingError("This model reads another sequence, which the engine does not hold yet; call encode and run instead.")
         windows = [x.window for x in self.layers]
         window = None if None in windows else max(x for x in windows if x is not None)
+        if self.plan.layout == "contiguous":
+            page_size = self.max_positions if page_size is None else page_size
+            if page_size is None:
+                raise ServingError("The model computes its positions, so it does not say how long a request may become; a contiguous cache needs page_size, in tokens.")
+            # a page that ends with its request holds nothing of the next, and is never dead before it ends
+            options, window = {"prefix_sharing": False, **options, "contiguous": True}, None
         place = next((x.device for x in (*self.parameters(), *self.buffers())), None)
-        cache = PagedCache(self.layers, page_size, pages, size_bytes, place)
+        cache = PagedCache(self.layers, _PAGE_SIZE if page_size is None else page_size, pages, size_bytes, place)
 
         def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor) -> Tensor:
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, cache.tensors, rows)
@@ -147,8 +157,10 @@ class ServingModel(nn.Module):
         if options.get("pages") is not None or options.get("size_bytes") is not None:
             return self.engine(**options)
         rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-        page_size = max(1, options.get("page_size", 16))
         ends = [min(len(p) + r.max_new_tokens, self.max_positions or _LONGEST) for p, r in zip(prompts, rules, strict=False)]
+        if self.plan.layout == "contiguous":
+            options = {"page_size": max(ends, default=1), **options}
+        page_size = max(1, options.get("page_size", _PAGE_SIZE))
         page_bytes = page_size * sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in self.layers)
         return self.engine(**options, pages=max(1, min(sum(-(-n // page_size) for n in ends), _CACHE_BYTES // page_bytes)))
 
@@ -256,7 +268,7 @@ def rewrite(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: Dynami
     captured = capture(model, args, kwargs, dynamic_shapes, check=check)
     call = _Call.of(captured)
     start = time.perf_counter()
-    result = run_pipeline(captured.graph_module, config, cache=InsertKVCache(call.positions(), call.output(), config.backend))
+    result = run_pipeline(captured.graph_module, config, cache=InsertKVCache(call.positions(), call.output(), config.backend, config.kv_cache or "paged"))
     seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
     return call, result, Report(result.sites, [*captured.remarks, *result.remarks], seconds=seconds)
 

@@ -16,7 +16,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from attnopt.config import BACKENDS
+from attnopt.config import BACKENDS, KV_CACHES, OptimizeConfig
 from attnopt.errors import AttnoptError
 
 POLICY, USAGE, BUG, INTERRUPTED = 1, 2, 101, 130
@@ -90,6 +90,9 @@ _pass_options = _options(
     click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
     click.option("--print-ir-after", multiple=True, metavar="NAME", help="Print the graph after a pass (or `all`) to standard error; repeatable."),
     click.option("--capture", type=click.Choice(["auto", "export", "dynamo"]), default="auto", show_default=True, help="How the graph is captured."),
+    click.option("--inductor/--no-inductor", default=True, show_default=True, help="Where torch.compile captures: hand the rewritten graph to Inductor, or run it eagerly."),
+    click.option("--max-variants", type=click.IntRange(1), default=OptimizeConfig.max_variants, show_default=True, metavar="N", help="How many forms of call (mode, dtype, structure of the arguments) one model is captured for."),
+    click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Make a serving model of a decoder that was written without a cache: keys and values in pages, or in one piece for each request."),
 )
 _output_options = _options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object to standard output and nothing else there."),

@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from attnopt.cli.render import Terminal
 
 
-def config_of(options: dict[str, Any], *, verify: bool) -> OptimizeConfig:
+def config_of(options: dict[str, Any], *, verify: bool, train: bool = False) -> OptimizeConfig:
     """The options of one optimization. ``require_all`` is judged here, after the report was shown.
 
     A backend that cannot be used at all is refused now, before the work of loading and capturing.
     """
+    if options["kv_cache"] is not None and train:
+        raise AttnoptError("--kv-cache makes a model that generates, and --train asks for training mode; they exclude each other.")
     if options["backend"] != "auto":
-        from attnopt.kernels import registry
+        from attnopt.kernels import paged_choice, registry
 
+        if options["kv_cache"] is not None:
+            paged_choice.known(options["backend"])
         registry.find(options["backend"])
-    names = ("backend", "autotune", "disable_passes", "print_ir_after", "capture")
+    names = ("backend", "autotune", "disable_passes", "print_ir_after", "capture", "inductor", "max_variants", "kv_cache")
     return OptimizeConfig(verify=verify, **{n: options[n] for n in names})
 
 

@@ -65,15 +65,21 @@ class PackedPlan:
     """The original gives logits of the last token alone."""
     context: tuple[str, ...] = ()
     """The captured graph's inputs that another sequence is made of, by the module at ``CONTEXT``: its k and v for each layer that is ``cross``."""
+    layout: str = "paged"
+    """``contiguous``: each request has one page, so ``block_table`` has one column; ``paged``: as many as it needs."""
 
 
 @dataclass(frozen=True)
 class InsertKVCache:
-    """``positions`` names the inputs that hold positions (known-inputs takes them out), ``output`` is the place of the logits among the results (None: the one that fits)."""
+    """``positions`` names the inputs that hold positions (known-inputs takes them out), ``output`` is the place of the logits among the results (None: the one that fits).
+
+    The graph is the same for both ``layout``s: a contiguous cache is one of a page for each request, which the kernels see by the block table's one column.
+    """
 
     positions: tuple[str, ...] = ()
     output: int | None = None
     backend: str = "auto"
+    layout: str = "paged"
     name: str = "insert-kv-cache"
     tier: Tier = "exact"
 
@@ -105,7 +111,7 @@ class InsertKVCache:
         drop_unread(graph)
         limits = [n for n, _ in flow.limits]
         names = () if context is None else tuple(str(n.target) for n in context.graph.find_nodes(op="placeholder"))
-        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places), names)
+        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places), names, self.layout)
         if context is not None:
             module.meta[CONTEXT] = context
         return result
@@ -125,7 +131,7 @@ class InsertKVCache:
             edit.call(torch.ops.attnopt.cache_write.default, k, v, k_cache, v_cache, inputs.slots)
         arguments = (k_cache, v_cache, block_table, inputs.cu_seqlens_q, seqlens_k)
         read = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, node.args[3], [], spec.to_json(), self.backend)
-        read.meta |= {KERNEL: ("paged", "keys and values are read from a paged cache"), "attnopt_spec": spec}
+        read.meta |= {KERNEL: ("paged", f"keys and values are read from a {self.layout} cache"), "attnopt_spec": spec}
         out = edit.call(aten.unsqueeze.default, edit.call(aten.transpose.int, read, 0, 1), 0)
         out.meta |= {key: node.meta[key] for key in (SITE, ORIGINAL) if key in node.meta}
         node.replace_all_uses_with(out)
@@ -135,7 +141,7 @@ class InsertKVCache:
         layer = CacheLayer(name, int(Hkv), int(D), int(Dv), None if left is None or cross else left + 1, N.value(k).dtype, cross)
         whose = "each token of another sequence, computed once for each request," if cross else "each token"
         window = "" if layer.window is None else f", of the last {layer.window} tokens"
-        result.remarks.append(Remark("AO104", f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}] of {whose} are kept in a paged cache{window}.", name, N.source(node)))
+        result.remarks.append(Remark("AO104", f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}] of {whose} are kept in a {self.layout} cache{window}.", name, N.source(node)))
         return layer
 
 

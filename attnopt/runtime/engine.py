@@ -75,10 +75,11 @@ class Engine:
         token_budget: int = 2048,
         chunk: int | None = None,
         max_requests: int = 256,
+        contiguous: bool = False,
     ) -> None:
         self.run, self.cache = run, cache
         self.manager = BlockManager(cache.pages, cache.page_size, prefix_sharing, window)
-        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device)
+        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device, contiguous)
         self._sums = Sums()
 
     # -------------------------------------------------------------------------------------------- requests
