@@ -145,24 +145,29 @@ class ServingModel(nn.Module):
     def generate(self, prompts: Sequence[Sequence[int]], params: Params = None, *, progress: bool = False, **options: Any) -> list[Result]:
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.
 
-        Without ``pages`` and ``size_bytes`` the cache holds all that these prompts may come to, or takes 4 GiB where that would be more.
         """
-        return self._engine_for(prompts, params, options).generate(prompts, params, progress)
+        return self.engine_for(prompts, params, **options).generate(prompts, params, progress)
 
     def stream(self, prompts: Sequence[Sequence[int]], params: Params = None, **options: Any) -> Iterator[Event]:
         """Tokens as they come. See ``Engine.stream``, and ``generate`` for ``options``."""
-        return self._engine_for(prompts, params, options).stream(prompts, params)
+        return self.engine_for(prompts, params, **options).stream(prompts, params)
 
-    def _engine_for(self, prompts: Sequence[Sequence[int]], params: Params, options: dict[str, Any]) -> Engine:
-        if options.get("pages") is not None or options.get("size_bytes") is not None:
-            return self.engine(**options)
+    def engine_for(self, prompts: Sequence[Sequence[int]], params: Params = None, **options: Any) -> Engine:
+        """An engine for these prompts, which are not added to it. ``options`` are those of ``engine``.
+
+        Without ``pages`` and ``size_bytes`` the cache holds all that those of them that run at once may come to, or takes 4 GiB where that would be more.
+        """
         rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         ends = [min(len(p) + r.max_new_tokens, self.max_positions or _LONGEST) for p, r in zip(prompts, rules, strict=False)]
         if self.plan.layout == "contiguous":
             options = {"page_size": max(ends, default=1), **options}
+        if options.get("pages") is not None or options.get("size_bytes") is not None:
+            return self.engine(**options)
         page_size = max(1, options.get("page_size", _PAGE_SIZE))
         page_bytes = page_size * sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in self.layers)
-        return self.engine(**options, pages=max(1, min(sum(-(-n // page_size) for n in ends), _CACHE_BYTES // page_bytes)))
+        wanted = sorted((-(-n // page_size) for n in ends), reverse=True)
+        at_once = sum(wanted[: options.get("max_requests")])
+        return self.engine(**options, pages=max(1, min(at_once, _CACHE_BYTES // page_bytes)))
 
     def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
         """Empty caches for ``run``: (k_cache, v_cache) of each layer, of ``pages`` pages of ``page_size`` tokens."""

@@ -1,4 +1,4 @@
-"""``attnopt optimize | inspect | verify | export | explain | env``: options, exit codes, and what is said when something goes wrong.
+"""``attnopt optimize | inspect | verify | generate | export | explain | env``: options, exit codes, and what is said when something goes wrong.
 
 Exit codes: 0 done; 1 a policy was not met (verification failed, ``--require-all`` missed); 2 bad usage, or a model that
 cannot be loaded or captured; 101 a bug of attnopt. Everything heavy is imported when a command needs it.
@@ -7,6 +7,7 @@ cannot be loaded or captured; 101 a bug of attnopt. Everything heavy is imported
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 import warnings
@@ -76,14 +77,29 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
-_run_options = _options(
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _bytes(text: str) -> int:
+    """``512MiB``, ``8GiB``, ``1000000``: a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if found is None:
+        raise click.BadParameter(f"{text!r} is no size; expected a number of bytes, or one with a unit such as 512MiB or 8GiB.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+_load_options = _options(
     click.option("--input", "inputs", multiple=True, metavar="NAME=DTYPE[SIZES]", help="An input, such as input_ids=int64[2,128]; once for each. Without any, example_inputs of the file."),
     click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast the model and its floating-point inputs."),
     click.option("--device", metavar="DEVICE", help="Where to run, such as cuda or cuda:1."),
-    click.option("--train", is_flag=True, help="Training mode (otherwise eval): dropout stays, and time is that of forward and backward."),
     click.option("--attn-implementation", metavar="NAME", help="For a Hugging Face folder: the attention it is built with.  [default: eager]"),
 )
-_model_options = _options(click.argument("target", metavar="MODEL"), _run_options)
+_run_options = _options(
+    _load_options,
+    click.option("--train", is_flag=True, help="Training mode (otherwise eval): dropout stays, and time is that of forward and backward."),
+)
+_target = click.argument("target", metavar="MODEL")
+_model_options = _options(_target, _run_options)
 _pass_options = _options(
     click.option("--backend", default="auto", show_default=True, metavar="NAME", help=f"Kernel for every attention: {', '.join(BACKENDS)}; `attnopt env` says which can be used here."),
     click.option("--autotune", is_flag=True, help="With --backend auto: measure the backends that can compute an attention, on its own shapes, and take the fastest."),
@@ -93,6 +109,16 @@ _pass_options = _options(
     click.option("--inductor/--no-inductor", default=True, show_default=True, help="Where torch.compile captures: hand the rewritten graph to Inductor, or run it eagerly."),
     click.option("--max-variants", type=click.IntRange(1), default=OptimizeConfig.max_variants, show_default=True, metavar="N", help="How many forms of call (mode, dtype, structure of the arguments) one model is captured for."),
     click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Make a serving model of a decoder that was written without a cache: keys and values in pages, or in one piece for each request."),
+)
+_serving_options = _options(
+    click.option("--kv-cache", type=click.Choice(KV_CACHES), default="paged", show_default=True, help="Keys and values in pages, or in one piece for each request."),
+    click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Kernel for every attention: triton or reference."),
+    click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
+    click.option("--print-ir-after", multiple=True, metavar="NAME", help="Print the graph after a pass (or `all`) to standard error; repeatable."),
+    click.option("--page-size", type=click.IntRange(1), metavar="TOKENS", help="Tokens a page holds.  [default: 16; contiguous: the longest request]"),
+    click.option("--cache-size", type=_bytes, metavar="SIZE", help="Memory for the cache, such as 512MiB or 8GiB.  [default: what the prompts need, 4GiB at most]"),
+    click.option("--chunk", type=click.IntRange(1), metavar="TOKENS", help="Tokens of one prompt that a step computes at most.  [default: 2048]"),
+    click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the serving model with the original first."),
 )
 _output_options = _options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object to standard output and nothing else there."),
@@ -145,6 +171,34 @@ def verify(**options: Any) -> int:
 
 
 @app.command()
+@_target
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT|IDS", help="What to continue: a text where the model has a tokenizer, otherwise token ids such as '1 2 3'; repeatable.")
+@click.option("--prompts", "prompts_file", metavar="FILE.jsonl", help="One prompt a line: \"text\", [1, 2, 3], or an object with `prompt` and its own max_new_tokens, temperature, top_k, top_p, seed, stop. `-` is standard input.")
+@click.option("--ids", is_flag=True, help="Every --prompt is token ids, whatever tokenizer there is.")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="How many prompts run at once at most.  [default: 256]")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, metavar="N", help="Tokens to generate for each prompt at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the most likely token.")
+@click.option("--top-k", type=int, metavar="K", help="Draw from the K most likely tokens only.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Draw from the most likely tokens that add up to P only.")
+@click.option("--seed", type=int, metavar="N", help="The same tokens again: prompt i is drawn with N + i.")
+@click.option("--stop", multiple=True, metavar="TEXT|ID", help="A token id, or a text, that ends a continuation; repeatable. A text is left out of it.")
+@click.option("--ignore-end", is_flag=True, help="Go on after the tokens with which a Hugging Face folder says that a text ends.")
+@_load_options
+@_serving_options
+@_output_options
+def generate(**options: Any) -> int:
+    """Continue prompts with MODEL, a decoder that was written without a cache.
+
+    MODEL is captured, gets a KV cache, and is compared with what it was; then all prompts run at once. `tokenizer` of a file (an object with encode and
+    decode), or the one in a Hugging Face folder, makes text of token ids. A prompt that cannot run is told in one sentence, and the others go on; the exit
+    code is 1 then.
+    """
+    from attnopt.cli.generate import generate_command
+
+    return generate_command(**_unused(options))
+
+
+@app.command()
 @_model_options
 @click.option("--output", "-o", required=True, type=click.Path(), metavar="FILE.onnx", help="Where to write the model.")
 @click.option("--target", "form", type=click.Choice(["onnx", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. decomposed: every attention in basic operators.")
@@ -185,6 +239,11 @@ def explain(context: click.Context, /, what: str | None, **options: Any) -> int:
             raise click.UsageError(f"{given[0]} needs a MODEL to explain, {'and none was given' if what is None else f'and {what} is a remark'}.", context)
         return explain_codes(what, options["as_json"])
     return explain_model(what, **options)
+
+
+def _unused(options: dict[str, Any]) -> dict[str, Any]:
+    """With what the configuration asks for and a serving model has no choice of."""
+    return {**options, "autotune": False, "capture": "auto", "inductor": True, "max_variants": OptimizeConfig.max_variants}
 
 
 def _given(context: click.Context, parameter: click.Parameter) -> bool:

@@ -33,7 +33,7 @@ def config_of(options: dict[str, Any], *, verify: bool, train: bool = False) -> 
 
 
 def load_target(
-    target: str, stages: Stages, *, train: bool, inputs: tuple[str, ...], dtype: str | None, device: str | None, attn_implementation: str | None, **_: Any
+    target: str, stages: Stages, *, train: bool, inputs: tuple[str, ...], dtype: str | None, device: str | None, attn_implementation: str | None, kv_cache: str | None = None, **_: Any
 ) -> Loaded:
     """The model and its inputs on the device and in the dtype that were asked for, after it ran once as it is.
 
@@ -45,7 +45,7 @@ def load_target(
 
     stages("load")
     where = None if device is None else _device(device)
-    loaded = load(target, inputs, attn_implementation=attn_implementation)
+    loaded = load(target, inputs, attn_implementation=attn_implementation, generates=kv_cache is not None)
     loaded = replace(loaded, model=loaded.model.train(train), **_moved(loaded, dtype, where))
     stages("run")
     run_once(loaded)

@@ -68,13 +68,17 @@ class PagedCache:
         if pages < 1:
             raise ServingError(f"The cache has {pages} pages; it must have at least one page of {page_size} tokens.")
         self.pages = pages
-        self.tensors: list[tuple[Tensor, Tensor]] = [
-            (
-                torch.empty(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=device),
-                torch.empty(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=device),
-            )
-            for x in layers
-        ]
+        try:
+            self.tensors: list[tuple[Tensor, Tensor]] = [
+                (
+                    torch.empty(pages, page_size, x.Hkv, x.D, dtype=x.dtype, device=device),
+                    torch.empty(pages, page_size, x.Hkv, x.Dv, dtype=x.dtype, device=device),
+                )
+                for x in layers
+            ]
+        except RuntimeError as error:  # out of memory is one of these, on every device
+            why = " ".join(str(error).split(". ")[0].split())
+            raise ServingError(f"A cache of {pages} pages of {page_size} tokens takes {pages * self.page_bytes} bytes, which could not be allocated: {why}.") from error
         self.device = self.tensors[0][0].device
 
     @property

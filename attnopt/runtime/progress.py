@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -11,11 +12,18 @@ from attnopt.runtime.statistics import Statistics
 
 
 class ProgressBar:
-    """``total`` tokens may be generated; a request that ends early counts as whole."""
+    """``total`` tokens may be generated; a request that ends early counts as whole. With ``transient`` the bar goes away at the end."""
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
+    def __init__(self, total: int, console: Console | None = None, transient: bool = False) -> None:
         self._progress = Progress(
-            BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console or Console(stderr=True)
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console or Console(stderr=True),
+            transient=transient,
+            # what is written to standard output while the bar stands goes above it on a terminal, and stays where it was sent elsewhere
+            redirect_stdout=sys.stdout.isatty(),
         )
         self._task = self._progress.add_task("starting", total=total)
 
