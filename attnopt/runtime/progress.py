@@ -6,7 +6,8 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
 
 from attnopt.runtime.statistics import Statistics
 
@@ -16,12 +17,12 @@ class ProgressBar:
 
     def __init__(self, total: int, console: Console | None = None, transient: bool = False) -> None:
         self._progress = Progress(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, ratio=1)),
             console=console or Console(stderr=True),
             transient=transient,
+            expand=True,
             # what is written to standard output while the bar stands goes above it on a terminal, and stays where it was sent elsewhere
             redirect_stdout=sys.stdout.isatty(),
         )
