@@ -54,6 +54,8 @@ class ServingModel(nn.Module):
         self.context = context
         self.plan = plan
         self.attnopt_report = report
+        self.original: OriginalCall | None = None
+        """How the model that this one was made of is called, for whoever compares the two."""
 
     @property
     def layers(self) -> tuple[CacheLayer, ...]:
@@ -178,20 +180,14 @@ class ServingModel(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The example call by its roles: which leaf holds the ids, which the positions, and where the logits stand among the results."""
+class OriginalCall:
+    """How the original is called, and what it gives: the leaves of its example call, by the names that its graph has for them."""
 
-    captured: Captured
     names: tuple[str, ...]
-    """The graph's name of each leaf."""
     leaves: tuple[Any, ...]
     structure: pytree.TreeSpec
-
-    @staticmethod
-    def of(captured: Captured) -> _Call:
-        leaves, structure = pytree.tree_flatten((captured.example.args, captured.example.kwargs))
-        names = tuple(str(n.target) for n in captured.graph_module.graph.find_nodes(op="placeholder"))
-        return _Call(captured, names, tuple(leaves), structure)
+    output: int | None = None
+    """The place among its results of what it calls its logits; None where it has no such name, or one result only."""
 
     def positions(self) -> tuple[str, ...]:
         """Inputs that count 0, 1, 2, ... in the example, where another one can hold the ids: integers [B, S] that are no mask of zeros and ones."""
@@ -199,24 +195,57 @@ class _Call:
         others = [x for n, x in zip(self.names, self.leaves, strict=True) if n not in found and isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point()]
         return found if any(not x.is_meta and bool((x > 1).any()) for x in others) else ()
 
-    def output(self) -> int | None:
-        """The place of what the model's result calls its logits; None where it has no such name, or one result only."""
-        info = self.captured.graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
-        result = pytree.tree_unflatten(list(range(info.out_spec.num_leaves)), info.out_spec)
-        named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
-        return named if isinstance(named, int) else None
-
     def row(self, name: str, request: int) -> Tensor:
         """One row of an input of the example."""
         x: Tensor = self.leaves[self.names.index(name)]
         return x[request % x.shape[0]][None]
+
+    def call(self, ids: Tensor, plan: PackedPlan, request: int = 0) -> tuple[Args, Kwargs]:
+        """The call for requests ids [B, n] of one length, without padding. What another sequence is made of is a row of the example, for one request."""
+        tokens, positions = plan.ids, self.positions()
+        size = next(x.shape for name, x in zip(self.names, self.leaves, strict=True) if name == tokens)
+        out: list[Any] = []
+        for name, x in zip(self.names, self.leaves, strict=True):
+            if name in plan.context:
+                x = self.row(name, request)
+            elif plan.context and isinstance(x, Tensor) and name != tokens and x.shape[:1] == size[:1] and x.shape != size:
+                x = torch.ones_like(x[:1])
+            elif name == tokens:
+                x = ids.to(x.dtype)
+            elif name in positions:
+                x = torch.arange(ids.shape[1], dtype=x.dtype, device=x.device).expand(ids.shape if x.dim() == 2 else ids.shape[1:])
+            elif isinstance(x, Tensor) and x.shape == size:
+                x = torch.ones(ids.shape, dtype=x.dtype, device=x.device)
+            out.append(x)
+        args, kwargs = pytree.tree_unflatten(out, self.structure)
+        return args, kwargs
+
+    def logits(self, result: Any, plan: PackedPlan) -> Tensor:
+        """[B, n, V], or [B, 1, V] of the last token, out of the original's result."""
+        found = pytree.tree_leaves(result)
+        x: Tensor = found[self.output] if self.output is not None else next(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
+        return x[:, None] if plan.last_only and x.dim() == 2 else x
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The example call by its roles: which leaf holds the ids, which the positions, and where the logits stand among the results."""
+
+    captured: Captured
+    form: OriginalCall
+
+    @staticmethod
+    def of(captured: Captured) -> _Call:
+        leaves, structure = pytree.tree_flatten((captured.example.args, captured.example.kwargs))
+        names = tuple(str(n.target) for n in captured.graph_module.graph.find_nodes(op="placeholder"))
+        return _Call(captured, OriginalCall(names, tuple(leaves), structure, _logits_place(captured)))
 
     def longest(self, plan: PackedPlan) -> int | None:
         """How many tokens a request may have: as many as the tables of the model and its capture admit; None where nothing limits them.
 
         Raises ServingError where the capture does not hold for all shorter requests.
         """
-        bounds = [d.upper for d in self.captured.example.dynamic if self.names[d.leaf] == plan.ids and d.dim == 1]
+        bounds = [d.upper for d in self.captured.example.dynamic if self.form.names[d.leaf] == plan.ids and d.dim == 1]
         known = min((n for n in (*bounds, plan.max_positions) if n is not None), default=None)
         low, high = 1, known or _LONGEST
         if self._holds(high, plan):
@@ -231,34 +260,15 @@ class _Call:
 
     def _holds(self, length: int, plan: PackedPlan) -> bool:
         """Whether the captured graph may be used for one request of this length."""
-        args, kwargs = self.alone(torch.empty((1, length), dtype=torch.int64, device="meta"), plan)
+        args, kwargs = self.form.call(torch.empty((1, length), dtype=torch.int64, device="meta"), plan)
         return self.captured.example.holds(pytree.tree_leaves((args, kwargs)))
 
-    def logits(self, result: Any, place: int | None, last: bool) -> Tensor:
-        """[1, n, V] or [1, 1, V] out of the original's result."""
-        found = pytree.tree_leaves(result)
-        x: Tensor = found[place] if place is not None else next(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
-        return x[:, None] if last and x.dim() == 2 else x
 
-    def alone(self, ids: Tensor, plan: PackedPlan, request: int = 0) -> tuple[Args, Kwargs]:
-        """The call for one request without padding. What other sequences are made of is a row of the example."""
-        n, tokens, positions = ids.shape[1], plan.ids, self.positions()
-        size = next(x.shape for name, x in zip(self.names, self.leaves, strict=True) if name == tokens)
-        out: list[Any] = []
-        for name, x in zip(self.names, self.leaves, strict=True):
-            if name in plan.context:
-                x = self.row(name, request)
-            elif plan.context and isinstance(x, Tensor) and name != tokens and x.shape[:1] == size[:1] and x.shape != size:
-                x = torch.ones_like(x[:1])
-            elif name == tokens:
-                x = ids.to(x.dtype)
-            elif name in positions:
-                x = torch.arange(n, dtype=x.dtype, device=x.device).expand((1, n) if x.dim() == 2 else (n,))
-            elif isinstance(x, Tensor) and x.shape == size:
-                x = torch.ones((1, n), dtype=x.dtype, device=x.device)
-            out.append(x)
-        args, kwargs = pytree.tree_unflatten(out, self.structure)
-        return args, kwargs
+def _logits_place(captured: Captured) -> int | None:
+    info = captured.graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    result = pytree.tree_unflatten(list(range(info.out_spec.num_leaves)), info.out_spec)
+    named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+    return named if isinstance(named, int) else None
 
 
 def _counts(x: Any) -> bool:
@@ -273,7 +283,7 @@ def rewrite(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: Dynami
     captured = capture(model, args, kwargs, dynamic_shapes, check=check)
     call = _Call.of(captured)
     start = time.perf_counter()
-    result = run_pipeline(captured.graph_module, config, cache=InsertKVCache(call.positions(), call.output(), config.backend, config.kv_cache or "paged"))
+    result = run_pipeline(captured.graph_module, config, cache=InsertKVCache(call.form.positions(), call.form.output, config.backend, config.kv_cache or "paged"))
     seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
     return call, result, Report(result.sites, [*captured.remarks, *result.remarks], seconds=seconds)
 
@@ -288,6 +298,7 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     module = result.graph_module.meta.get(CONTEXT)
     context = None if module is None else graph_function(lowered(module, config), model)
     serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context)
+    serving.original = call.form
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving
@@ -304,18 +315,18 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
 
 
 def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Progress | None) -> Verdict:
-    plan, place = serving.plan, call.output()
+    plan = serving.plan
     if any(t.is_meta for t in tensors_of(serving)):
         return Verdict()
-    example = next(x for name, x in zip(call.names, call.leaves, strict=True) if name == plan.ids)
+    example = next(x for name, x in zip(call.form.names, call.form.leaves, strict=True) if name == plan.ids)
     return verify_packed(
         clone_tree(model),
         serving._call,
         plan,
         example,
-        lambda ids, request: call.alone(ids, plan, request),
-        lambda result: call.logits(result, place, plan.last_only),
-        None if serving.context is None else lambda request: serving.encode(*(call.row(name, request) for name in plan.context)),
+        lambda ids, request: call.form.call(ids, plan, request),
+        lambda result: call.form.logits(result, plan),
+        None if serving.context is None else lambda request: serving.encode(*(call.form.row(name, request) for name in plan.context)),
         progress,
     )
 

@@ -1,4 +1,4 @@
-"""``attnopt optimize | inspect | verify | generate | export | explain | env``: options, exit codes, and what is said when something goes wrong.
+"""``attnopt optimize | inspect | verify | generate | bench | export | explain | env``: options, exit codes, and what is said when something goes wrong.
 
 Exit codes: 0 done; 1 a policy was not met (verification failed, ``--require-all`` missed); 2 bad usage, or a model that
 cannot be loaded or captured; 101 a bug of attnopt. Everything heavy is imported when a command needs it.
@@ -88,6 +88,14 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    """``1,4,16``: whole numbers from 1 on."""
+    found = [x.strip() for x in text.split(",")]
+    if not all(x.isdecimal() and int(x) for x in found):
+        raise click.BadParameter(f"{text!r} is no list of numbers; expected one such as 1,4,16.")
+    return tuple(int(x) for x in found)
+
+
 _load_options = _options(
     click.option("--input", "inputs", multiple=True, metavar="NAME=DTYPE[SIZES]", help="An input, such as input_ids=int64[2,128]; once for each. Without any, example_inputs of the file."),
     click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast the model and its floating-point inputs."),
@@ -112,7 +120,7 @@ _pass_options = _options(
 )
 _serving_options = _options(
     click.option("--kv-cache", type=click.Choice(KV_CACHES), default="paged", show_default=True, help="Keys and values in pages, or in one piece for each request."),
-    click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Kernel for every attention: triton or reference."),
+    click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Kernel for every attention; over a cache: triton or reference."),
     click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
     click.option("--print-ir-after", multiple=True, metavar="NAME", help="Print the graph after a pass (or `all`) to standard error; repeatable."),
     click.option("--page-size", type=click.IntRange(1), metavar="TOKENS", help="Tokens a page holds.  [default: 16; contiguous: the longest request]"),
@@ -195,7 +203,31 @@ def generate(**options: Any) -> int:
     """
     from attnopt.cli.generate import generate_command
 
-    return generate_command(**_unused(options))
+    return generate_command(**options)
+
+
+@app.command()
+@_model_options
+@click.option("--decode", "decoding", is_flag=True, help="Measure generation: tokens per second of MODEL and of the serving model made of it.")
+@click.option("--batch", "batches", type=_numbers, default="1,4,16", show_default=True, metavar="N,N,...", help="With --decode: how many prompts at once.")
+@click.option("--prompt-length", "lengths", type=_numbers, default="32", show_default=True, metavar="N,N,...", help="With --decode: tokens of each prompt.")
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="With --decode: tokens to generate for each.")
+@_serving_options
+@_output_options
+@click.pass_context
+def bench(context: click.Context, /, **options: Any) -> int:
+    """Time and peak memory of MODEL before and after, measured in turn in one process.
+
+    Without --decode: of a forward pass on its inputs (with --train, forward and backward). With it: of greedy generation from random prompts, prompts included. The
+    original generates by its own `generate` with a cache where it has one, otherwise by the whole text through it for each token.
+    """
+    from attnopt.cli.bench import bench_command
+
+    if not options["decoding"]:
+        for p in context.command.params:
+            if p.name in ("batches", "lengths", "new_tokens", "kv_cache", "page_size", "cache_size", "chunk") and _given(context, p):
+                raise click.UsageError(f"{p.opts[0]} is for generation, and --decode was not given.", context)
+    return bench_command(**options)
 
 
 @app.command()
@@ -239,11 +271,6 @@ def explain(context: click.Context, /, what: str | None, **options: Any) -> int:
             raise click.UsageError(f"{given[0]} needs a MODEL to explain, {'and none was given' if what is None else f'and {what} is a remark'}.", context)
         return explain_codes(what, options["as_json"])
     return explain_model(what, **options)
-
-
-def _unused(options: dict[str, Any]) -> dict[str, Any]:
-    """With what the configuration asks for and a serving model has no choice of."""
-    return {**options, "autotune": False, "capture": "auto", "inductor": True, "max_variants": OptimizeConfig.max_variants}
 
 
 def _given(context: click.Context, parameter: click.Parameter) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -16,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def config_of(options: dict[str, Any], *, verify: bool, train: bool = False) -> OptimizeConfig:
-    """The options of one optimization. ``require_all`` is judged here, after the report was shown.
+    """The options of one optimization: those of its fields that the command has. ``require_all`` is judged by the command, after the report was shown.
 
     A backend that cannot be used at all is refused now, before the work of loading and capturing.
     """
     if options["kv_cache"] is not None and train:
-        raise AttnoptError("--kv-cache makes a model that generates, and --train asks for training mode; they exclude each other.")
+        raise AttnoptError("A model that generates from a KV cache is in evaluation mode, and --train asks for training mode.")
     if options["backend"] != "auto":
         from attnopt.kernels import paged_choice, registry
 
         if options["kv_cache"] is not None:
             paged_choice.known(options["backend"])
         registry.find(options["backend"])
-    names = ("backend", "autotune", "disable_passes", "print_ir_after", "capture", "inductor", "max_variants", "kv_cache")
-    return OptimizeConfig(verify=verify, **{n: options[n] for n in names})
+    judged = ("verify", "require_all")
+    return OptimizeConfig(verify=verify, **{f.name: options[f.name] for f in fields(OptimizeConfig) if f.name in options and f.name not in judged})
 
 
 def load_target(
