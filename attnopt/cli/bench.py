@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import click
-from rich.table import Table
 
 from attnopt.cli import render
-from attnopt.cli.decode import Decoded, decode
+from attnopt.cli.decode import decode
 from attnopt.cli.measure import compare
 from attnopt.cli.progress import Stages
-from attnopt.cli.serving import cache_facts
+from attnopt.cli.serving import cache_facts, show_decode
 from attnopt.cli.target import config_of, introduce, load_target
 from attnopt.errors import AttnoptError
 
 if TYPE_CHECKING:
-    from attnopt.cli.render import Terminal
     from attnopt.report import Report
     from attnopt.serving import ServingModel
 
@@ -61,36 +59,19 @@ def bench_command(
             given = {"page_size": page_size, "size_bytes": cache_size, "chunk": chunk}
             serving = cast("ServingModel", optimized)
             used = {k: v for k, v in given.items() if v is not None}
-            how, found = decode(loaded.model, serving, batches, lengths, new_tokens, options=used, progress=measuring)
+            found = decode(loaded.model, serving, batches, lengths, new_tokens, options=used, progress=measuring)
     verdict = cast("Report", optimized.attnopt_report).verdict
     if as_json:
         facts = {"model": loaded.name, "inputs": loaded.inputs, "notes": list(loaded.notes), "verdict": verdict.to_dict()}
-        more = (
-            {"decode": {"original": how, "cases": [x.to_dict() for x in found]}, "cache": cache_facts(serving)}
-            if decoding
-            else {"benchmark": comparison.to_dict()}
-        )
+        more = {"decode": found.to_dict(), "cache": cache_facts(serving)} if decoding else {"benchmark": comparison.to_dict()}
         click.echo(json.dumps({**facts, **more, "exit_code": DONE}, indent=2))
         return DONE
     introduce(out, loaded)
     if decoding:
-        show_decode(out, how, found)
-        best = max(found, key=lambda x: x.speedup)
-        words = f"{best.rate(best.serving):.0f} tokens/s where the original has {best.rate(best.original):.0f}, at best ({best.batch} x {best.prompt} tokens)"
+        show_decode(out, found)
+        words = str(found)
     else:
         render.show_comparison(out, comparison)
         words = render.comparison_words(comparison)
     out.say(f"[bold green]Done:[/] {words}, {render.verdict_text(verdict)}")
     return DONE
-
-
-def show_decode(out: Terminal, how: str, found: list[Decoded]) -> None:
-    out.say(f"[bold]Generation[/] (greedy, {found[0].new} new tokens each; the original by {how}; medians)")
-    table = Table(header_style="bold")
-    for name in ("batch", "prompt", "original", "serving", "ratio", "peak memory before", "after", "same texts"):
-        table.add_column(name, justify="right")
-    for x in found:
-        rates = [f"{x.rate(m):.1f} tokens/s" for m in (x.original, x.serving)]
-        peaks = [render.mebibytes(m) for m in (x.original, x.serving)]
-        table.add_row(str(x.batch), str(x.prompt), *rates, f"{x.speedup:.2f}x", *peaks, f"{x.same} of {x.batch}")
-    out.print(table)

@@ -10,9 +10,10 @@ import click
 from rich.markup import escape
 
 from attnopt.cli import render
+from attnopt.cli.decode import Decoding, decode_briefly
 from attnopt.cli.measure import Comparison, compare
 from attnopt.cli.progress import Stages
-from attnopt.cli.serving import cache_facts, show_cache
+from attnopt.cli.serving import cache_facts, show_cache, show_decode
 from attnopt.cli.target import config_of, introduce, load_target
 from attnopt.errors import AttnoptError
 from attnopt.report import Report
@@ -39,9 +40,16 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
         if not as_json:
             introduce(out, loaded)
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
-        comparison = None
-        if benchmark and not config.kv_cache and not any(p.is_meta for p in loaded.model.parameters()):
-            comparison = compare(loaded.model, optimized, loaded.args, loaded.kwargs, train=train, progress=lambda done, total: stages("measure", done, total))
+        comparison: Comparison | Decoding | None = None
+
+        def measuring(done: int, total: int) -> None:
+            stages("measure", done, total)
+
+        if benchmark and not any(p.is_meta for p in loaded.model.parameters()):
+            if config.kv_cache:
+                comparison = decode_briefly(loaded.model, cast("ServingModel", optimized), measuring)
+            else:
+                comparison = compare(loaded.model, optimized, loaded.args, loaded.kwargs, train=train, progress=measuring)
         if output is not None:
             from attnopt.emit.pt2 import save_pt2
 
@@ -58,8 +66,10 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
     render.show_report(out, report)
     if config.kv_cache:
         show_cache(out, cast("ServingModel", optimized))
-    if comparison is not None:
+    if isinstance(comparison, Comparison):
         render.show_comparison(out, comparison)
+    elif comparison is not None:
+        show_decode(out, comparison)
     out.say(_seconds(report), style="dim")
     _next_steps(out, target, report, output, code, require_all, served=config.kv_cache is not None)
     out.say(_summary(report, comparison, code))
@@ -144,7 +154,7 @@ def _next_steps(out: Terminal, target: str, report: Report, output: str | None, 
         steps.append(f"attnopt verify {target}: every comparison with the original")
     if served:
         steps.append(f"attnopt generate {target} --prompt ...: continue texts with it; or serving.generate(prompts) in Python")
-        steps.append(f"attnopt bench {target} --decode: how many tokens a second it generates, beside the original")
+        steps.append(f"attnopt bench {target} --decode --batch 1,16,64: tokens per second of more and longer prompts")
     elif code == DONE and output is None and report.replaced:
         steps.append(f"attnopt optimize {target} --output model.pt2: save it; or attnopt.optimize(model, inputs) in Python")
     if output is not None:
@@ -162,8 +172,10 @@ def _counts(report: Report, verb: str) -> str:
     return f"{len(report.replaced)} of {n} {'attention' if n == 1 else 'attentions'} {verb}"
 
 
-def _summary(report: Report, comparison: Comparison | None, code: int) -> str:
+def _summary(report: Report, comparison: Comparison | Decoding | None, code: int) -> str:
     words = [_counts(report, "replaced"), render.verdict_text(report.verdict)]
-    if comparison is not None:
+    if isinstance(comparison, Comparison):
         words.append(render.comparison_words(comparison))
+    elif comparison is not None:
+        words.append(str(comparison))
     return f"[bold {'green' if code == DONE else 'red'}]{'Done' if code == DONE else 'Not done'}:[/] {', '.join(words)}"

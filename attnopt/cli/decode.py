@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 RUNS = 3
+_BRIEF = 32
+"""Tokens of a prompt, and of its continuation."""
+_BRIEF_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,31 @@ class Decoded:
         return {**asdict(self), **rates, "speedup": self.speedup}
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """All cases of one model, and ``how`` the original generated."""
+
+    how: str
+    cases: tuple[Decoded, ...]
+
+    def __str__(self) -> str:
+        best = max(self.cases, key=lambda x: x.speedup)
+        rates = best.rate(best.serving), best.rate(best.original)
+        return f"{rates[0]:.0f} tokens/s where the original has {rates[1]:.0f}, at best ({best.batch} x {best.prompt} tokens)"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"original": self.how, "cases": [x.to_dict() for x in self.cases]}
+
+
+def decode_briefly(model: nn.Module, serving: ServingModel, progress: Callable[[int, int], None] | None = None) -> Decoding | None:
+    """One prompt and four of them, for an impression; None for a model that has too few positions for one, or that reads another sequence."""
+    longest = serving.max_positions
+    new = _BRIEF if longest is None else min(_BRIEF, longest // 2)
+    if new < 1 or serving.context is not None:
+        return None
+    return decode(model, serving, (1, 4), (new,), new, seconds=_BRIEF_SECONDS, progress=progress)
+
+
 def decode(
     model: nn.Module,
     serving: ServingModel,
@@ -57,9 +85,10 @@ def decode(
     *,
     options: dict[str, Any] | None = None,
     runs: int = RUNS,
+    seconds: float | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[str, list[Decoded]]:
-    """How the original generates, and every pair of a batch size and a prompt length: medians of ``runs``, after one that is not counted.
+) -> Decoding:
+    """Every pair of a batch size and a prompt length: medians of ``runs``, after one that is not counted, and of fewer where these would take longer than ``seconds``.
 
     ``options`` are those of ``ServingModel.engine``. Raises AttnoptError for a length that the model has no positions for.
     """
@@ -80,10 +109,10 @@ def decode(
                 raise error
             return [list(r.tokens) for r in results]
 
-        found.append(_compared(batch, length, new, before, after, prompts, _device(model), runs))
+        found.append(_compared(batch, length, new, before, after, prompts, _device(model), runs, seconds))
         if progress is not None:
             progress(i + 1, len(cases))
-    return how, found
+    return Decoding(how, tuple(found))
 
 
 def random_prompts(batch: int, length: int, vocabulary: int) -> list[list[int]]:
@@ -137,8 +166,13 @@ def _whole_text(model: nn.Module, serving: ServingModel, prompts: list[list[int]
     return found
 
 
-def _compared(batch: int, length: int, new: int, before: Generate, after: Generate, prompts: list[list[int]], device: torch.device, runs: int) -> Decoded:
+def _compared(
+    batch: int, length: int, new: int, before: Generate, after: Generate, prompts: list[list[int]], device: torch.device, runs: int, seconds: float | None
+) -> Decoded:
+    start = time.perf_counter()
     texts = [generate(prompts, new) for generate in (before, after)]
+    if seconds is not None:
+        runs = max(1, min(runs, int(seconds / (time.perf_counter() - start))))
     times: list[list[float]] = [[], []]
     for _ in range(runs):
         for generate, taken in zip((before, after), times, strict=True):

@@ -1,4 +1,4 @@
-"""What a person should know of a serving model: what it caches, and how long a request may be."""
+"""What a person should know of a serving model: what it caches, how long a request may be, and how fast it generates."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from attnopt.cli.render import mebibytes
 from attnopt.report.names import joined
 
 if TYPE_CHECKING:
+    from attnopt.cli.decode import Decoding
     from attnopt.cli.render import Terminal
     from attnopt.passes.insert_kv_cache import CacheLayer
     from attnopt.serving import ServingModel
@@ -58,3 +60,16 @@ def show_cache(out: Terminal, serving: ServingModel) -> None:
     out.print(table)
     longest = "as many tokens as the cache holds" if serving.max_positions is None else f"{serving.max_positions:,} tokens at most, prompt included"
     out.say(f"{facts['bytes_per_token']:,} bytes a token in all; a request may have {longest}; {serving.vocabulary:,} token ids.")
+
+
+def show_decode(out: Terminal, found: Decoding) -> None:
+    """Each case is a row."""
+    out.say(f"[bold]Generation[/] (greedy, {found.cases[0].new} new tokens each; the original by {found.how}; medians)")
+    table = Table(header_style="bold")
+    for name in ("batch", "prompt", "original", "serving", "ratio", "peak memory before", "after", "same texts"):
+        table.add_column(name, justify="right")
+    for x in found.cases:
+        rates = [f"{x.rate(m):.1f} tokens/s" for m in (x.original, x.serving)]
+        peaks = [mebibytes(m) for m in (x.original, x.serving)]
+        table.add_row(str(x.batch), str(x.prompt), *rates, f"{x.speedup:.2f}x", *peaks, f"{x.same} of {x.batch}")
+    out.print(table)

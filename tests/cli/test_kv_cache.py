@@ -17,7 +17,7 @@ def test_every_field_of_the_configuration_has_an_option() -> None:
 
 
 def test_the_report_tells_what_is_cached(decoder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["optimize", f"{decoder}:model", "--kv-cache", "paged"]) == 0
+    assert run(["optimize", f"{decoder}:model", "--kv-cache", "paged", "--no-benchmark"]) == 0
     lines = [" ".join(x.split()) for x in capsys.readouterr().out.splitlines()]
     assert "Cache (paged)" in lines and any("2 x 8" in x and "float32" in x and "all tokens" in x and "256" in x for x in lines)
     assert "256 bytes a token in all; a request may have 48 tokens at most, prompt included; 64 token ids." in lines
@@ -25,9 +25,18 @@ def test_the_report_tells_what_is_cached(decoder: str, capsys: pytest.CaptureFix
     assert lines[-1].startswith("Done: 2 of 2 attentions replaced, verified: 3 checks")
 
 
+def test_generation_is_measured_in_place_of_a_forward_pass(decoder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["optimize", f"{decoder}:model", "--kv-cache", "paged", "--no-verify"]) == 0
+    out = capsys.readouterr().out
+    assert "Generation (greedy, 24 new tokens each; the original by the whole text" in out, "half of its positions"
+    assert out.splitlines()[-1].startswith("Done: 2 of 2 attentions replaced, unverified, ") and "tokens/s where the original has" in out.splitlines()[-1]
+
+
 def test_the_report_in_json(decoder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["optimize", f"{decoder}:model", "--kv-cache", "contiguous", "--no-verify", "--json"]) == 0
-    cache = json.loads(capsys.readouterr().out)["cache"]
+    facts = json.loads(capsys.readouterr().out)
+    cache = facts["cache"]
+    assert [(x["batch"], x["prompt"], x["same"]) for x in facts["benchmark"]["cases"]] == [(1, 24, 1), (4, 24, 4)]
     assert (cache["layout"], cache["vocabulary"], cache["max_positions"], cache["bytes_per_token"]) == ("contiguous", 64, 48, 256)
     assert [(x["Hkv"], x["D"], x["Dv"], x["window"], x["dtype"], x["bytes"]) for x in cache["layers"]] == [(2, 8, 8, None, "float32", 128)] * 2
 
