@@ -122,6 +122,22 @@ def test_a_bad_prompt_is_told_in_one_sentence_and_the_others_get_their_tokens(de
     assert [x["error"] for x in facts["results"]] == [None, *bad.values(), None] and facts["exit_code"] == 1
 
 
+def test_a_prompt_that_the_cache_can_never_hold_is_told_and_the_others_run(decoder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    long = " ".join(["5"] * 20)
+    good, bad = generated(capsys, f"{decoder}:model", "--prompt", "1 2 3", "--prompt", long, "--max-new-tokens", "4", "--cache-size", "4KiB", code=1)["results"]
+    assert good["tokens"] == alone([1, 2, 3], 4) and bad["tokens"] == []
+    assert bad["error"] == "The prompt has 20 tokens, and the cache of 1 pages of 16 can hold at most 16."
+
+
+def test_the_example_file_of_prompts_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = Path(__file__).parents[2] / "examples"
+    results = generated(
+        capsys, str(examples / "nanogpt.py"), "--input", "idx=int64[2,64]", "--prompts", str(examples / "prompts.jsonl"), "--max-new-tokens", "24"
+    )["results"]
+    assert [(len(x["tokens"]), x["finish_reason"]) for x in results[:3]] == [(24, "length"), (8, "length"), (24, "length")]
+    assert results[3]["tokens"] == results[0]["tokens"][: len(results[3]["tokens"])]
+
+
 def test_texts_go_through_the_tokenizer_of_the_file(speaking: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     said = bytes(i + 64 for i in alone([1, 2, 3], 8)).decode(errors="replace")
     facts = generated(capsys, speaking, "--prompt", "ABC", "--prompt", "no!", "--prompt", "ABC", "--max-new-tokens", "8", code=1)
