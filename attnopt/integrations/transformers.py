@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,9 +31,9 @@ from attnopt.integrations import calls, packed
 
 NAME = "attnopt"
 PAGED = "paged|attnopt"
-"""The form for continuous batching, by the name that versions before 5.23 ask for."""
-_PAGED_SINCE_5_23 = "attnopt_flash"
-"""Since 5.23 continuous batching takes the names of its own implementations, and any that has "flash" in it."""
+"""The form for continuous batching, by the name that versions such as 5.17 ask for: ``paged|`` and the model's own."""
+_PAGED_LATER = "attnopt_flash"
+"""Versions such as 5.23 take the names of the library's own implementations, and any that has "flash" in it."""
 LEAST = (5, 17)
 _IGNORED = ("position_ids", "cache_position")
 """Floating-point keywords that are known to change nothing; every other one might be a part of the scores."""
@@ -46,7 +47,7 @@ def register() -> None:
     attentions, masks, sdpa_mask = _interfaces()
     attentions.register(NAME, attention)
     masks.register(NAME, functools.partial(mask, sdpa_mask))
-    for name in (PAGED, _PAGED_SINCE_5_23):
+    for name in (PAGED, _PAGED_LATER):
         attentions.register(name, paged_attention)
 
 
@@ -64,7 +65,7 @@ def continuous_batching(model: nn.Module) -> Iterator[nn.Module]:
     found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation")}.values())
     before = [c._attn_implementation for c in configs]
-    name = _PAGED_SINCE_5_23 if _version() >= (5, 23) else PAGED
+    name = PAGED if "paged|sdpa" in attentions else _PAGED_LATER
     try:
         for c in configs:
             # The public setter looks for a package of this name first. It is the same attention for every sub-model, as with the library's own switch.
@@ -194,7 +195,8 @@ def paged_attention(
 
 def _written(cache: Any, key: Tensor, value: Tensor, module: nn.Module, kwargs: dict[str, Any], window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [Tk, Hkv, D] of all requests, those of this step written to the cache, and where each request's begin."""
-    if _version() >= (5, 23):
+    kind: Any = type(cache)
+    if _takes_keywords(kind):
         lengths = dict(kwargs)
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=lengths)
         return key[0].transpose(0, 1), value[0].transpose(0, 1), lengths["cu_seq_lens_k"]
@@ -203,6 +205,12 @@ def _written(cache: Any, key: Tensor, value: Tensor, module: nn.Module, kwargs: 
     )
     ends = kwargs["cu_seq_lens_k"]
     return key, value, ends["sliding_attention" if window else "full_attention"] if isinstance(ends, dict) else ends
+
+
+@functools.lru_cache
+def _takes_keywords(cache: type) -> bool:
+    """Whether this version's cache finds its own indices and lengths among the call's keywords."""
+    return "kwargs" in inspect.signature(cache.update).parameters  # type: ignore[attr-defined]
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
