@@ -64,9 +64,10 @@ def generate_command(
         reader = Reader(tokenizer, params, stop, () if ignore_end else loaded.stop_tokens, ids)
         wanted = read_prompts(reader, prompts, prompts_file)
         serving = cast("ServingModel", api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages))
-    given = {"max_requests": batch, "chunk": chunk, "page_size": page_size, "size_bytes": cache_size}
+    given: dict[str, Any] = {"max_requests": batch, "chunk": chunk, "page_size": page_size, "size_bytes": cache_size}
     good = [p for p in wanted if not p.error]
-    engine = serving.engine_for([p.ids for p in good], [p.params for p in good], **{k: v for k, v in given.items() if v is not None})
+    used = {k: v for k, v in given.items() if v is not None}
+    engine = serving.engine_for([p.ids for p in good], [p.params for p in good], **used)
     if not as_json:
         introduce(out, loaded)
     run = _Run(engine, tokenizer, out, err, quiet=as_json)
