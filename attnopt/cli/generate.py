@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from attnopt.cli import render
 from attnopt.cli.progress import Stages
-from attnopt.cli.prompts import Prompt, Reader, read_prompts, tokenizing
+from attnopt.cli.prompts import Prompt, Reader, given_lines, tokenizing
 from attnopt.cli.serving import cache_facts
 from attnopt.cli.target import config_of, introduce, load_target
 from attnopt.cli.text import Written
@@ -58,11 +58,12 @@ def generate_command(
     out, err = render.console(), render.console(stderr=True)
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
     config = config_of(options, verify=verify)
+    lines = given_lines(prompts, prompts_file)
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=False, **options)
         tokenizer = loaded.tokenizer()
         reader = Reader(tokenizer, params, stop, () if ignore_end else loaded.stop_tokens, ids)
-        wanted = read_prompts(reader, prompts, prompts_file)
+        wanted = reader.all(prompts, lines)
         serving = cast("ServingModel", api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages))
     given: dict[str, Any] = {"max_requests": batch, "chunk": chunk, "page_size": page_size, "size_bytes": cache_size}
     good = [p for p in wanted if not p.error]

@@ -1,6 +1,6 @@
 """``attnopt optimize | inspect | verify | generate | bench | export | explain | env``: options, exit codes, and what is said when something goes wrong.
 
-Exit codes: 0 done; 1 a policy was not met (verification failed, ``--require-all`` missed); 2 bad usage, or a model that
+Exit codes: 0 done; 1 a policy was not met (verification failed, ``--require-all`` missed, a prompt that could not run); 2 bad usage, or a model that
 cannot be loaded or captured; 101 a bug of attnopt. Everything heavy is imported when a command needs it.
 """
 

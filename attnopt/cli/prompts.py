@@ -45,6 +45,13 @@ class Reader:
     ends: tuple[int, ...] = ()
     plain_ids: bool = False
 
+    def all(self, arguments: Sequence[str], lines: Sequence[tuple[str, str]]) -> list[Prompt]:
+        """Those of the command line, then one for each line. Raises LoadError for a stop that holds for all of them and is none."""
+        for stop in self.stops:
+            self._stop(stop)
+        found = [self.argument(text, i) for i, text in enumerate(arguments)]
+        return found + [self.line(text, len(found) + i, place) for i, (text, place) in enumerate(lines)]
+
     def argument(self, text: str, index: int) -> Prompt:
         """One ``--prompt``: text where there is a tokenizer, otherwise ids such as ``1 2 3``."""
         name = f"prompt {index}"
@@ -112,31 +119,22 @@ class Reader:
         return stop
 
 
-def read_prompts(reader: Reader, arguments: Sequence[str], file: str | None) -> list[Prompt]:
-    """All prompts, in order: those of the command line, then one for each line of ``file`` (``-``: standard input) that is not empty.
-
-    Raises LoadError where a file cannot be read, or nothing was given.
-    """
-    found = [reader.argument(text, i) for i, text in enumerate(arguments)]
-    if file is not None:
-        found += [reader.line(text, len(found) + i, place) for i, (text, place) in enumerate(_lines(file))]
-    if not found:
-        raise LoadError(
-            f"{file} holds no prompts: expected one a line." if file is not None else "There is nothing to continue: give --prompt or --prompts FILE.jsonl."
-        )
-    return found
-
-
-def _lines(file: str) -> Iterator[tuple[str, str]]:
+def given_lines(arguments: Sequence[str], file: str | None) -> list[tuple[str, str]]:
+    """The lines of ``file`` (``-``: standard input) that are not empty, each with its place. Raises LoadError where it cannot be read, or nothing was given at all."""
+    if file is None:
+        if not arguments:
+            raise LoadError("There is nothing to continue: give --prompt or --prompts FILE.jsonl.")
+        return []
     name = "standard input" if file == "-" else Path(file).name
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise LoadError(f"--prompts {file} cannot be read: {why}.") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield line, f"{name}:{number}"
+    found = [(line, f"{name}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not found and not arguments:
+        raise LoadError(f"{name} holds no prompts: expected one a line.")
+    return found
 
 
 @contextlib.contextmanager

@@ -180,9 +180,10 @@ def _file(folder: Path, *lines: str) -> str:
         ([":model", "--prompts", "empty.jsonl"], "empty.jsonl holds no prompts: expected one a line."),
         ([":model", "--prompt", "1", "--top-p", "2"], "top_p is 2.0; it must be above 0 and at most 1."),
         ([":model", "--prompt", "1", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be at least 1."),
+        ([":model", "--prompt", "1", "--stop", "end"], "The stop 'end' is text, and the model has no tokenizer; a token id can be given."),
         ([":model", "--prompt", "1", "--backend", "flex"], "There is no backend 'flex' for a paged cache"),
     ],
-    ids=["not-causal", "less-than-a-page", "more-than-memory", "no-prompt", "no-file", "empty-file", "top-p", "no-tokens", "backend"],
+    ids=["not-causal", "less-than-a-page", "more-than-memory", "no-prompt", "no-file", "empty-file", "top-p", "no-tokens", "stop", "backend"],
 )
 def test_what_no_prompt_can_run_with_is_one_clear_error(decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
