@@ -11,11 +11,13 @@ BACKENDS = ("auto", "cudnn", "flash_attn", "flex", "gluon", "reference", "sdpa",
 """Names that ``backend`` may have; others can be registered. Held here too, where nothing heavy is imported."""
 
 KV_CACHE_DTYPES = ("int8", "fp8")
+KV_CACHES = ("paged", "contiguous")
+"""The layouts of a KV cache that ``kv_cache`` may name."""
 
 
 @dataclass(frozen=True)
 class OptimizeConfig:
-    """What to do and how. Every field but ``kv_cache`` and ``kv_cache_dtype`` has a command-line option of the same name."""
+    """What to do and how. Every field has a command-line option of the same name."""
 
     backend: str = "auto"
     """Kernel for every site: ``auto`` or a registered backend's name. A named backend never falls back in silence."""
@@ -34,7 +36,8 @@ class OptimizeConfig:
     inductor: bool = True
     """With dynamo capture: hand the rewritten graph to Inductor; otherwise it runs eagerly."""
     kv_cache: str | None = None
-    """``paged``: make a serving model of a decoder that was written without a cache. It runs packed tokens of many requests; see ``attnopt.serving``."""
+    """``paged`` or ``contiguous``: make a serving model of a decoder that was written without a cache. It runs packed tokens of many requests; see
+    ``attnopt.serving``. With ``contiguous`` each request has one page, as long as the longest request may become."""
     merge_kv_heads: int | None = None
     """Merge the KV heads of each attention into so many, by the mean: another, smaller model, as a first step of uptraining. Never done by itself."""
     kv_cache_dtype: str | None = None
@@ -46,8 +49,10 @@ class OptimizeConfig:
     def __post_init__(self) -> None:
         if self.autotune and self.backend != "auto":
             raise AttnoptError(f"autotune chooses the backend, and backend is {self.backend!r}; supported beside autotune is 'auto'.")
-        if self.kv_cache not in (None, "paged"):
-            raise AttnoptError(f"kv_cache is {self.kv_cache!r}; supported are None and 'paged'.")
+        if self.kv_cache not in (None, *KV_CACHES):
+            raise AttnoptError(f"kv_cache is {self.kv_cache!r}; supported are None, 'paged' and 'contiguous'.")
+        if self.max_variants < 1:
+            raise AttnoptError(f"max_variants is {self.max_variants}; it must be at least 1.")
         if self.merge_kv_heads is not None and self.merge_kv_heads < 1:
             raise AttnoptError(f"merge_kv_heads is {self.merge_kv_heads}; supported are None and numbers from 1 on.")
         if self.merge_kv_heads and self.capture == "dynamo":

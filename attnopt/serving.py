@@ -7,23 +7,22 @@ the caller owns, or that ``generate`` and ``stream`` make for it (docs/serving.m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from attnopt.capture.call import Args, Kwargs
-from attnopt.capture.captured import Captured
 from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.export import DynamicShapes, capture
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import GraphFunction, graph_function
 from attnopt.emit.pieces import Compiler, in_pieces
 from attnopt.errors import ServingError, VerificationError
+from attnopt.original_call import LONGEST, ExampleCall, OriginalCall
 from attnopt.passes.context import context_length
 from attnopt.passes.insert_kv_cache import CONTEXT, PLAN, CacheLayer, InsertKVCache, PackedPlan
 from attnopt.passes.pipeline import PipelineResult, lowered, run_pipeline
@@ -42,8 +41,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 Contexts = Sequence[Tensor | Sequence[Tensor]] | None
 _CACHE_BYTES = 4 << 30
 """The most that the cache of ``generate`` takes where nothing else is said."""
-_LONGEST = 1 << 20
-"""A capture that holds for this many tokens is taken to hold for more."""
+_PAGE_SIZE = 16
 
 
 class ServingModel(nn.Module):
@@ -74,6 +72,8 @@ class ServingModel(nn.Module):
         self._compiled: GraphFunction | None = None
         self.plan = plan
         self.attnopt_report = report
+        self.original: OriginalCall | None = None
+        """How the model that this one was made of is called, for whoever compares the two."""
 
     @property
     def layers(self) -> tuple[CacheLayer, ...]:
@@ -159,7 +159,7 @@ class ServingModel(nn.Module):
     def engine(
         self,
         *,
-        page_size: int = 16,
+        page_size: int | None = None,
         pages: int | None = None,
         context_pages: int | None = None,
         size_bytes: int | None = None,
@@ -169,14 +169,22 @@ class ServingModel(nn.Module):
     ) -> Engine:
         """An engine for this model with a cache of its own, of ``pages`` pages or ``size_bytes`` bytes. ``options`` are ``Engine``'s: token_budget, chunk, ...
 
+        ``page_size`` is 16 tokens where nothing is said. In a contiguous cache it is how many tokens a request may have, by default as many as the model has positions for.
         A model that reads another sequence keeps its keys and values in ``context_pages`` further pages (None: as many as ``pages``); ``size_bytes`` is for both.
         With ``graphs`` steps of one token a request are replayed from CUDA graphs where that can be; ``engine.run`` counts them, and says why not. With ``compile`` what lies
         between the attentions is compiled by torch.compile when the first steps run, which takes a while; its roundings may differ.
         """
         windows = [x.window for x in self.layers if not x.cross]
         window = None if None in windows else max(x for x in windows if x is not None)
+        if self.plan.layout == "contiguous":
+            page_size = self.max_positions if page_size is None else page_size
+            if page_size is None:
+                raise ServingError("The model computes its positions, so it does not say how long a request may become; a contiguous cache needs page_size, in tokens.")
+            # a page that ends with its request holds nothing of the next, and is never dead before it ends
+            options, window = {"prefix_sharing": False, **options, "contiguous": True}, None
         place = next((x.device for x in (*self.parameters(), *self.buffers())), None)
-        caches = ModelCaches.of(self.layers, page_size, pages, size_bytes, place, self.encode, self.context_length, context_pages)
+        size = _PAGE_SIZE if page_size is None else page_size
+        caches = ModelCaches.of(self.layers, size, pages, size_bytes, place, self.encode, self.context_length, context_pages, self._context_page_size(size))
 
         def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches.tensors, rows, (cross[0], cross[1]) if cross else None)
@@ -203,24 +211,33 @@ class ServingModel(nn.Module):
         """Continue each prompt (token ids), all in one engine. See ``Engine.generate``; ``options`` are those of ``engine``.
 
         ``contexts``: for a model that reads another sequence, the inputs of ``encode`` for each prompt; a tensor where that is one.
-        Without ``pages`` and ``size_bytes`` the cache holds all that these prompts may come to, or takes 4 GiB where that would be more.
         """
-        others = _tuples(contexts)
-        return self._engine_for(prompts, params, options, others).generate(prompts, params, progress, others)
+        return self.engine_for(prompts, params, contexts=contexts, **options).generate(prompts, params, progress, as_tuples(contexts))
 
     def stream(self, prompts: Sequence[Sequence[int]], params: Params = None, *, contexts: Contexts = None, **options: Any) -> Iterator[Event]:
         """Tokens as they come. See ``Engine.stream``, and ``generate`` for ``contexts`` and ``options``."""
-        others = _tuples(contexts)
-        return self._engine_for(prompts, params, options, others).stream(prompts, params, others)
+        return self.engine_for(prompts, params, contexts=contexts, **options).stream(prompts, params, as_tuples(contexts))
 
-    def _engine_for(self, prompts: Sequence[Sequence[int]], params: Params, options: dict[str, Any], contexts: Sequence[tuple[Tensor, ...]] | None = None) -> Engine:
+    def engine_for(self, prompts: Sequence[Sequence[int]], params: Params = None, *, contexts: Contexts = None, **options: Any) -> Engine:
+        """An engine for these prompts, which are not added to it. ``contexts`` as in ``generate``; ``options`` are those of ``engine``.
+
+        Without ``pages`` and ``size_bytes`` the cache holds all that those of them that run at once may come to, or takes 4 GiB where that would be more.
+        """
+        rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
+        ends = [min(len(p) + r.max_new_tokens, self.max_positions or LONGEST) for p, r in zip(prompts, rules, strict=False)]
+        if self.plan.layout == "contiguous":
+            options = {"page_size": max(ends, default=1), **options}
         if options.get("pages") is not None or options.get("size_bytes") is not None:
             return self.engine(**options)
-        rules = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-        page_size = max(1, options.get("page_size", 16))
-        ends = [min(len(p) + r.max_new_tokens, self.max_positions or _LONGEST) for p, r in zip(prompts, rules, strict=False)]
-        pages, context_pages = pages_for(self.layers, page_size, ends, [self.context_length(*x) for x in contexts or ()], _CACHE_BYTES)
+        at_once = options.get("max_requests")
+        others = sorted((self.context_length(*x) for x in as_tuples(contexts) or ()), reverse=True)[:at_once]
+        page_size = max(1, options.get("page_size", _PAGE_SIZE))
+        pages, context_pages = pages_for(self.layers, page_size, sorted(ends, reverse=True)[:at_once], others, _CACHE_BYTES, self._context_page_size(page_size))
         return self.engine(**{"context_pages": context_pages, **options, "pages": pages})
+
+    def _context_page_size(self, page_size: int) -> int:
+        """Other sequences are in pages also where each request has one page of its own: how long they are says nothing of a request."""
+        return _PAGE_SIZE if self.plan.layout == "contiguous" else page_size
 
     def new_caches(self, pages: int, page_size: int, device: torch.device | str | None = None) -> list[tuple[Tensor, ...]]:
         """Empty caches for ``run``, those of each layer, of ``pages`` pages of ``page_size`` tokens."""
@@ -228,107 +245,16 @@ class ServingModel(nn.Module):
         return [tuple(x.zero_() for x in layer_tensors(layer, pages, page_size, place)) for layer in self.layers]
 
 
-def _tuples(contexts: Contexts) -> list[tuple[Tensor, ...]] | None:
+def as_tuples(contexts: Contexts) -> list[tuple[Tensor, ...]] | None:
     return None if contexts is None else [(x,) if isinstance(x, Tensor) else tuple(x) for x in contexts]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The example call by its roles: which leaf holds the ids, which the positions, and where the logits stand among the results."""
-
-    captured: Captured
-    names: tuple[str, ...]
-    """The graph's name of each leaf."""
-    leaves: tuple[Any, ...]
-    structure: pytree.TreeSpec
-
-    @staticmethod
-    def of(captured: Captured) -> _Call:
-        leaves, structure = pytree.tree_flatten((captured.example.args, captured.example.kwargs))
-        names = tuple(str(n.target) for n in captured.graph_module.graph.find_nodes(op="placeholder"))
-        return _Call(captured, names, tuple(leaves), structure)
-
-    def positions(self) -> tuple[str, ...]:
-        """Inputs that count 0, 1, 2, ... in the example, where another one can hold the ids: integers [B, S] that are no mask of zeros and ones."""
-        found = tuple(n for n, x in zip(self.names, self.leaves, strict=True) if _counts(x))
-        others = [x for n, x in zip(self.names, self.leaves, strict=True) if n not in found and isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point()]
-        return found if any(not x.is_meta and bool((x > 1).any()) for x in others) else ()
-
-    def output(self) -> int | None:
-        """The place of what the model's result calls its logits; None where it has no such name, or one result only."""
-        info = self.captured.graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
-        result = pytree.tree_unflatten(list(range(info.out_spec.num_leaves)), info.out_spec)
-        named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
-        return named if isinstance(named, int) else None
-
-    def row(self, name: str, request: int) -> Tensor:
-        """One row of an input of the example."""
-        x: Tensor = self.leaves[self.names.index(name)]
-        return x[request % x.shape[0]][None]
-
-    def longest(self, plan: PackedPlan) -> int | None:
-        """How many tokens a request may have: as many as the tables of the model and its capture admit; None where nothing limits them.
-
-        Raises ServingError where the capture does not hold for all shorter requests.
-        """
-        bounds = [d.upper for d in self.captured.example.dynamic if self.names[d.leaf] == plan.ids and d.dim == 1]
-        known = min((n for n in (*bounds, plan.max_positions) if n is not None), default=None)
-        low, high = 1, known or _LONGEST
-        if self._holds(high, plan):
-            low = high
-        while low + 1 < high:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._holds(middle, plan) else (low, middle)
-        gap = next((n for n in (*range(1, min(low, 64) + 1), low) if not self._holds(n, plan)), None)
-        if gap is not None:
-            raise ServingError(f"The capture of the model does not hold for a single request of {gap} tokens.", "Its report says for which sizes it holds (AO301).")
-        return known if low in (known, _LONGEST) else low
-
-    def _holds(self, length: int, plan: PackedPlan) -> bool:
-        """Whether the captured graph may be used for one request of this length."""
-        args, kwargs = self.alone(torch.empty((1, length), dtype=torch.int64, device="meta"), plan)
-        return self.captured.example.holds(pytree.tree_leaves((args, kwargs)))
-
-    def logits(self, result: Any, place: int | None, last: bool) -> Tensor:
-        """[1, n, V] or [1, 1, V] out of the original's result."""
-        found = pytree.tree_leaves(result)
-        x: Tensor = found[place] if place is not None else next(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
-        return x[:, None] if last and x.dim() == 2 else x
-
-    def alone(self, ids: Tensor, plan: PackedPlan, request: int = 0) -> tuple[Args, Kwargs]:
-        """The call for one request without padding. What other sequences are made of is a row of the example."""
-        n, tokens, positions = ids.shape[1], plan.ids, self.positions()
-        size = next(x.shape for name, x in zip(self.names, self.leaves, strict=True) if name == tokens)
-        out: list[Any] = []
-        for name, x in zip(self.names, self.leaves, strict=True):
-            if name in plan.context:
-                x = self.row(name, request)
-            elif plan.context and isinstance(x, Tensor) and name != tokens and x.shape[:1] == size[:1] and x.shape != size:
-                x = torch.ones_like(x[:1])
-            elif name == tokens:
-                x = ids.to(x.dtype)
-            elif name in positions:
-                x = torch.arange(n, dtype=x.dtype, device=x.device).expand((1, n) if x.dim() == 2 else (n,))
-            elif isinstance(x, Tensor) and x.shape == size:
-                x = torch.ones((1, n), dtype=x.dtype, device=x.device)
-            out.append(x)
-        args, kwargs = pytree.tree_unflatten(out, self.structure)
-        return args, kwargs
-
-
-def _counts(x: Any) -> bool:
-    return (
-        isinstance(x, Tensor) and not x.is_floating_point() and not x.is_meta and x.dim() in (1, 2) and x.shape[-1] > 1
-        and bool((x == torch.arange(x.shape[-1], device=x.device)).all())
-    )  # fmt: skip
-
-
-def rewrite(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicShapes, config: OptimizeConfig, check: bool = True) -> tuple[_Call, PipelineResult, Report]:
+def rewrite(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicShapes, config: OptimizeConfig, check: bool = True) -> tuple[ExampleCall, PipelineResult, Report]:
     """Capture a decoder and rewrite it to packed tokens. Where that is refused the result's graph has no plan, and the report says why."""
     captured = capture(model, args, kwargs, dynamic_shapes, check=check)
-    call = _Call.of(captured)
+    call = ExampleCall.of(captured)
     start = time.perf_counter()
-    result = run_pipeline(captured.graph_module, config, cache=InsertKVCache(call.positions(), call.output(), config.backend))
+    result = run_pipeline(captured.graph_module, config, cache=InsertKVCache(call.form.positions(), call.form.output, config.backend, config.kv_cache or "paged"))
     seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
     return call, result, Report(result.sites, [*captured.remarks, *result.remarks], seconds=seconds)
 
@@ -347,6 +273,7 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     context = None if module is None else graph_function(lowered(module, config), model)
     pieces = partial(_in_pieces, result.graph_module, model)
     serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, length, pieces)
+    serving.original = call.form
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving
@@ -372,11 +299,11 @@ def _in_pieces(gm: fx.GraphModule, model: nn.Module, compiler: Compiler) -> Grap
     return graph_function(in_pieces(gm, compiler), model)
 
 
-def _rounded(model: nn.Module, call: _Call, config: OptimizeConfig) -> Stated:
+def _rounded(model: nn.Module, call: ExampleCall, config: OptimizeConfig) -> Stated:
     """The serving model with caches of its own dtype, whose keys and values are rounded as the caches that ``config`` asks for are stated to round them."""
     assert config.kv_cache_dtype is not None
     plain = replace(config, kv_cache_dtype=None, disable_passes=tuple(x for x in config.disable_passes if x != QuantizeKVCache.name), print_ir_after=())
-    found = run_pipeline(call.captured.graph_module, plain, cache=InsertKVCache(call.positions(), call.output(), config.backend)).graph_module
+    found = run_pipeline(call.captured.graph_module, plain, cache=InsertKVCache(call.form.positions(), call.form.output, config.backend, config.kv_cache or "paged")).graph_module
     rounded_writes(found, config.kv_cache_dtype)
     function = graph_function(found, model)
     same = clone_tree(model)
@@ -388,19 +315,19 @@ def _rounded(model: nn.Module, call: _Call, config: OptimizeConfig) -> Stated:
     return Stated(run, found.meta[PLAN], f"beside the model whose keys and values are rounded to {config.kv_cache_dtype}")
 
 
-def _verdict(model: nn.Module, serving: ServingModel, call: _Call, progress: Progress | None, stated: Stated | None) -> Verdict:
-    plan, place = serving.plan, call.output()
+def _verdict(model: nn.Module, serving: ServingModel, call: ExampleCall, progress: Progress | None, stated: Stated | None) -> Verdict:
+    plan = serving.plan
     if any(t.is_meta for t in tensors_of(serving)):
         return Verdict()
-    example = next(x for name, x in zip(call.names, call.leaves, strict=True) if name == plan.ids)
+    example = next(x for name, x in zip(call.form.names, call.form.leaves, strict=True) if name == plan.ids)
     return verify_packed(
         model,
         serving._call,
         plan,
         example,
-        lambda ids, request: call.alone(ids, plan, request),
-        lambda result: call.logits(result, place, plan.last_only),
-        None if serving.context is None else lambda request: serving.encode(*(call.row(name, request) for name in plan.context)),
+        lambda ids, request: call.form.call(ids, plan, request),
+        lambda result: call.form.logits(result, plan),
+        None if serving.context is None else lambda request: serving.encode(*(call.form.row(name, request) for name in plan.context)),
         progress,
         stated,
     )

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from attnopt.capture.example_inputs import check_signature, describe_inputs, make_inputs, split_inputs
+from attnopt.capture.tokenizer import Tokenizer, of_module
 from attnopt.errors import LoadError
 
 if TYPE_CHECKING:
@@ -24,27 +25,33 @@ _BUILDER_WORDS = ("model", "net", "build", "make", "create")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with inputs that fit its ``forward``, and a name for people. ``notes`` are things the user should know."""
+    """A model with inputs that fit its ``forward``, and a name for people. ``notes`` are things the user should know.
+
+    ``tokenizer`` loads what makes token ids of text, None where there is none; ``stop_tokens`` are the ids with which the model says that a text ends.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     name: str
     notes: tuple[str, ...] = field(default=())
+    tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None)
+    stop_tokens: tuple[int, ...] = field(default=())
 
     @property
     def inputs(self) -> str:
         return describe_inputs(self.args, self.kwargs)
 
 
-def load(target: str, inputs: Sequence[str] = (), *, attn_implementation: str | None = None) -> Loaded:
+def load(target: str, inputs: Sequence[str] = (), *, attn_implementation: str | None = None, generates: bool = False) -> Loaded:
     """The model that ``target`` names, and inputs for it.
 
     ``target`` is ``path/model.py`` (its ``model``, or the only module or builder in it), ``path/model.py:name`` (an
     ``nn.Module``, or a class or function without required arguments that builds one), or a local Hugging Face folder.
     ``inputs`` are descriptions such as ``input_ids=int64[2,128]``; without any, ``example_inputs`` of the same file is used
     (a value, or a function that returns one), or what the folder's configuration says.
-    ``attn_implementation`` is for Hugging Face folders ("eager" unless given).
+    ``attn_implementation`` is for Hugging Face folders ("eager" unless given). ``generates``: a folder's model must have a head that gives logits; of a
+    configuration that names no class it is the one for text that goes on.
 
     Raises LoadError, in one sentence, for everything that a user can get wrong.
     """
@@ -52,7 +59,7 @@ def load(target: str, inputs: Sequence[str] = (), *, attn_implementation: str | 
     if path.is_dir():
         from attnopt.capture.loader_hf import load_folder
 
-        return load_folder(path, inputs, attn_implementation or "eager")
+        return load_folder(path, inputs, attn_implementation or "eager", generates)
     if attn_implementation is not None:
         raise LoadError(f"An attention implementation can be chosen for a Hugging Face folder only, and {path} is a file.")
     module, name, model = _model_of_file(path, name)
@@ -70,7 +77,7 @@ def load(target: str, inputs: Sequence[str] = (), *, attn_implementation: str | 
             "Define example_inputs (a value, or a function that returns it) in the file, or describe them: --input input_ids=int64[2,128].",
         )
     check_signature(model, args, kwargs, label)
-    return Loaded(model, args, kwargs, label)
+    return Loaded(model, args, kwargs, label, tokenizer=lambda: of_module(module, path, lambda f: _call(f, path, f"{path.name}:tokenizer")))
 
 
 def load_model(target: str) -> nn.Module:

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt.capture.example_inputs import check_signature, make_inputs
 from attnopt.capture.loader import Loaded
+from attnopt.capture.tokenizer import Tokenizer
 from attnopt.errors import LoadError
 
 if TYPE_CHECKING:
     from torch import nn
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _BATCH, _LENGTH = 2, 128
 
 
-def load_folder(folder: Path, inputs: Sequence[str] = (), attn_implementation: str = "eager") -> Loaded:
+def load_folder(folder: Path, inputs: Sequence[str] = (), attn_implementation: str = "eager", generates: bool = False) -> Loaded:
     """The model that ``config.json`` describes, in eval mode, without a KV cache, and inputs for it.
 
     Weights are read when the folder has them; otherwise they are random, and a note says so. Code that lies in the
-    folder is not run. Raises LoadError for anything that transformers cannot load.
+    folder is not run. Raises LoadError for anything that transformers cannot load, and with ``generates`` for a model without a head.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -41,7 +43,7 @@ def load_folder(folder: Path, inputs: Sequence[str] = (), attn_implementation: s
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config.use_cache = False
-            kind = _model_class(transformers, raw)
+            kind = _model_class(transformers, raw, generates)
             if has_weights:
                 model = kind.from_pretrained(folder, config=config, local_files_only=True, attn_implementation=attn_implementation, dtype="auto")
             else:
@@ -54,16 +56,51 @@ def load_folder(folder: Path, inputs: Sequence[str] = (), attn_implementation: s
     name = f"{folder.name} ({type(model).__name__})"
     args, kwargs = make_inputs(model, inputs) if inputs else ((), _inputs(model))
     check_signature(model, args, kwargs, name)
-    return Loaded(model, args, kwargs, name, notes)
+    if generates and model.get_output_embeddings() is None:
+        raise LoadError(f"{name} has no head that gives logits of tokens; a model that generates needs one.", f"Name a class with a head under \"architectures\" in {file}.")
+    return Loaded(model, args, kwargs, name, notes, lambda: _tokenizer(transformers, folder), _ends(model))
 
 
-def _model_class(transformers: Any, raw: dict[str, Any]) -> Any:
-    """The class that the configuration names, else the bare model of its type."""
+def _ends(model: Any) -> tuple[int, ...]:
+    """The tokens with which a text ends, as the folder's generation config says, else its config."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    return ()
+
+
+class _Text:
+    """A tokenizer of the library, of which generated text leaves special tokens out."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def encode(self, text: str, /) -> list[int]:
+        found: list[int] = self.inner.encode(text)
+        return found
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        return str(self.inner.decode(list(ids), skip_special_tokens=True))
+
+
+def _tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
+    with _quiet(transformers):
+        try:
+            return _Text(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        except Exception as error:
+            raise LoadError(f"The tokenizer in {folder} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _model_class(transformers: Any, raw: dict[str, Any], generates: bool) -> Any:
+    """The class that the configuration names, else the bare model of its type, or the one that ``generates``."""
     for name in raw.get("architectures") or ():
         found = getattr(transformers, name, None)
         if found is not None:
             return found
-    return transformers.AutoModel
+    return transformers.AutoModelForCausalLM if generates else transformers.AutoModel
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:

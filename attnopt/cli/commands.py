@@ -10,8 +10,10 @@ import click
 from rich.markup import escape
 
 from attnopt.cli import render
+from attnopt.cli.decode import Decoding, decode_briefly
 from attnopt.cli.measure import Comparison, compare
 from attnopt.cli.progress import Stages
+from attnopt.cli.serving import cache_facts, show_cache, show_decode
 from attnopt.cli.target import config_of, introduce, load_target
 from attnopt.errors import AttnoptError
 from attnopt.report import Report
@@ -19,6 +21,7 @@ from attnopt.report import Report
 if TYPE_CHECKING:
     from attnopt.capture.loader import Loaded
     from attnopt.cli.render import Terminal
+    from attnopt.serving import ServingModel
 
 DONE, POLICY = 0, 1
 
@@ -27,7 +30,9 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
     from attnopt import api
 
     out, err = render.console(), render.console(stderr=True)
-    config = config_of(options, verify=verify)
+    config = config_of(options, verify=verify, train=train)
+    if output is not None and config.kv_cache:
+        raise AttnoptError("--output saves an optimized model, and --kv-cache makes a serving model, which is not saved yet.", "attnopt.optimize makes one in any process.")
     if output is not None and not Path(output).parent.is_dir():
         raise AttnoptError(f"--output {output}: the folder {Path(output).parent} does not exist.")
     with Stages(err) as stages:
@@ -35,9 +40,16 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
         if not as_json:
             introduce(out, loaded)
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
-        comparison = None
+        comparison: Comparison | Decoding | None = None
+
+        def measuring(done: int, total: int) -> None:
+            stages("measure", done, total)
+
         if benchmark and not any(p.is_meta for p in loaded.model.parameters()):
-            comparison = compare(loaded.model, optimized, loaded.args, loaded.kwargs, train=train, progress=lambda done, total: stages("measure", done, total))
+            if config.kv_cache:
+                comparison = decode_briefly(loaded.model, cast("ServingModel", optimized), measuring)
+            else:
+                comparison = compare(loaded.model, optimized, loaded.args, loaded.kwargs, train=train, progress=measuring)
         if output is not None:
             from attnopt.emit.pt2 import save_pt2
 
@@ -46,14 +58,20 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
     report = cast("Report", optimized.attnopt_report)
     code = _exit_code(report, require_all)
     if as_json:
-        extra = {"benchmark": None if comparison is None else comparison.to_dict(), "output": output}
+        extra: dict[str, Any] = {"benchmark": None if comparison is None else comparison.to_dict(), "output": output}
+        if config.kv_cache:
+            extra["cache"] = cache_facts(cast("ServingModel", optimized))
         _print_json(loaded, report, code, **extra)
         return code
     render.show_report(out, report)
-    if comparison is not None:
+    if config.kv_cache:
+        show_cache(out, cast("ServingModel", optimized))
+    if isinstance(comparison, Comparison):
         render.show_comparison(out, comparison)
+    elif comparison is not None:
+        show_decode(out, comparison)
     out.say(_seconds(report), style="dim")
-    _next_steps(out, target, report, output, code, require_all)
+    _next_steps(out, target, report, output, code, require_all, served=config.kv_cache is not None)
     out.say(_summary(report, comparison, code))
     return code
 
@@ -62,7 +80,7 @@ def inspect_command(target: str, *, as_json: bool, train: bool, **options: Any) 
     from attnopt import api
 
     out, err = render.console(), render.console(stderr=True)
-    config = config_of(options, verify=False)
+    config = config_of(options, verify=False, train=train)
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=train, **options)
         report = api.inspect(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config)
@@ -71,7 +89,7 @@ def inspect_command(target: str, *, as_json: bool, train: bool, **options: Any) 
         return DONE
     introduce(out, loaded)
     render.show_report(out, report)
-    out.say(f"{_counts(report, 'can be replaced')}. Nothing was changed; `attnopt optimize {target}` does it, and compares with the original.")
+    out.say(f"{_counts(report, 'can be replaced')}. Nothing was changed; `attnopt optimize {target}{f' --kv-cache {config.kv_cache}' if config.kv_cache else ''}` does it, and compares with the original.")
     return DONE
 
 
@@ -79,7 +97,7 @@ def verify_command(target: str, *, against: str | None, as_json: bool, train: bo
     from attnopt import api
 
     out, err = render.console(), render.console(stderr=True)
-    config = config_of(options, verify=True)
+    config = config_of(options, verify=True, train=train)
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=train, **options)
         if against is None:
@@ -127,14 +145,17 @@ def _seconds(report: Report) -> str:
     return "Took " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()) if report.seconds else ""
 
 
-def _next_steps(out: Terminal, target: str, report: Report, output: str | None, code: int, require_all: bool) -> None:
+def _next_steps(out: Terminal, target: str, report: Report, output: str | None, code: int, require_all: bool, served: bool) -> None:
     steps = []
     codes = list(dict.fromkeys(r.code for s in report.sites if s.status != "replaced" for r in s.remarks))
     if codes:
         steps.append(f"attnopt explain {target}: on which line and why something was not replaced, and what to change ({', '.join(codes)})")
     if report.verdict.passed is False:
         steps.append(f"attnopt verify {target}: every comparison with the original")
-    if code == DONE and output is None and report.replaced:
+    if served:
+        steps.append(f"attnopt generate {target} --prompt ...: continue texts with it; or serving.generate(prompts) in Python")
+        steps.append(f"attnopt bench {target} --decode --batch 1,16,64: tokens per second of more and longer prompts")
+    elif code == DONE and output is None and report.replaced:
         steps.append(f"attnopt optimize {target} --output model.pt2: save it; or attnopt.optimize(model, inputs) in Python")
     if output is not None:
         steps.append(f"import attnopt, torch; torch.export.load({output!r}).module(): load it in any process")
@@ -151,8 +172,10 @@ def _counts(report: Report, verb: str) -> str:
     return f"{len(report.replaced)} of {n} {'attention' if n == 1 else 'attentions'} {verb}"
 
 
-def _summary(report: Report, comparison: Comparison | None, code: int) -> str:
+def _summary(report: Report, comparison: Comparison | Decoding | None, code: int) -> str:
     words = [_counts(report, "replaced"), render.verdict_text(report.verdict)]
-    if comparison is not None:
+    if isinstance(comparison, Comparison):
         words.append(render.comparison_words(comparison))
+    elif comparison is not None:
+        words.append(str(comparison))
     return f"[bold {'green' if code == DONE else 'red'}]{'Done' if code == DONE else 'Not done'}:[/] {', '.join(words)}"

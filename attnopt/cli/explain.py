@@ -52,7 +52,7 @@ def explain_model(target: str, *, site: str | None, as_json: bool, train: bool, 
     from attnopt import api
 
     out, err = render.console(), render.console(stderr=True)
-    config = config_of(options, verify=False)
+    config = config_of(options, verify=False, train=train)
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=train, **options)
         stages("capture")

@@ -1,12 +1,13 @@
-"""``attnopt optimize | inspect | verify | export | explain | env``: options, exit codes, and what is said when something goes wrong.
+"""``attnopt optimize | inspect | verify | generate | bench | export | explain | env``: options, exit codes, and what is said when something goes wrong.
 
-Exit codes: 0 done; 1 a policy was not met (verification failed, ``--require-all`` missed); 2 bad usage, or a model that
+Exit codes: 0 done; 1 a policy was not met (verification failed, ``--require-all`` missed, a prompt that could not run); 2 bad usage, or a model that
 cannot be loaded or captured; 101 a bug of attnopt. Everything heavy is imported when a command needs it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from attnopt.config import BACKENDS
+from attnopt.config import BACKENDS, KV_CACHE_DTYPES, KV_CACHES, OptimizeConfig
 from attnopt.errors import AttnoptError
 
 POLICY, USAGE, BUG, INTERRUPTED = 1, 2, 101, 130
@@ -76,21 +77,58 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
-_run_options = _options(
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _bytes(text: str) -> int:
+    """``512MiB``, ``8GiB``, ``1000000``: a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if found is None:
+        raise click.BadParameter(f"{text!r} is no size; expected a number of bytes, or one with a unit such as 512MiB or 8GiB.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """``1,4,16``: whole numbers from 1 on."""
+    found = [x.strip() for x in text.split(",")]
+    if not all(x.isdecimal() and int(x) for x in found):
+        raise click.BadParameter(f"{text!r} is no list of numbers; expected one such as 1,4,16.")
+    return tuple(int(x) for x in found)
+
+
+_load_options = _options(
     click.option("--input", "inputs", multiple=True, metavar="NAME=DTYPE[SIZES]", help="An input, such as input_ids=int64[2,128]; once for each. Without any, example_inputs of the file."),
     click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Cast the model and its floating-point inputs."),
     click.option("--device", metavar="DEVICE", help="Where to run, such as cuda or cuda:1."),
-    click.option("--train", is_flag=True, help="Training mode (otherwise eval): dropout stays, and time is that of forward and backward."),
     click.option("--attn-implementation", metavar="NAME", help="For a Hugging Face folder: the attention it is built with.  [default: eager]"),
 )
-_model_options = _options(click.argument("target", metavar="MODEL"), _run_options)
+_run_options = _options(
+    _load_options,
+    click.option("--train", is_flag=True, help="Training mode (otherwise eval): dropout stays, and time is that of forward and backward."),
+)
+_target = click.argument("target", metavar="MODEL")
+_model_options = _options(_target, _run_options)
 _pass_options = _options(
     click.option("--backend", default="auto", show_default=True, metavar="NAME", help=f"Kernel for every attention: {', '.join(BACKENDS)}; `attnopt env` says which can be used here."),
     click.option("--autotune", is_flag=True, help="With --backend auto: measure the backends that can compute an attention, on its own shapes, and take the fastest."),
     click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
     click.option("--print-ir-after", multiple=True, metavar="NAME", help="Print the graph after a pass (or `all`) to standard error; repeatable."),
+    click.option("--kv-cache-dtype", type=click.Choice(KV_CACHE_DTYPES), help="With --kv-cache: keep keys and values in 8 bits, with a scale for each token and head."),
     click.option("--merge-kv-heads", type=int, metavar="N", help="Merge the KV heads of each attention into N by their mean: another model, to be trained further."),
     click.option("--capture", type=click.Choice(["auto", "export", "dynamo"]), default="auto", show_default=True, help="How the graph is captured."),
+    click.option("--inductor/--no-inductor", default=True, show_default=True, help="Where torch.compile captures: hand the rewritten graph to Inductor, or run it eagerly."),
+    click.option("--max-variants", type=click.IntRange(1), default=OptimizeConfig.max_variants, show_default=True, metavar="N", help="How many forms of call (mode, dtype, structure of the arguments) one model is captured for."),
+    click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Make a serving model of a decoder that was written without a cache: keys and values in pages, or in one piece for each request."),
+)
+_serving_options = _options(
+    click.option("--kv-cache", type=click.Choice(KV_CACHES), default="paged", show_default=True, help="Keys and values in pages, or in one piece for each request."),
+    click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Kernel for every attention; over a cache: triton or reference."),
+    click.option("--disable-pass", "disable_passes", multiple=True, metavar="NAME", help="Leave a pass out; repeatable."),
+    click.option("--print-ir-after", multiple=True, metavar="NAME", help="Print the graph after a pass (or `all`) to standard error; repeatable."),
+    click.option("--page-size", type=click.IntRange(1), metavar="TOKENS", help="Tokens a page holds.  [default: 16; contiguous: the longest request]"),
+    click.option("--cache-size", type=_bytes, metavar="SIZE", help="Memory for the cache, such as 512MiB or 8GiB.  [default: what the prompts need, 4GiB at most]"),
+    click.option("--chunk", type=click.IntRange(1), metavar="TOKENS", help="Tokens of one prompt that a step computes at most.  [default: 2048]"),
+    click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the serving model with the original first."),
 )
 _output_options = _options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object to standard output and nothing else there."),
@@ -140,6 +178,58 @@ def verify(**options: Any) -> int:
     from attnopt.cli.commands import verify_command
 
     return verify_command(**options)
+
+
+@app.command()
+@_target
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT|IDS", help="What to continue: a text where the model has a tokenizer, otherwise token ids such as '1 2 3'; repeatable.")
+@click.option("--prompts", "prompts_file", metavar="FILE.jsonl", help="One prompt a line: \"text\", [1, 2, 3], or an object with `prompt` and its own max_new_tokens, temperature, top_k, top_p, seed, stop. `-` is standard input.")
+@click.option("--ids", is_flag=True, help="Every --prompt is token ids, whatever tokenizer there is.")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="How many prompts run at once at most.  [default: 256]")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, metavar="N", help="Tokens to generate for each prompt at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the most likely token.")
+@click.option("--top-k", type=int, metavar="K", help="Draw from the K most likely tokens only.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Draw from the most likely tokens that add up to P only.")
+@click.option("--seed", type=int, metavar="N", help="The same tokens again: prompt i is drawn with N + i.")
+@click.option("--stop", multiple=True, metavar="TEXT|ID", help="A token id, or a text, that ends a continuation; repeatable. A text is left out of it.")
+@click.option("--ignore-end", is_flag=True, help="Go on after the tokens with which a Hugging Face folder says that a text ends.")
+@_load_options
+@_serving_options
+@_output_options
+def generate(**options: Any) -> int:
+    """Continue prompts with MODEL, a decoder that was written without a cache.
+
+    MODEL is captured, gets a KV cache, and is compared with what it was; then all prompts run at once. `tokenizer` of a file (an object with encode and
+    decode), or the one in a Hugging Face folder, makes text of token ids. A prompt that cannot run is told in one sentence, and the others go on; the exit
+    code is 1 then.
+    """
+    from attnopt.cli.generate import generate_command
+
+    return generate_command(**options)
+
+
+@app.command()
+@_model_options
+@click.option("--decode", "decoding", is_flag=True, help="Measure generation: tokens per second of MODEL and of the serving model made of it.")
+@click.option("--batch", "batches", type=_numbers, default="1,4,16", show_default=True, metavar="N,N,...", help="With --decode: how many prompts at once.")
+@click.option("--prompt-length", "lengths", type=_numbers, default="32", show_default=True, metavar="N,N,...", help="With --decode: tokens of each prompt.")
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="With --decode: tokens to generate for each.")
+@_serving_options
+@_output_options
+@click.pass_context
+def bench(context: click.Context, /, **options: Any) -> int:
+    """Time and peak memory of MODEL before and after, measured in turn in one process.
+
+    Without --decode: of a forward pass on its inputs (with --train, forward and backward). With it: of greedy generation from random prompts, prompts included. The
+    original generates by its own `generate` with a cache where it has one, otherwise by the whole text through it for each token.
+    """
+    from attnopt.cli.bench import bench_command
+
+    if not options["decoding"]:
+        for p in context.command.params:
+            if p.name in ("batches", "lengths", "new_tokens", "kv_cache", "page_size", "cache_size", "chunk") and _given(context, p):
+                raise click.UsageError(f"{p.opts[0]} is for generation, and --decode was not given.", context)
+    return bench_command(**options)
 
 
 @app.command()

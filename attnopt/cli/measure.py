@@ -50,9 +50,9 @@ class Comparison:
 
     @property
     def memory_ratio(self) -> float | None:
-        """How many times less peak memory the optimized model needs; None where unknown."""
+        """How many times less peak memory the optimized model needs; None where unknown, or where one of them needs none that can be seen."""
         before, after = self.original.peak_bytes, self.optimized.peak_bytes
-        return before / after if before is not None and after else None
+        return before / after if before and after else None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "speedup": self.speedup, "memory_ratio": self.memory_ratio}

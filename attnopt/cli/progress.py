@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -16,7 +17,15 @@ class Stages:
 
     def __init__(self, console: Console) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            # standard output that goes elsewhere is not drawn into; capture puts a stream of its own in the place of standard error, and the bar must not see itself in it
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=False,
+        )
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Stages:

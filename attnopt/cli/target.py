@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -15,21 +16,25 @@ if TYPE_CHECKING:
     from attnopt.cli.render import Terminal
 
 
-def config_of(options: dict[str, Any], *, verify: bool) -> OptimizeConfig:
-    """The options of one optimization. ``require_all`` is judged here, after the report was shown.
+def config_of(options: dict[str, Any], *, verify: bool, train: bool = False) -> OptimizeConfig:
+    """The options of one optimization: those of its fields that the command has. ``require_all`` is judged by the command, after the report was shown.
 
     A backend that cannot be used at all is refused now, before the work of loading and capturing.
     """
+    if options["kv_cache"] is not None and train:
+        raise AttnoptError("A model that generates from a KV cache is in evaluation mode, and --train asks for training mode.")
     if options["backend"] != "auto":
-        from attnopt.kernels import registry
+        from attnopt.kernels import paged_choice, registry
 
+        if options["kv_cache"] is not None:
+            paged_choice.known(options["backend"])
         registry.find(options["backend"])
-    names = ("backend", "autotune", "disable_passes", "print_ir_after", "capture", "merge_kv_heads")
-    return OptimizeConfig(verify=verify, **{n: options[n] for n in names})
+    judged = ("verify", "require_all")
+    return OptimizeConfig(verify=verify, **{f.name: options[f.name] for f in fields(OptimizeConfig) if f.name in options and f.name not in judged})
 
 
 def load_target(
-    target: str, stages: Stages, *, train: bool, inputs: tuple[str, ...], dtype: str | None, device: str | None, attn_implementation: str | None, **_: Any
+    target: str, stages: Stages, *, train: bool, inputs: tuple[str, ...], dtype: str | None, device: str | None, attn_implementation: str | None, kv_cache: str | None = None, **_: Any
 ) -> Loaded:
     """The model and its inputs on the device and in the dtype that were asked for, after it ran once as it is.
 
@@ -41,7 +46,7 @@ def load_target(
 
     stages("load")
     where = None if device is None else _device(device)
-    loaded = load(target, inputs, attn_implementation=attn_implementation)
+    loaded = load(target, inputs, attn_implementation=attn_implementation, generates=kv_cache is not None)
     loaded = replace(loaded, model=loaded.model.train(train), **_moved(loaded, dtype, where))
     stages("run")
     run_once(loaded)

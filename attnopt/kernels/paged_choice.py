@@ -48,12 +48,17 @@ def choose(spec: AttentionSpec, setting: CacheSetting, backend: str = "auto") ->
                 return name, f"{_WHY[name]} ({'; '.join(passed)})" if passed else _WHY[name]
             passed.append(f"not {name}: {reason}")
         raise BackendError(f"No backend can compute this attention over a cache on {setting.device}: {'; '.join(passed)}.")
-    if backend not in ORDER:
-        raise BackendError(f"There is no backend {backend!r} for a paged cache; the backends are {', '.join(ORDER)}, and 'auto'.")
+    known(backend)
     reason = refusal(backend, spec, setting)
     if reason is not None:
         raise BackendRefusal(backend, reason)
     return backend, _WHY[backend]
+
+
+def known(backend: str) -> None:
+    """Raises BackendError for a name that no backend for a paged cache has."""
+    if backend not in (*ORDER, "auto"):
+        raise BackendError(f"There is no backend {backend!r} for a paged cache; the backends are {', '.join(ORDER)}, and 'auto'.")
 
 
 _WHY = {

@@ -78,42 +78,56 @@ def pack(
     return Packing(first.masked_fill(empty, keys), stop.masked_fill(empty, 0), keys)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float | None = None, softcap: float | None = None, backend: str = "auto") -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """q [T, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> o [T, Hq, Dv], zero where a query sees no key.
 
-    ``scale`` is D^-0.5 unless given; with ``softcap`` c a score s becomes c * tanh(s / c). Differentiable in q, k and v.
+    ``scale`` is D^-0.5 unless given; with ``softcap`` c a score s becomes c * tanh(s / c). ``sinks`` [Hq]: the logit of one
+    more key, without a value, for each head. Differentiable in q, k, v and sinks.
     """
     if not q.dim() == k.dim() == v.dim() == 3 or len(k) != len(v):
         raise AttnoptError(f"q, k and v must be [T, Hq, D], [Tk, Hkv, D] and [Tk, Hkv, Dv]; they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}.")
     if len(q) != len(packing.first) or len(k) != packing.keys:
         raise AttnoptError(f"This packing is of {len(packing.first)} queries and {packing.keys} keys; q has {len(q)} and k has {len(k)}.")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    text, spec = _text(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scale, softcap)
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise AttnoptError(f"sinks must be [Hq], here [{q.shape[1]}]; they are {tuple(sinks.shape)}.")
+    text, spec = _text(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scale, softcap, sinks is not None)
+    loads = [packing.first, packing.stop, *([] if sinks is None else [sinks])]
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *loads))
     kernel, sizes = _kernel(spec, q.device, q.dtype, training, backend)
     blocks = None if sizes is None else packing.blocks(*sizes)
     of_map = () if blocks is None else (blocks.counts, blocks.indices, [blocks.BLOCK_M, blocks.BLOCK_N])
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    o: Tensor = torch.ops.attnopt.attention(q, k, v, [packing.first, packing.stop], [], text, kernel, *of_map)
+    o: Tensor = torch.ops.attnopt.attention(q, k, v, loads, [], text, kernel, *of_map)
     return o.squeeze(0).transpose(0, 1)
 
 
 @lru_cache(maxsize=256)
-def _spec(Hq: int, Hkv: int, D: int, Dv: int, scale: float, softcap: float | None) -> AttentionSpec:
+def _spec(Hq: int, Hkv: int, D: int, Dv: int, scale: float, softcap: float | None, sinks: bool = False) -> AttentionSpec:
     c = E.const
     d = Dims(c(1), c(Hq), c(Hkv), E.sym("T"), E.sym("Tk"), c(D), c(Dv))
     score = E.mul(c(scale), E.score())
     if softcap is not None:
         score = E.mul(c(softcap), E.function("tanh", E.mul(c(1.0 / softcap), score)))
     mask = E.all_of(E.ge(d.k, E.load(0, (d.q,), "int")), E.lt(d.k, E.load(1, (d.q,), "int")))
-    return AttentionSpec(
-        d, score, mask, empty_rows="zero", loads=(Load("first", "int"), Load("stop", "int")), traits=Traits(scale=scale, softcap=softcap, mask_rest=mask)
-    )
+    sink = E.load(2, (d.h,), "float") if sinks else None
+    loads = (Load("first", "int"), Load("stop", "int"), *([Load("sinks", "float")] if sinks else []))
+    return AttentionSpec(d, score, mask, empty_rows="zero", sink=sink, loads=loads, traits=Traits(scale=scale, softcap=softcap, mask_rest=mask))
 
 
 @lru_cache(maxsize=256)
-def _text(Hq: int, Hkv: int, D: int, Dv: int, scale: float, softcap: float | None) -> tuple[str, AttentionSpec]:
-    spec = _spec(Hq, Hkv, D, Dv, scale, softcap)
+def _text(Hq: int, Hkv: int, D: int, Dv: int, scale: float, softcap: float | None, sinks: bool) -> tuple[str, AttentionSpec]:
+    spec = _spec(Hq, Hkv, D, Dv, scale, softcap, sinks)
     return spec.to_json(), spec
 
 

@@ -71,15 +71,21 @@ class PackedPlan:
     """So many first tokens of a request see each other, later ones too: one call computes them all, or what is kept of them is wrong."""
     context: tuple[str, ...] = ()
     """The captured graph's inputs that another sequence is made of, by the module at ``CONTEXT``: its k and v for each layer that is ``cross``."""
+    layout: str = "paged"
+    """``contiguous``: each request has one page, so ``block_table`` has one column; ``paged``: as many as it needs."""
 
 
 @dataclass(frozen=True)
 class InsertKVCache:
-    """``positions`` names the inputs that hold positions (known-inputs takes them out), ``output`` is the place of the logits among the results (None: the one that fits)."""
+    """``positions`` names the inputs that hold positions (known-inputs takes them out), ``output`` is the place of the logits among the results (None: the one that fits).
+
+    The graph is the same for both ``layout``s: a contiguous cache is one of a page for each request, which the kernels see by the block table's one column.
+    """
 
     positions: tuple[str, ...] = ()
     output: int | None = None
     backend: str = "auto"
+    layout: str = "paged"
     name: str = "insert-kv-cache"
     tier: Tier = "exact"
 
@@ -112,7 +118,9 @@ class InsertKVCache:
         drop_unread(graph)
         limits = [n for n, _ in flow.limits]
         names = () if context is None else tuple(str(n.target) for n in context.graph.find_nodes(op="placeholder"))
-        module.meta[PLAN] = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), min(limits) if limits else None, str(tokens.target), bool(places), prefix, names)
+        limit = min(limits) if limits else None
+        plan = PackedPlan(tuple(layers), int(N.value(logits).shape[-1]), limit, str(tokens.target), bool(places), prefix, names, self.layout)
+        module.meta[PLAN] = plan
         if context is not None:
             module.meta[CONTEXT] = context
         return result
@@ -135,7 +143,7 @@ class InsertKVCache:
         values = edit.call(aten.slice.Tensor, k_cache, 3, 0, int(N.value(v).shape[-1])) if within else v_cache
         arguments = (k_cache, values, block_table, inputs.cu_seqlens_q, seqlens_k)
         read = edit.call(torch.ops.attnopt.paged_attention.default, q, *arguments, node.args[3], [], spec.to_json(), self.backend)
-        read.meta |= {KERNEL: ("paged", "keys and values are read from a paged cache"), "attnopt_spec": spec}
+        read.meta |= {KERNEL: ("paged", f"keys and values are read from a {self.layout} cache"), "attnopt_spec": spec}
         out = edit.call(aten.unsqueeze.default, edit.call(aten.transpose.int, read, 0, 1), 0)
         out.meta |= {key: node.meta[key] for key in (SITE, ORIGINAL) if key in node.meta}
         node.replace_all_uses_with(out)
@@ -146,7 +154,7 @@ class InsertKVCache:
         whose = "each token of another sequence, computed once for each request," if cross else "each token"
         window = "" if layer.window is None else f", of the last {layer.window} tokens"
         what = f"keys [{Hkv}, {D}], whose first {N.value(v).shape[-1]} features are the values," if within else f"keys [{Hkv}, {D}] and values [{Hkv}, {Dv}]"
-        result.remarks.append(Remark("AO104", f"{what} of {whose} are kept in a paged cache{window}.", name, N.source(node)))
+        result.remarks.append(Remark("AO104", f"{what} of {whose} are kept in a {self.layout} cache{window}.", name, N.source(node)))
         return layer
 
 

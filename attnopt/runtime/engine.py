@@ -97,10 +97,11 @@ class Engine:
         max_requests: int = 256,
         contexts: ContextCache | None = None,
         prefix: int = 0,
+        contiguous: bool = False,
     ) -> None:
         self.run, self.cache, self.contexts = run, cache, contexts
         self.manager = BlockManager(cache.pages, cache.page_size, prefix_sharing, window)
-        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device, contexts, prefix)
+        self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device, contiguous, contexts, prefix)
         self._sums = Sums()
 
     # -------------------------------------------------------------------------------------------- requests

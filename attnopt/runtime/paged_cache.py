@@ -84,7 +84,11 @@ class PagedCache:
         if pages < 1:
             raise ServingError(f"The cache has {pages} pages; it must have at least one page of {page_size} tokens.")
         self.pages = pages
-        self.tensors = [layer_tensors(x, pages, page_size, device) for x in layers]
+        try:
+            self.tensors = [layer_tensors(x, pages, page_size, device) for x in layers]
+        except RuntimeError as error:  # out of memory is one of these, on every device
+            why = " ".join(str(error).split(". ")[0].split())
+            raise ServingError(f"A cache of {pages} pages of {page_size} tokens takes {pages * self.page_bytes} bytes, which could not be allocated: {why}.") from error
         self.device = self.tensors[0][0].device
 
     @property

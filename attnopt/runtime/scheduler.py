@@ -25,7 +25,8 @@ from attnopt.runtime.step import Step, make_step
 class Scheduler:
     """``token_budget`` tokens a step at most; ``chunk``: of one request's prompt at most (None: the budget); ``max_requests`` running at once.
 
-    ``vocabulary`` and ``max_positions`` are the model's; None where unknown and unlimited. ``contexts`` holds the other sequences, for a model that reads such.
+    ``vocabulary`` and ``max_positions`` are the model's; None where unknown and unlimited. ``contiguous``: a request has one page and never a second.
+    ``contexts`` holds the other sequences, for a model that reads such.
     ``prefix``: so many first tokens of a request see each other, later ones too, so one step computes them all.
     """
 
@@ -38,6 +39,7 @@ class Scheduler:
         vocabulary: int | None = None,
         max_positions: int | None = None,
         device: torch.device | str = "cpu",
+        contiguous: bool = False,
         contexts: ContextCache | None = None,
         prefix: int = 0,
     ) -> None:
@@ -47,6 +49,7 @@ class Scheduler:
                 raise ServingError(f"{name} is {value}; it must be at least 1.")
         self.manager, self.token_budget, self.chunk, self.max_requests = manager, token_budget, min(chunk, token_budget), max_requests
         self.vocabulary, self.max_positions, self.device = vocabulary, max_positions, device
+        self.contiguous = contiguous
         self.contexts, self.prefix = contexts, prefix
         if self.chunk < prefix:
             text = f"The first {prefix} tokens of a request see each other, so that one step computes them all, and steps take {self.chunk} of one request (chunk, token_budget)"
@@ -67,7 +70,7 @@ class Scheduler:
         """How many tokens a request may have keys and values of."""
         pages, size = self.manager.pages, self.manager.page_size
         unlimited = self.manager.window is not None and self.manager.pages_for(1 << 40, self.chunk) <= pages
-        held = None if unlimited else pages * size
+        held = None if unlimited else size if self.contiguous else pages * size
         return min(x for x in (held, self.max_positions, 1 << 40) if x is not None)
 
     # -------------------------------------------------------------------------------------------- requests
@@ -80,7 +83,8 @@ class Scheduler:
         """Put a request at the end of the queue. Raises ServingError for a prompt that can never run; nothing else is touched then."""
         params = params or SamplingParams()
         by_model = self.max_positions is not None and self._longest == self.max_positions
-        why = "the model has positions for" if by_model else f"the cache of {self.manager.pages} pages of {self.manager.page_size} can hold"
+        cache = f"the page of {self.manager.page_size} that each request has" if self.contiguous else f"the cache of {self.manager.pages} pages of {self.manager.page_size}"
+        why = "the model has positions for" if by_model else f"{cache} can hold"
         tokens = checked_prompt(prompt, self.vocabulary, self._longest, why)
         if len(tokens) < self.prefix:
             text = f"The prompt has {len(tokens)} tokens, and the first {self.prefix} of the model see each other: what is generated among them would change what came before"

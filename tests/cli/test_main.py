@@ -384,6 +384,13 @@ def test_the_help_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None
     assert all(name in text for name in registry.backends()) and "--autotune" in text
 
 
+def test_the_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    lines = [x.split(maxsplit=1) for x in capsys.readouterr().out.partition("Commands:")[2].splitlines() if x.strip()]
+    assert [x[0] for x in lines] == sorted(app.commands) and {"bench", "generate"} < set(app.commands)
+    assert all(len(x) == 2 and x[1] for x in lines)
+
+
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name in app.commands:
         assert run([name, "--help"]) == 0

@@ -63,3 +63,5 @@ def test_ratios() -> None:
     assert (c.speedup, c.memory_ratio) == (2.0, 3.0)
     assert c.to_dict()["original"] == {"seconds": 0.2, "peak_bytes": 300}
     assert Comparison("forward", 3, Measured(0.2, None), Measured(0.1, None)).memory_ratio is None
+    for before, after in ((0, 100), (100, 0)):
+        assert Comparison("forward", 3, Measured(0.2, before), Measured(0.1, after)).memory_ratio is None, "less than can be seen has no ratio"

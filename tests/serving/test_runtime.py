@@ -43,7 +43,7 @@ def test_ragged_requests_get_what_the_model_generates_by_itself(kind: str) -> No
     small = {"pages": 10, "page_size": 4, "chunk": 7, "token_budget": 12}
     many: list[dict[str, int | bool]] = [{}, {"chunk": 1}, {"chunk": 7}, {"pages": 4, "chunk": 7}, small, {**small, "prefix_sharing": False}]
     for options in many:
-        engine = serving._engine_for(texts, SamplingParams(14), options)
+        engine = serving.engine_for(texts, SamplingParams(14), **options)
         for x in (x for pair in engine.cache.tensors for x in pair):
             x.fill_(torch.nan)
         results = engine.generate(texts, SamplingParams(14))

@@ -127,7 +127,8 @@ def test_another_use_is_one_clear_error(serving: ServingModel, call: Callable[[S
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_cache": "dense"}, "kv_cache is 'dense'; supported are None and 'paged'"),
+        ({"kv_cache": "dense"}, "kv_cache is 'dense'; supported are None, 'paged' and 'contiguous'"),
+        ({"max_variants": 0}, "max_variants is 0; it must be at least 1"),
         ({"kv_cache": "paged", "capture": "dynamo"}, "capture is 'dynamo'; supported are 'auto' and 'export'"),
         ({"kv_cache": "paged", "disable_passes": ("insert-kv-cache",)}, "cannot be disabled"),
         ({"kv_cache": "paged", "disable_passes": ("lower",)}, "there is no pass 'lower'"),
