@@ -157,8 +157,11 @@ def head_parts(D: int) -> tuple[int, int]:
 
 
 def programs_each(c: Config, D: int, Dv: int, element: int, memory: int) -> int:
-    """How many programs a multiprocessor with ``memory`` bytes of shared memory holds: each keeps its blocks of keys and values in flight there."""
-    taken = max(1, c.num_stages - 1) * c.BLOCK_N * (D + Dv) * element + 8 * 1024
+    """How many programs a multiprocessor with ``memory`` bytes of shared memory holds. Each keeps blocks of keys and values of ``element`` bytes in flight there, and queries and
+    weights; tall tiles, whose products are asynchronous, one block more.
+    """
+    blocks = c.num_stages if c.BLOCK_M >= 64 else max(1, c.num_stages - 1)
+    taken = blocks * c.BLOCK_N * (D + Dv) * element + c.BLOCK_M * (D + c.BLOCK_N) * 2 + 1024
     return max(1, min(MOST_PROGRAMS_EACH * 4 // c.num_warps, memory // taken))
 
 
