@@ -37,8 +37,8 @@ from attnopt.kernels.triton.paged import CONSTEXPRS, generate, lengths_of, reque
 MAX_HEAD_DIM = 576
 MAX_VALUE_DIM = 512
 LEAST_PAGE = 16
-MOST_PROGRAMS_EACH = 4
-"""Programs that a multiprocessor holds at a time, where shared memory has room: more of them than this have no registers."""
+MOST_PROGRAMS_EACH = 3
+"""Programs of four warps that a multiprocessor holds at a time, where shared memory has room: at the 168 registers that heads of 128 take there are no more."""
 INTERPRETED_PROCESSORS = 4
 """Under the interpreter there are none to count: as many as make small tests split."""
 LEAST_BLOCKS = 2
