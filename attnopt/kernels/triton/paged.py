@@ -108,7 +108,7 @@ class PagedWriter(Writer):
         extents = tuple(f"L{s}_n{d}" for s, d in em.measured)
         limits = tuple(x for x, used in (("LEFT", self.left), ("RIGHT", self.right)) if used)
         sizes = tuple(f"size{i}" for i in range(len(em.sizes)))
-        unspecialised = ("TABLE_s0", "T", "R", "Hkv", "SPLITS", "POSITIONS", *extents, *limits, *sizes)
+        unspecialised = ("TABLE_s0", "T", "R", "Hkv", "SPLITS", "STEP", "POSITIONS", *extents, *limits, *sizes)
         scales, scale_strides = (_SCALES, _SCALE_STRIDES) if self.quantized else ((), ())
         arguments = (*TENSORS, *scales, *loads, *_STRIDES, *scale_strides, *strides, *unspecialised)
         head = f"@triton.jit(do_not_specialize={list(unspecialised)!r})\ndef {self.name}(\n    {', '.join(arguments)},\n"
@@ -230,7 +230,7 @@ class PagedWriter(Writer):
             "step = BLOCK_N",
             "begin = lo // BLOCK_N * BLOCK_N",
             "if SPLIT:",
-            "    step = SPLITS * BLOCK_N",
+            "    step = STEP",
             "    begin += split * BLOCK_N",
             *([] if self.from_the_first else self.read_pages("begin", before="tl.maximum(hi - 1, 0)")),
         ]
