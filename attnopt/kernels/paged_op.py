@@ -50,7 +50,7 @@ def _paged_attention(
     ``seqlens_k[r]`` keys of request r count, those of this call among them: they have been written before. Its queries stand at its last
     keys: query i of m has the position ``seqlens_k[r] - m + i``, and key j has the position j. In the spec's programs b is the request, q
     and k are these positions, and the sizes Sq and Skv are both ``seqlens_k[r]``. Tokens from ``cu_seqlens_q[R]`` on belong to no request:
-    they, and requests without keys, get zeros. Whatever lies in other slots and in unused entries of ``block_table`` is never read.
+    they, and requests without keys, get zeros. Whatever lies in other slots is never read, and unused entries of ``block_table`` may be anything.
     ``k_scale`` and ``v_scale``, float32 [pages, page_size, Hkv], come with caches of int8 or float8_e4m3fn: a number is cache * scale.
     """
     with torch.no_grad():

@@ -117,3 +117,14 @@ def test_bytes(benchmarks: Callable[[str], ModuleType]) -> None:
     assert shape.bytes_read("plain", 2) == 16 * 8192 * 8 * (128 + 128) * 2
     assert shape.bytes_read("window 1024", 2) == 16 * 1024 * 8 * (128 + 128) * 2
     assert shape.bytes_read("fp8", 2) == 16 * 8192 * 8 * (128 + 128 + 8)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--quick", "--seconds=0.2", "--peers=cuDNN SDPA,flash SDPA", f"--output={tmp_path / 'd.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    own = [r for r in rows if r["by"] == "attnopt"]
+    assert {r["mode"] for r in own} == {"eager", "graph"} and all(r["status"] == "ok" and r["us"] > 0 and r["error"] < 2e-2 for r in own), own
+    assert any(r["by"] == "peer" and r["us"] for r in rows)

@@ -44,6 +44,24 @@ def test_heads_and_splits(Hq: int, Hkv: int, D: int, Dv: int, page_size: int, nu
     assert torch.equal(o, launched("causal", moved, num_splits=num_splits))
 
 
+@pytest.mark.parametrize("num_splits", [1, 5])
+def test_a_launch_that_is_known_takes_other_tensors(num_splits: int) -> None:
+    """What was compiled at the first call is launched again for tensors elsewhere, and not for those that lie at other multiples."""
+    case = BY_CASE["causal"]
+    ones = ((1, 700), (1, 17), (1, 400), (1, 1), (1, 513))
+    for lengths in (ones, LONG, ones):
+        for seed in (0, 1):
+            p = paged(lengths, 16, torch.bfloat16, D=128, Dv=128, seed=seed)
+            p = replace(p, q=p.q * 0.35)
+            want = one_by_one(case, p)
+            moved = p.on("cuda")
+            for shift in (0, 1, 0):
+                held = torch.empty(moved.q.numel() + 8, dtype=moved.q.dtype, device="cuda")
+                q = held[shift : shift + moved.q.numel()].view_as(moved.q).copy_(moved.q)
+                o = launched("causal", replace(moved, q=q), num_splits=num_splits)
+                torch.testing.assert_close(o.cpu().double(), want, atol=4e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
 def test_quantized(cache: torch.dtype) -> None:
     if cache == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):

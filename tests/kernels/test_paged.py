@@ -137,8 +137,10 @@ def test_room_for_programs() -> None:
     c = launch_paged.config(128, 128, 4, 1, torch.bfloat16, 227 * 1024)
     assert c.one_query and c.BLOCK_Q == 1 and c.BLOCK_M == 16
     assert launch_paged.programs_each(c, 128, 128, 2, 227 * 1024) == 3
-    assert launch_paged.programs_each(c, 128, 128, 1, 227 * 1024) == 4
+    assert launch_paged.programs_each(c, 128, 128, 1, 227 * 1024) == 3
     assert launch_paged.programs_each(c, 256, 256, 2, 64 * 1024) == 1
+    latents = launch_paged.config(576, 512, 128, 1, torch.bfloat16, 227 * 1024, True)
+    assert launch_paged.programs_each(latents, 576, 0, 2, 227 * 1024) == 1
     assert launch_paged.config(128, 128, 4, 5, torch.bfloat16, 227 * 1024).BLOCK_Q == 8
 
 

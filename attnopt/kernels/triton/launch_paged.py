@@ -37,8 +37,8 @@ from attnopt.kernels.triton.paged import CONSTEXPRS, generate, lengths_of, reque
 MAX_HEAD_DIM = 576
 MAX_VALUE_DIM = 512
 LEAST_PAGE = 16
-MOST_PROGRAMS_EACH = 4
-"""Programs that a multiprocessor holds at a time, where shared memory has room: more of them than this have no registers."""
+MOST_PROGRAMS_EACH = 3
+"""Programs of four warps that a multiprocessor holds at a time, where shared memory has room: at the 168 registers that heads of 128 take there are no more."""
 INTERPRETED_PROCESSORS = 4
 """Under the interpreter there are none to count: as many as make small tests split."""
 LEAST_BLOCKS = 2
@@ -157,8 +157,11 @@ def head_parts(D: int) -> tuple[int, int]:
 
 
 def programs_each(c: Config, D: int, Dv: int, element: int, memory: int) -> int:
-    """How many programs a multiprocessor with ``memory`` bytes of shared memory holds: each keeps its blocks of keys and values in flight there."""
-    taken = max(1, c.num_stages - 1) * c.BLOCK_N * (D + Dv) * element + 8 * 1024
+    """How many programs a multiprocessor with ``memory`` bytes of shared memory holds. Each keeps blocks of keys and values of ``element`` bytes in flight there, and queries and
+    weights; tall tiles, whose products are asynchronous, one block more.
+    """
+    blocks = c.num_stages if c.BLOCK_M >= 64 else max(1, c.num_stages - 1)
+    taken = blocks * c.BLOCK_N * (D + Dv) * element + c.BLOCK_M * (D + c.BLOCK_N) * 2 + 1024
     return max(1, min(MOST_PROGRAMS_EACH * 4 // c.num_warps, memory // taken))
 
 
@@ -310,7 +313,7 @@ class Plan:
         shape = {"b": R, "h": Hq, "q": capacity, "k": capacity}
         arguments = bind(kernel.source, spec, tensors | words, load_tensors(kernel.source.parts, shape, loads, values, q.device), len(loads))
         arguments |= {f"size{i}": values[name] for i, name in enumerate(kernel.source.sizes)}
-        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity}
+        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "STEP": num_splits * c.BLOCK_N, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity}
         arguments |= {"O_s0": Hq * Dv, "O_s1": Dv, "O_s2": 1}
         fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl)
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **early}

@@ -3,7 +3,7 @@
 One program computes a tile of BLOCK_M rows: HEADS query heads that share a KV head, times BLOCK_Q queries of one request that follow one another. It
 finds its request among ``cu_seqlens_q`` by itself, so one launch serves prompts, chunks and generated tokens. Where there are few tiles, SPLITS
 programs share the keys of one (flash decoding); each leaves what its keys give and their weight, and ``paged_reduce`` joins them. Keys are found by
-page, one page or one vector of pages a block, read one block ahead. No slot is read that holds no key between a tile's first and last.
+page, one page or one vector of pages a block, read one turn ahead. No slot is read that holds no key between a tile's first and last.
 
 Programs that run side by side are those of the KV heads of one stretch of keys, which lie together in memory, then those of the next stretch.
 """
@@ -11,6 +11,7 @@ Programs that run side by side are those of the KV heads of one stretch of keys,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from textwrap import indent
@@ -107,7 +108,7 @@ class PagedWriter(Writer):
         extents = tuple(f"L{s}_n{d}" for s, d in em.measured)
         limits = tuple(x for x, used in (("LEFT", self.left), ("RIGHT", self.right)) if used)
         sizes = tuple(f"size{i}" for i in range(len(em.sizes)))
-        unspecialised = ("TABLE_s0", "T", "R", "Hkv", "SPLITS", "POSITIONS", *extents, *limits, *sizes)
+        unspecialised = ("TABLE_s0", "T", "R", "Hkv", "SPLITS", "STEP", "POSITIONS", *extents, *limits, *sizes)
         scales, scale_strides = (_SCALES, _SCALE_STRIDES) if self.quantized else ((), ())
         arguments = (*TENSORS, *scales, *loads, *_STRIDES, *scale_strides, *strides, *unspecialised)
         head = f"@triton.jit(do_not_specialize={list(unspecialised)!r})\ndef {self.name}(\n    {', '.join(arguments)},\n"
@@ -126,8 +127,19 @@ class PagedWriter(Writer):
 
     # ---- which rows
 
+    @property
+    def from_the_first(self) -> bool:
+        """Whether keys are read from the first on, so that a program knows its first block before it knows how many keys there are."""
+        return not self.left and not self.chunk
+
+    def first_pages(self) -> list[str]:
+        """The pages of a program's first block, as the block table has them; what lies behind a request's last page is not followed."""
+        table = "p_table = TABLE + tl.minimum(r, R - 1).to(tl.int64) * TABLE_s0"
+        return [table, *self.read_pages("split * BLOCK_N", before="POSITIONS - 1")] if self.from_the_first else []
+
     def place(self) -> list[str]:
         return [
+            "offs_n = tl.arange(0, BLOCK_N)",
             "if PDL:",
             "    # put in place while the kernel before it ends, whose results are all there from here on; the one behind it may be put in place as soon as all of these",
             "    # programs have begun",
@@ -147,6 +159,7 @@ class PagedWriter(Writer):
             "token_0 = tl.load(STARTS + r)",
             "token_end = tl.load(STARTS + r + 1, mask=r < R, other=T)",
             "Skv = tl.load(LENGTHS + r, mask=r < R, other=0)",
+            *self.first_pages(),
             "if (token_0 // BLOCK_Q + r * MORE > tile) | (token_end // BLOCK_Q + (r + 1) * MORE <= tile):",
             "    offs_r = tl.arange(0, BLOCK_R)",
             "    begins = tl.load(STARTS + offs_r, mask=offs_r <= R, other=T) // BLOCK_Q + offs_r * MORE",
@@ -154,6 +167,7 @@ class PagedWriter(Writer):
             "    token_0 = tl.load(STARTS + r)",
             "    token_end = tl.load(STARTS + r + 1, mask=r < R, other=T)",
             "    Skv = tl.load(LENGTHS + r, mask=r < R, other=0)",
+            *("    " + x for x in self.first_pages()),
             "b = tl.minimum(r, R - 1)",
             "token = token_0 + (tile - token_0 // BLOCK_Q - r * MORE) * BLOCK_Q",
             "if token >= token_end:",
@@ -168,7 +182,6 @@ class PagedWriter(Writer):
 
     def start(self) -> list[str]:
         return [
-            "offs_n = tl.arange(0, BLOCK_N)",
             "offs_d = tl.arange(0, BLOCK_D)",
             "offs_dv = tl.arange(0, BLOCK_DV)",
             "h = heads[:, None]",
@@ -213,25 +226,28 @@ class PagedWriter(Writer):
             f"lo = {'tl.minimum(tl.maximum(first - LEFT, 0), Skv)' if self.left else '0'}",
             *([f"lo = tl.maximum(lo, tl.maximum(first, 0) // {self.chunk} * {self.chunk})"] if self.chunk else []),
             f"hi = {'tl.maximum(tl.minimum(last + RIGHT + 1, Skv), 0)' if self.right else 'Skv'}",
+            "# programs that share the keys take turns, block by block: together they read one stretch of memory at a time",
+            "step = BLOCK_N",
             "begin = lo // BLOCK_N * BLOCK_N",
-            "end = hi",
             "if SPLIT:",
-            "    mine = tl.cdiv(tl.cdiv(tl.maximum(hi - begin, 0), BLOCK_N), SPLITS) * BLOCK_N",
-            "    begin += split * mine",
-            "    end = tl.minimum(begin + mine, hi)",
-            *self.read_pages("begin", before="tl.maximum(hi - 1, 0)"),
+            "    step = STEP",
+            "    begin += split * BLOCK_N",
+            *([] if self.from_the_first else self.read_pages("begin", before="tl.maximum(hi - 1, 0)")),
         ]
         if not whole:
-            return lines + self.loop("begin", "end", self.step(tail=True))
+            return lines + self.loop("begin", "hi", self.step(tail=True))
         if self.left:
-            lines.append("whole_lo = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(last - LEFT, 0), BLOCK_N) * BLOCK_N, begin), tl.maximum(end, begin))")
+            lines.append("whole_lo = tl.minimum(tl.cdiv(tl.maximum(last - LEFT, 0), BLOCK_N) * BLOCK_N, hi)")
             lines += self.loop("begin", "whole_lo", self.step(tail=True))
-        else:
-            lines.append("whole_lo = begin")
+            lines.append("begin += tl.cdiv(tl.maximum(whole_lo - begin, 0), step) * step")
         lines.append(f"whole_hi = {'tl.maximum(tl.minimum(first + RIGHT + 1, Skv), 0)' if self.right else 'Skv'} // BLOCK_N * BLOCK_N")
-        lines.append("whole_hi = tl.maximum(tl.minimum(whole_hi, end), whole_lo)")
-        lines += self.loop("whole_lo", "whole_hi", self.step(tail=False))
-        return lines + self.loop("whole_hi", "end", self.step(tail=True))
+        lines += self.loop("begin", "whole_hi", self.step(tail=False))
+        lines.append("begin += tl.cdiv(tl.maximum(whole_hi - begin, 0), step) * step")
+        return lines + self.loop("begin", "hi", self.step(tail=True))
+
+    @staticmethod
+    def loop(start: str, stop: str, lines: Sequence[str]) -> list[str]:
+        return [f"for start in tl.range({start}, {stop}, step):", *("    " + x for x in lines)]
 
     @staticmethod
     def read_pages(start: str, before: str) -> list[str]:
@@ -251,7 +267,7 @@ class PagedWriter(Writer):
             "k_index = (start + offs_n)[None, :]",
             "k_float = k_index.to(tl.float32)",
             "slot_page = page.to(tl.int64)",
-            *self.read_pages("start + BLOCK_N", before="hi - 1"),
+            *self.read_pages("start + step", before="hi - 1"),
             "if PAGE == 0:",
             "    slot = (start + offs_n).to(tl.int64)",
             "elif PAGE >= BLOCK_N:",
