@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.capture.call import Args, Kwargs
 from attnopt.capture.captured import Example
 from attnopt.report import Verdict
-from attnopt.verify.dynamic import DynamicShapes
+from attnopt.verify.budget import judge
+from attnopt.verify.dynamic import DynamicDim, DynamicShapes
 from attnopt.verify.end_to_end import Progress
 from attnopt.verify.modules import verify_modules
 
@@ -22,10 +23,7 @@ def verify_exported(original: nn.Module, run: Callable[..., Any], example: Examp
     single = _one_sample(example)
     if single is None:
         return verdict
-    more = verify_modules(original, run, *single)
-    for check in more.checks:
-        check.name = check.name.replace("whole model", "batch of one")
-    return Verdict(None if verdict.passed is None else verdict.passed and bool(more.passed), [*verdict.checks, *more.checks])
+    return _joined(verdict, _of_one(verify_modules(original, run, *single)))
 
 
 def _one_sample(example: Example) -> tuple[Args, Kwargs] | None:
@@ -36,3 +34,49 @@ def _one_sample(example: Example) -> tuple[Args, Kwargs] | None:
     leaves, form = pytree.tree_flatten((example.args, example.kwargs))
     leaves = [x[:1] if i in first else x for i, x in enumerate(leaves)]
     return cast("tuple[Args, Kwargs]", pytree.tree_unflatten(leaves, form)) if example.holds(leaves) else None
+
+
+def verify_files(
+    original: Callable[..., Any],
+    result: Callable[..., Any],
+    inputs: Mapping[str, Tensor],
+    names: Mapping[str, Sequence[str | None]],
+    sites: Sequence[tuple[str, Tensor, Tensor]] = (),
+    progress: Progress | None = None,
+) -> Verdict:
+    """``verify_modules`` of two files on the example and, where the first axes have names, again on a batch of one. Both take a tensor for each input by name.
+
+    ``names``: for each input the names of its dimensions; equal names are equal sizes, None is a constant one. ``sites``: a name, what the
+    original has and what the result has, for values inside that are to be equal too.
+    """
+    dims = {i: {d: DynamicDim(n, 1) for d, n in enumerate(names[name]) if n is not None} for i, name in enumerate(inputs)}
+    verdict = verify_modules(original, result, (), inputs, DynamicShapes({i: x for i, x in dims.items() if x}), progress=progress)
+    inside = [judge(f"{name}: example", [got], [expected], None, expected.dtype) for name, expected, got in sites]
+    verdict = _joined(verdict, Verdict(all(c.passed for c in inside), inside))
+    batch = {n[0] for n in names.values() if n and n[0] is not None}
+    if not batch:
+        return verdict
+    single = {name: _first(x, [d for d, n in enumerate(names[name]) if n in batch]) for name, x in inputs.items()}
+    try:
+        original(**single)
+    except Exception as error:  # noqa: BLE001 - a runtime raises what it likes
+        note = f"batch of one: the original refuses it ({' '.join(str(error).split())[:160]})"
+        verdict.checks[0].detail = "; ".join(x for x in (verdict.checks[0].detail, note) if x)
+        return verdict
+    return _joined(verdict, _of_one(verify_modules(original, result, (), single)))
+
+
+def _first(x: Tensor, axes: Sequence[int]) -> Tensor:
+    for d in axes:
+        x = x.narrow(d, 0, 1)
+    return x.contiguous()
+
+
+def _of_one(verdict: Verdict) -> Verdict:
+    for check in verdict.checks:
+        check.name = check.name.replace("whole model", "batch of one")
+    return verdict
+
+
+def _joined(verdict: Verdict, more: Verdict) -> Verdict:
+    return Verdict(None if verdict.passed is None else verdict.passed and bool(more.passed), [*verdict.checks, *more.checks])

@@ -84,12 +84,17 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target) -> tuple[
     model.ir_version = IR_VERSION
     layers = _layers(optimized, translation)
     model.producer_name, model.producer_version = "attnopt", version("attnopt")
+    record(model, layers, target)
+    return model, layers
+
+
+def record(model: ir.Model, layers: Sequence[Layer], target: Target) -> None:
+    """Write into the model's metadata what made it, and for each attention what it computes and what it became."""
     model.metadata_props["attnopt.version"] = version("attnopt")
     model.metadata_props["attnopt.target"] = target
     for i, layer in enumerate(layers):
         facts = {"name": layer.name, "lowered_to": layer.lowered_to, "why": layer.why, "spec": None if layer.spec is None else json.loads(layer.spec.to_json())}
         model.metadata_props[f"attnopt.site.{i}"] = json.dumps(facts, separators=(",", ":"))
-    return model, layers
 
 
 def _exported(program: torch.export.ExportedProgram, opset: int, translation: Translation, outputs: list[str]) -> ir.Model:

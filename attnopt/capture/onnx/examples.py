@@ -1,0 +1,104 @@
+"""Inputs to run an ONNX file on, made from what the file says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from attnopt.capture.onnx.translate import torch_dtype
+from attnopt.errors import AttnoptError
+
+BATCH, LENGTH = 2, 16
+"""Sizes of named dimensions: the first axis of an input, and any other."""
+_PASSED_ON = {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}
+
+
+def inputs_of(model: ir.Model) -> list[ir.Value]:
+    """The inputs that a caller gives."""
+    constants = {id(v) for v in model.graph.initializers.values()}
+    return [v for v in model.graph.inputs if id(v) not in constants]
+
+
+def example(model: ir.Model, given: Mapping[str, Any] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """One input tensor for each name, and the sizes of the named dimensions. ``given`` replaces what would be made.
+
+    Integers lie within the table that they pick rows of, inputs whose name contains ``mask`` show everything but the end of the first row,
+    positions count up. Raises AttnoptError for a name that the file does not have, or a shape that does not fit.
+    """
+    given = dict(given or {})
+    wanted = inputs_of(model)
+    unknown = sorted(set(given) - {str(v.name) for v in wanted})
+    if unknown:
+        raise AttnoptError(f"The file has no input {unknown[0]!r}; its inputs are {', '.join(str(v.name) for v in wanted)}.")
+    sizes: dict[str, int] = {}
+    tensors = {name: torch.as_tensor(x) for name, x in given.items()}
+    for value in wanted:
+        if str(value.name) in tensors:
+            _take_sizes(value, tensors[str(value.name)], sizes)
+    generator = torch.Generator().manual_seed(0)
+    out: dict[str, torch.Tensor] = {}
+    for value in wanted:
+        shape = [_size(dim, axis, sizes, str(value.name)) for axis, dim in enumerate(value.shape or ())]
+        out[str(value.name)] = tensors[str(value.name)] if str(value.name) in tensors else _made(value, shape, generator)
+    return out, sizes
+
+
+def dimension(dim: Any, name: str, axis: int) -> str | None:
+    """The name of a dimension, or one made for it; None for a constant size."""
+    return None if isinstance(dim, int) else dim.value or f"{name}_{axis}"
+
+
+def _size(dim: Any, axis: int, sizes: dict[str, int], name: str) -> int:
+    word = dimension(dim, name, axis)
+    if word is None:
+        return int(dim)
+    return sizes.setdefault(word, BATCH if axis == 0 else LENGTH)
+
+
+def _take_sizes(value: ir.Value, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+    name, shape = str(value.name), value.shape
+    dtype = torch_dtype(value.dtype, name) if value.dtype is not None else tensor.dtype
+    said = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    expected = f"{str(dtype).removeprefix('torch.')}[{', '.join(str(d) for d in shape or ())}]"
+    if shape is None or len(shape) != tensor.dim() or tensor.dtype is not dtype:
+        raise AttnoptError(f"The input {name} is {said}; the file takes {expected}.")
+    for axis, (dim, n) in enumerate(zip(shape, tensor.shape, strict=True)):
+        word = dimension(dim, name, axis)
+        if n != (dim if word is None else sizes.setdefault(word, n)):
+            raise AttnoptError(f"The input {name} is {said}; the file takes {expected}, with equal sizes where names are equal.")
+
+
+def _made(value: ir.Value, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    name = str(value.name)
+    assert value.dtype is not None
+    dtype = torch_dtype(value.dtype, name)
+    if "mask" in name or dtype is torch.bool:
+        made = torch.zeros(shape, dtype=dtype) if dtype.is_floating_point and len(shape) > 2 else torch.ones(shape, dtype=dtype)
+        if made.dim() >= 2 and made.numel():
+            n = made.shape[-1]
+            made[0, ..., n - n // 4 :] = torch.finfo(dtype).min if dtype.is_floating_point and len(shape) > 2 else 0
+        return made
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    if "position" in name and shape:
+        return torch.arange(shape[-1]).to(dtype).expand(shape).contiguous()
+    rows = _rows(value)
+    return torch.randint(0, 2 if rows is None else rows, shape, generator=generator).to(dtype)
+
+
+def _rows(value: ir.Value, depth: int = 4) -> int | None:
+    """The fewest rows of a table that the values pick from; None where they pick from none."""
+    found: list[int] = []
+    for use in value.uses():
+        node = use.node
+        if node.op_type == "Gather" and use.idx == 1 and node.attributes.get_int("axis", 0) == 0:
+            table = node.inputs[0]
+            if table is not None and table.shape is not None and isinstance(table.shape[0], int):
+                found.append(table.shape[0])
+        elif node.op_type in _PASSED_ON and use.idx == 0 and depth:
+            inner = _rows(node.outputs[0], depth - 1)
+            found += [] if inner is None else [inner]
+    return min(found, default=None)
