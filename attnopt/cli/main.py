@@ -106,15 +106,32 @@ def app() -> None:
 @app.command()
 @_model_options
 @_pass_options
-@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE.pt2", help="Save the optimized model; a fresh process loads it after `import attnopt`.")
+@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE.pt2|FILE.onnx", help="Save the optimized model; a fresh process loads a .pt2 file after `import attnopt`.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the original.")
 @click.option("--require-all", is_flag=True, help="Exit with 1 unless every attention was replaced.")
 @click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Measure time and peak memory before and after.")
+@click.option("--opset", type=int, default=24, show_default=True, help="Of an ONNX file: the version of its operators when it is written, 23 or 24.")
 @_output_options
-def optimize(**options: Any) -> int:
-    """Optimize MODEL: a file (model.py, model.py:name) or a local Hugging Face folder."""
+@click.pass_context
+def optimize(context: click.Context, /, opset: int, **options: Any) -> int:
+    """Optimize MODEL: a file (model.py, model.py:name), a local Hugging Face folder, or an ONNX file.
+
+    An ONNX file (model.onnx, of opset 13 to 25, by any exporter) is written anew to --output, which is an ONNX file then: every attention that is
+    proven becomes an operator Attention, and the rest stays as it is. It is compared with the original in ONNX Runtime, over several shapes and
+    paddings; where they differ nothing is written, and the exit code is 1. Of the options, --input, --output, --opset, --require-all and --json apply.
+    """
+    from attnopt.cli.onnx_file import OPTIONS, is_onnx, optimize_file_command
+
+    if is_onnx(options["target"]):
+        other = [p.opts[0] for p in context.command.params if p.name not in OPTIONS and _given(context, p)]
+        if other:
+            raise click.UsageError(f"{other[0]} does not apply to an ONNX file; --input, --output, --opset, --require-all and --json do.", context)
+        names = ("target", "output", "inputs", "require_all", "as_json")
+        return optimize_file_command(opset=opset, **{n: options[n] for n in names})
     from attnopt.cli.commands import optimize_command
 
+    if _given(context, next(p for p in context.command.params if p.name == "opset")):
+        raise click.UsageError("--opset applies to an ONNX file; a PyTorch model is written as ONNX by `attnopt export`.", context)
     return optimize_command(**options)
 
 

@@ -43,7 +43,14 @@ def export_command(target: str, *, output: str, form: str, opset: int, as_json: 
 
 
 def show(out: Terminal, report: OnnxReport) -> None:
-    """The attentions as a table, inputs and outputs, the comparisons, and one line that says what was done."""
+    """What is in the file and how it compares, and one line that says what was done."""
+    show_file(out, report)
+    counts = f"{len(report.fused)} of {len(report.layers)} attentions are fused nodes"
+    out.say(f"[bold green]Done:[/] {escape(shown_path(report.path))}, opset {report.opset}, {counts}, {render.verdict_text(report.verdict)} in ONNX Runtime")
+
+
+def show_file(out: Terminal, report: OnnxReport) -> None:
+    """The attentions as a table, inputs and outputs, and the comparisons."""
     if report.layers:
         table = Table(header_style="bold")
         for name in ("attention", "computes", "lowered to", "why", "error"):
@@ -58,5 +65,3 @@ def show(out: Terminal, report: OnnxReport) -> None:
     for title, values in (("Inputs", report.inputs), ("Outputs", report.outputs)):
         out.say(f"[bold]{title}[/] " + escape(", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in values.items())))
     render.show_checks(out, report.verdict)
-    counts = f"{len(report.fused)} of {len(report.layers)} attentions are fused nodes"
-    out.say(f"[bold green]Done:[/] {escape(shown_path(report.path))}, opset {report.opset}, {counts}, {render.verdict_text(report.verdict)} in ONNX Runtime")

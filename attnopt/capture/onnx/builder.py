@@ -84,7 +84,7 @@ class Builder:
             node.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
         return node
 
-    def constant(self, value: torch.Tensor, learnt: bool = False) -> fx.Node:
+    def constant(self, value: torch.Tensor, learnt: bool) -> fx.Node:
         """``learnt``: a weight, which the analysis takes for an ordinary number and never for a mask."""
         name = f"constant_{self._constants}"
         self._constants += 1

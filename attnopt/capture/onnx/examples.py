@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from attnopt.capture.example_inputs import InputDescription
 from attnopt.capture.onnx.translate import torch_dtype
 from attnopt.errors import AttnoptError
 
@@ -44,6 +45,18 @@ def example(model: ir.Model, given: Mapping[str, Any] | None = None) -> tuple[di
         shape = [_size(dim, axis, sizes, str(value.name)) for axis, dim in enumerate(value.shape or ())]
         out[str(value.name)] = tensors[str(value.name)] if str(value.name) in tensors else _made(value, shape, generator)
     return out, sizes
+
+
+def described(model: ir.Model, descriptions: Sequence[InputDescription]) -> dict[str, torch.Tensor]:
+    """Inputs of the described shapes, filled as ``example`` fills what is not given. Raises AttnoptError for a name that the file does not have."""
+    values = {str(v.name): v for v in inputs_of(model)}
+    generator = torch.Generator().manual_seed(0)
+    out: dict[str, torch.Tensor] = {}
+    for d in descriptions:
+        if d.name not in values:
+            raise AttnoptError(f"The file has no input {d.name!r}; its inputs are {', '.join(values)}.")
+        out[d.name] = _made(values[d.name], list(d.sizes), generator).to(getattr(torch, d.dtype))
+    return out
 
 
 def dimension(dim: Any, name: str, axis: int) -> str | None:

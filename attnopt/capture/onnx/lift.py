@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from attnopt.capture.export import quiet
 from attnopt.capture.onnx import pointwise, products, shapes
 from attnopt.capture.onnx.translate import LiftedFile, ShapesNeeded, Translator
 
@@ -19,7 +20,8 @@ def lift(model: ir.Model, sizes: Mapping[str, int], observe: Callable[[], Mappin
     ``observe`` gives the shapes of intermediate values in a run of the example; it is called only when the file has operators without
     a translation whose shapes it does not tell. Raises CaptureError for a file that contradicts itself.
     """
-    try:
-        return Translator(model, sizes).run()
-    except ShapesNeeded:
-        return Translator(model, sizes, observe()).run()
+    with quiet():
+        try:
+            return Translator(model, sizes).run()
+        except ShapesNeeded:
+            return Translator(model, sizes, observe()).run()

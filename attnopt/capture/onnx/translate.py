@@ -133,7 +133,8 @@ class Translator:
         """A tensor with the elements of ``x``."""
         b, aten = self.builder, torch.ops.aten
         if x.is_constant and len({*x.items()}) != 1:
-            return b.constant(torch.tensor(x.values.tolist(), dtype=x.dtype).reshape(x.values.shape))
+            data = torch.tensor(x.values.tolist(), dtype=x.dtype).reshape(x.values.shape)
+            return b.constant(data, _is_learnt(data))
         shape = list(x.values.shape)
         if x.single is not None or x.is_constant:
             first = x.items()[0]
@@ -174,7 +175,7 @@ class Translator:
                 array = array.astype(np.float32)
             return _Held(known=known(array, dtype))
         data = _as_torch(tensor, dtype)
-        node = self.builder.constant(data, learnt=_is_learnt(data))
+        node = self.builder.constant(data, _is_learnt(data))
         node.meta[ONNX] = value
         return _Held(node)
 

@@ -19,7 +19,7 @@ from attnopt.capture.onnx.lift import lift
 from attnopt.capture.onnx.read import prepared, read_model
 from attnopt.config import OptimizeConfig
 from attnopt.emit.onnx.layers import distance
-from attnopt.emit.onnx.model import IR_VERSION, OPSETS, record
+from attnopt.emit.onnx.model import IR_VERSION, OPSETS, Layer, record
 from attnopt.emit.onnx.plan import TARGETS, Target
 from attnopt.emit.onnx.report import OnnxReport
 from attnopt.emit.onnx.run import OnnxSession, check_file
@@ -28,7 +28,7 @@ from attnopt.emit.onnx.write import check_place, external_name, refuse_bfloat16,
 from attnopt.errors import AttnoptError, VerificationError
 from attnopt.passes.pipeline import run_pipeline
 from attnopt.remarks import Remark
-from attnopt.report import Verdict
+from attnopt.report import Report, Verdict
 
 if TYPE_CHECKING:
     from attnopt.capture.onnx.read import Source
@@ -42,19 +42,24 @@ Compare = Callable[[Callable[..., Any], Callable[..., Any], Inputs, Names, Sites
 """Compares two files on inputs made from the example, where both take a tensor for each name, and their attentions."""
 Progress = Callable[[str, int, int], None]
 
-_FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention"}
-
 
 @dataclass
 class FileReport(OnnxReport):
     """What became of a file. ``model`` is the result; ``path`` is empty where none was written."""
 
     source: str = ""
-    remarks: list[Remark] = field(default_factory=list)
+    analysis: Report = field(default_factory=Report)
+    """What was found: every softmax with its spec or the reason why it has none, and remarks."""
     model: ir.Model | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def missed(self) -> list[Layer]:
+        """Attentions that stayed as they were."""
+        return [x for x in self.layers if x.spec is None]
+
     def to_dict(self) -> dict[str, Any]:
-        return {"source": self.source, **super().to_dict(), "path": self.path or None, "remarks": [r.to_dict() for r in self.remarks]}
+        found = self.analysis.to_dict()
+        return {"source": self.source, **super().to_dict(), "path": self.path or None, "sites": found["sites"], "remarks": found["remarks"]}
 
 
 def rewrite_file(
@@ -87,7 +92,7 @@ def rewrite_file(
         with tempfile.TemporaryDirectory(prefix=".attnopt.", dir=None if place is None else place.parent) as folder:
             job = _Job(original, name, Path(folder), target, compare, progress)
             report = job.run(Path(source) if isinstance(source, (str, os.PathLike)) else None, given, opset, place.name if place is not None else "model.onnx")
-            if place is not None and report.layers and any(x.spec is not None for x in report.layers):
+            if place is not None and any(x.spec is not None for x in report.layers):
                 for file in (f"{place.name}.data", place.name):  # the weights first: a model without them is no model
                     if (Path(folder) / file).exists():
                         os.replace(Path(folder) / file, place.parent / file)  # noqa: PTH105 - over a file that exists
@@ -123,12 +128,12 @@ class _Job:
         self.progress("passes", 0, 1)
         result = run_pipeline(lifted.graph_module, OptimizeConfig(backend="reference", disable_passes=("merge-projections", "share-block-maps")))
         layers = splice(model, lifted.graph_module, result, self.target)
-        remarks = [r for s in result.sites for r in s.remarks if r.code != "AO101"] + list(result.remarks)
+        analysis = Report(result.sites, list(result.remarks))
         if lifted.opaque:
             words = ", ".join(f"{op} ({n})" if n > 1 else op for op, n in sorted(lifted.opaque.items()))
-            remarks.append(Remark("AO307", f"Of {words} only the shape of the result is known."))
+            analysis.remarks.append(Remark("AO307", f"Of the results of {words} only the shape is known."))
         report = FileReport("", int(model.opset_imports[""]), self.target, shapes_of(inputs_of(model)), shapes_of(model.graph.outputs), list(layers), Verdict())
-        report.source, report.remarks, report.model = self.name, remarks, model
+        report.source, report.analysis, report.model = self.name, analysis, model
         if not any(x.spec is not None for x in layers):
             return report
         _tidy(model)
@@ -139,7 +144,7 @@ class _Job:
         after = OnnxSession(draft, "the rewritten model")
         names = {str(v.name): tuple(dimension(d, str(v.name), i) for i, d in enumerate(v.shape or ())) for v in inputs_of(model)}
         self.progress("verify", 0, 1)
-        report.verdict = self.compare(before, after, inputs, names, self._sites(model, layers, inputs))
+        report.verdict = analysis.verdict = self.compare(before, after, inputs, names, self._sites(model, layers, inputs))
         if not report.verdict.passed:
             worst = report.verdict.worst
             detail = "nothing could be compared" if worst is None else f"{worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}. {worst.detail}"
@@ -199,8 +204,3 @@ def _is_valid(path: Path) -> bool:
 
 def _tensors(model: ir.Model) -> list[ir.Value]:
     return [*model.graph.inputs, *model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
-
-
-def fused_already(model: ir.Model) -> int:
-    """How many attentions of a file are fused nodes."""
-    return sum(n.op_type in _FUSED for n in model.graph.all_nodes())
