@@ -41,16 +41,24 @@ def verify_files(
     result: Callable[..., Any],
     inputs: Mapping[str, Tensor],
     names: Mapping[str, Sequence[str | None]],
+    sums: Mapping[str, tuple[Mapping[str, int], int]] | None = None,
     sites: Sequence[tuple[str, Tensor, Tensor]] = (),
     progress: Progress | None = None,
 ) -> Verdict:
     """``verify_modules`` of two files on the example and, where the first axes have names, again on a batch of one. Both take a tensor for each input by name.
 
-    ``names``: for each input the names of its dimensions; equal names are equal sizes, None is a constant one. ``sites``: a name, what the
+    ``names``: for each input the names of its dimensions; equal names are equal sizes, None is a constant one. ``sums`` gives names that are
+    sums of multiples of others and a constant: the parts of a sum are varied one at a time. ``sites``: a name, what the
     original has and what the result has, for values inside that are to be equal too.
     """
-    dims = {i: {d: DynamicDim(n, 1) for d, n in enumerate(names[name]) if n is not None} for i, name in enumerate(inputs)}
-    verdict = verify_modules(original, result, (), inputs, DynamicShapes({i: x for i, x in dims.items() if x}), progress=progress)
+    sums = sums or {}
+    parts = list(dict.fromkeys(p for form, _ in sums.values() if len(form) > 1 for p in form))
+    verdict = Verdict(True)
+    for part in parts or [""]:
+        found = verify_modules(original, result, (), inputs, _dynamic(inputs, names, sums, [p for p in parts if p != part]), progress=progress)
+        for check in found.checks if part else ():
+            check.name = check.name.replace("whole model", f"whole model by {part}")
+        verdict = _joined(verdict, found)
     inside = [judge(f"{name}: example", [got], [expected], None, expected.dtype) for name, expected, got in sites]
     verdict = _joined(verdict, Verdict(all(c.passed for c in inside), inside))
     batch = {n[0] for n in names.values() if n and n[0] is not None}
@@ -64,6 +72,21 @@ def verify_files(
         verdict.checks[0].detail = "; ".join(x for x in (verdict.checks[0].detail, note) if x)
         return verdict
     return _joined(verdict, _of_one(verify_modules(original, result, (), single)))
+
+
+def _dynamic(inputs: Mapping[str, Tensor], names: Mapping[str, Sequence[str | None]], sums: Mapping[str, tuple[Mapping[str, int], int]], fixed: Sequence[str]) -> DynamicShapes:
+    """Which sizes may change when those in ``fixed`` keep the example's: by themselves, or as a multiple of one other and a constant."""
+    size = {n: x.shape[d] for name, x in inputs.items() for d, n in enumerate(names[name]) if n is not None}
+    dims: dict[int, dict[int, DynamicDim]] = {}
+    for i, name in enumerate(inputs):
+        for d, n in enumerate(names[name]):
+            if n is None or n in fixed:
+                continue
+            form, constant = sums.get(n, ({n: 1}, 0))
+            moving = [p for p in form if p not in fixed]
+            if len(moving) == 1:
+                dims.setdefault(i, {})[d] = DynamicDim(moving[0], 1, None, form[moving[0]], constant + sum(times * size[p] for p, times in form.items() if p in fixed))
+    return DynamicShapes(dims)
 
 
 def _first(x: Tensor, axes: Sequence[int]) -> Tensor:

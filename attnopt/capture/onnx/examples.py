@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -23,32 +23,53 @@ def inputs_of(model: ir.Model) -> list[ir.Value]:
     return [v for v in model.graph.inputs if id(v) not in constants]
 
 
-def example(model: ir.Model, given: Mapping[str, Any] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """One input tensor for each name, and the sizes of the named dimensions. ``given`` replaces what would be made.
+def examples(model: ir.Model, given: Mapping[str, Any] | None = None) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, int]]]:
+    """Input tensors by name, with the sizes of the named dimensions; the most likely first. ``given`` replaces what would be made.
 
     Integers lie within the table that they pick rows of, inputs whose name contains ``mask`` show everything but the end of the first row,
-    positions count up. Raises AttnoptError for a name that the file does not have, or a shape that does not fit.
+    positions count up. A dimension may be the sum of two others, as that of a mask over past and new tokens: its name may say so, and
+    otherwise each is tried. Raises AttnoptError for a name that the file does not have, or a shape that does not fit.
     """
     given = dict(given or {})
     wanted = inputs_of(model)
     unknown = sorted(set(given) - {str(v.name) for v in wanted})
     if unknown:
         raise AttnoptError(f"The file has no input {unknown[0]!r}; its inputs are {', '.join(str(v.name) for v in wanted)}.")
-    sizes: dict[str, int] = {}
+    known: dict[str, int] = {}
     tensors = {name: torch.as_tensor(x) for name, x in given.items()}
     for value in wanted:
         if str(value.name) in tensors:
-            _take_sizes(value, tensors[str(value.name)], sizes)
-    generator = torch.Generator().manual_seed(0)
-    out: dict[str, torch.Tensor] = {}
+            _take_sizes(value, tensors[str(value.name)], known)
+    free: dict[str, int] = {}
     for value in wanted:
-        shape = [_size(dim, axis, sizes, str(value.name)) for axis, dim in enumerate(value.shape or ())]
-        out[str(value.name)] = tensors[str(value.name)] if str(value.name) in tensors else _made(value, shape, generator)
-    return out, sizes
+        for axis, dim in enumerate(value.shape or ()):
+            word = dimension(dim, str(value.name), axis)
+            if word is not None and word not in known:
+                free.setdefault(word, BATCH if axis == 0 else LENGTH)
+    said = {word: n for word in free if (n := _sum_of(word, {**free, **known})) is not None}
+    lengths = [word for word, n in free.items() if n == LENGTH and word not in said]
+    for longer in (None, *(reversed(lengths) if len(lengths) > 1 else ())):
+        sizes = {**free, **known, **said, **({} if longer is None else {longer: 2 * LENGTH})}
+        generator = torch.Generator().manual_seed(0)
+        made = {}
+        for value in wanted:
+            name = str(value.name)
+            words = [dimension(dim, name, axis) for axis, dim in enumerate(value.shape or ())]
+            shape = [int(dim) if word is None else sizes[word] for dim, word in zip(value.shape or (), words, strict=True)]
+            made[name] = tensors[name] if name in tensors else _made(value, shape, generator)
+        yield made, sizes
+
+
+def _sum_of(word: str, sizes: Mapping[str, int]) -> int | None:
+    """The value of a name that is a sum of other names and numbers, as in ``past_sequence_length + 1``."""
+    parts = [part.strip() for part in word.split("+")]
+    if len(parts) < 2 or not all(part.isdigit() or part in sizes for part in parts):
+        return None
+    return sum(int(part) if part.isdigit() else sizes[part] for part in parts)
 
 
 def described(model: ir.Model, descriptions: Sequence[InputDescription]) -> dict[str, torch.Tensor]:
-    """Inputs of the described shapes, filled as ``example`` fills what is not given. Raises AttnoptError for a name that the file does not have."""
+    """Inputs of the described shapes, filled as ``examples`` fills what is not given. Raises AttnoptError for a name that the file does not have."""
     values = {str(v.name): v for v in inputs_of(model)}
     generator = torch.Generator().manual_seed(0)
     out: dict[str, torch.Tensor] = {}
@@ -62,13 +83,6 @@ def described(model: ir.Model, descriptions: Sequence[InputDescription]) -> dict
 def dimension(dim: Any, name: str, axis: int) -> str | None:
     """The name of a dimension, or one made for it; None for a constant size."""
     return None if isinstance(dim, int) else dim.value or f"{name}_{axis}"
-
-
-def _size(dim: Any, axis: int, sizes: dict[str, int], name: str) -> int:
-    word = dimension(dim, name, axis)
-    if word is None:
-        return int(dim)
-    return sizes.setdefault(word, BATCH if axis == 0 else LENGTH)
 
 
 def _take_sizes(value: ir.Value, tensor: torch.Tensor, sizes: dict[str, int]) -> None:

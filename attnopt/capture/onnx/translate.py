@@ -45,10 +45,14 @@ class LiftedFile:
 
     graph_module: fx.GraphModule
     opaque: dict[str, int]
-    symbols: dict[str, str]
-    """The graph's symbol for each named dimension of the inputs."""
+    sums: dict[str, Sum]
+    """Named dimensions of the inputs that follow from others: the graph holds only where they do."""
     conditions: list[str] = field(default_factory=list)
-    """What must hold between sizes beyond what the names of dimensions say, for the graph to be this one."""
+    """What must hold between sizes beyond what the names of dimensions say, in words."""
+
+
+Sum = tuple[dict[str, int], int]
+"""Names of dimensions with how often each is added, and a constant."""
 
 
 class ShapesNeeded(Exception):
@@ -84,13 +88,15 @@ class Translator:
                 raise CaptureError(f"The input {value.name} of the file is no tensor of a known rank; supported are tensors.")
             named |= {d.value for d in value.shape if isinstance(d, ir.SymbolicDim) and d.value}
             self._placeholder(value)
+        # an equation that is found later replaces one symbol by others
+        self._first = {s.node.expr: name for name, s in self.builder.symbols.items()}
         for node in graph:
             self._translate(node)
         results = [self.tensor(v) for v in graph.outputs]
         self.builder.graph.output(tuple(results))
         module = fx.GraphModule(self.builder.module, self.builder.graph)
-        symbols = {name: str(s.node.expr) for name, s in self.builder.symbols.items() if name in named}
-        return LiftedFile(module, self.opaque, symbols, self._conditions())
+        sums, conditions = self._conditions(named)
+        return LiftedFile(module, self.opaque, sums, conditions)
 
     # ---- what rules read
 
@@ -237,17 +243,50 @@ class Translator:
             out.append(self.builder.symbol(name, hint, 0))
         return torch_dtype(value.dtype, value.name), out
 
-    def _conditions(self) -> list[str]:
+    def _conditions(self, named: set[str]) -> tuple[dict[str, Sum], list[str]]:
+        """The equations that fake values had to assume: those between dimensions of the inputs solved for one of them, and all in words."""
         import sympy
 
-        names = {s.node.expr: name for name, s in self.builder.symbols.items()}
-        found: list[str] = []
+        names = {symbol: sympy.Symbol(name, integer=True) for symbol, name in self._first.items()}
+        sums: dict[str, Sum] = {}
+        words: list[str] = []
         for guard in self.builder.env.guards:
             e = guard.expr
-            if isinstance(e, sympy.Eq) and e.free_symbols:
-                text = str(e.subs({s: sympy.Symbol(names[s]) for s in e.free_symbols if s in names}))
-                found.append(text.removeprefix("Eq(").removesuffix(")").replace(", ", " = "))
-        return list(dict.fromkeys(found))
+            if not isinstance(e, sympy.Eq) or not e.free_symbols:
+                continue
+            e = e.xreplace({s: names[s] for s in e.free_symbols if s in names})
+            words.append(f"{e.lhs} = {e.rhs}")
+            rest = sympy.expand(e.lhs - e.rhs).subs({sympy.Symbol(n, integer=True): _linear(form) for n, form in sums.items()})
+            terms = {str(s): rest.coeff(s) for s in rest.free_symbols}
+            constant = rest.subs(dict.fromkeys(rest.free_symbols, 0))
+            linear = sympy.expand(rest - sum(c * sympy.Symbol(n, integer=True) for n, c in terms.items()) - constant) == 0
+            if not linear or not set(terms) <= named or not all(c.is_Integer for c in (*terms.values(), constant)):
+                continue
+            # the one that stands alone on its side
+            alone = [n for n, c in terms.items() if abs(c) == 1 and all(o * c < 0 for m, o in terms.items() if m != n)]
+            if alone:
+                name = alone[-1]
+                sign = -int(terms.pop(name))
+                sums = {n: _replaced(form, name, sign, terms, constant) for n, form in sums.items()}
+                sums[name] = ({n: int(c) * sign for n, c in terms.items()}, int(constant) * sign)
+        return sums, list(dict.fromkeys(words))
+
+
+def _linear(form: Sum) -> Any:
+    import sympy
+
+    return sum(c * sympy.Symbol(n, integer=True) for n, c in form[0].items()) + form[1]
+
+
+def _replaced(form: Sum, name: str, sign: int, terms: Mapping[str, Any], constant: Any) -> Sum:
+    """``form`` with ``name`` replaced by what it is the sum of."""
+    times = form[0].get(name, 0)
+    if not times:
+        return form
+    parts = {n: c for n, c in form[0].items() if n != name}
+    for n, c in terms.items():
+        parts[n] = parts.get(n, 0) + times * int(c) * sign
+    return parts, form[1] + times * int(constant) * sign
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:

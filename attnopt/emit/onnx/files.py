@@ -14,9 +14,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, NameFixPass, RemoveUnusedNodesPass
 
-from attnopt.capture.onnx.examples import dimension, example, inputs_of
+from attnopt.capture.onnx.examples import dimension, examples, inputs_of
 from attnopt.capture.onnx.lift import lift
 from attnopt.capture.onnx.read import prepared, read_model
+from attnopt.capture.onnx.translate import Sum
 from attnopt.config import OptimizeConfig
 from attnopt.emit.onnx.layers import distance
 from attnopt.emit.onnx.model import IR_VERSION, OPSETS, Layer, record
@@ -38,8 +39,8 @@ Names = dict[str, tuple[str | None, ...]]
 """For each input the names of its dimensions; None for a constant size."""
 Sites = list[tuple[str, torch.Tensor, torch.Tensor]]
 """For each attention its name, the original's result, and that of the fused node, on the example."""
-Compare = Callable[[Callable[..., Any], Callable[..., Any], Inputs, Names, Sites], Verdict]
-"""Compares two files on inputs made from the example, where both take a tensor for each name, and their attentions."""
+Compare = Callable[[Callable[..., Any], Callable[..., Any], Inputs, Names, dict[str, Sum], Sites], Verdict]
+"""Compares two files on inputs made from the example, where both take a tensor for each name, and their attentions. Some names of dimensions are sums of others."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -50,6 +51,8 @@ class FileReport(OnnxReport):
     source: str = ""
     analysis: Report = field(default_factory=Report)
     """What was found: every softmax with its spec or the reason why it has none, and remarks."""
+    conditions: list[str] = field(default_factory=list)
+    """Equalities of sizes, beyond those that names of dimensions say, without which the file's own operators do not fit together."""
     model: ir.Model | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -59,7 +62,7 @@ class FileReport(OnnxReport):
 
     def to_dict(self) -> dict[str, Any]:
         found = self.analysis.to_dict()
-        return {"source": self.source, **super().to_dict(), "path": self.path or None, "sites": found["sites"], "remarks": found["remarks"]}
+        return {"source": self.source, **super().to_dict(), "path": self.path or None, "conditions": self.conditions, "sites": found["sites"], "remarks": found["remarks"]}
 
 
 def rewrite_file(
@@ -113,15 +116,8 @@ class _Job:
     progress: Progress
 
     def run(self, path: Path | None, given: Mapping[str, Any] | None, opset: int, file: str) -> FileReport:
-        inputs, sizes = example(self.original, given)
         before = OnnxSession(path if path is not None else self._save(self.original.clone(), "original.onnx"), self.name)
-        try:
-            before(**inputs)
-        except Exception as error:
-            raise AttnoptError(
-                f"ONNX Runtime does not run {self.name} on {'the inputs that were given' if given else 'inputs made for it'}: {' '.join(str(error).split())[:300]}",
-                "Give inputs that it takes: --input NAME=DTYPE[SIZES], or example_inputs in Python.",
-            ) from error
+        inputs, sizes = self._example(before, given)
         self.progress("capture", 0, 1)
         model = prepared(self.original.clone(), opset)
         lifted = lift(model, sizes, lambda: self._observed(model, inputs))
@@ -129,11 +125,15 @@ class _Job:
         result = run_pipeline(lifted.graph_module, OptimizeConfig(backend="reference", disable_passes=("merge-projections", "share-block-maps")))
         layers = splice(model, lifted.graph_module, result, self.target)
         analysis = Report(result.sites, list(result.remarks))
+        for site, layer in zip(analysis.attentions, layers, strict=True):
+            site.kernel, site.why = layer.lowered_to, layer.why
+            if layer.spec is None:
+                site.status, site.kernel = "missed", ""
         if lifted.opaque:
             words = ", ".join(f"{op} ({n})" if n > 1 else op for op, n in sorted(lifted.opaque.items()))
             analysis.remarks.append(Remark("AO307", f"Of the results of {words} only the shape is known."))
         report = FileReport("", int(model.opset_imports[""]), self.target, shapes_of(inputs_of(model)), shapes_of(model.graph.outputs), list(layers), Verdict())
-        report.source, report.analysis, report.model = self.name, analysis, model
+        report.source, report.analysis, report.conditions, report.model = self.name, analysis, lifted.conditions, model
         if not any(x.spec is not None for x in layers):
             return report
         _tidy(model)
@@ -144,12 +144,27 @@ class _Job:
         after = OnnxSession(draft, "the rewritten model")
         names = {str(v.name): tuple(dimension(d, str(v.name), i) for i, d in enumerate(v.shape or ())) for v in inputs_of(model)}
         self.progress("verify", 0, 1)
-        report.verdict = analysis.verdict = self.compare(before, after, inputs, names, self._sites(model, layers, inputs))
+        report.verdict = analysis.verdict = self.compare(before, after, inputs, names, lifted.sums, self._sites(model, layers, inputs))
         if not report.verdict.passed:
             worst = report.verdict.worst
             detail = "nothing could be compared" if worst is None else f"{worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}. {worst.detail}"
             raise VerificationError(f"The rewritten model differs from {self.name} in ONNX Runtime, so nothing was written: {detail.strip()}")
         return report
+
+    def _example(self, run: OnnxSession, given: Mapping[str, Any] | None) -> tuple[Inputs, dict[str, int]]:
+        """The first example that the file takes."""
+        refusals: list[Exception] = []
+        for inputs, sizes in examples(self.original, given):
+            try:
+                run(**inputs)
+            except Exception as error:  # noqa: BLE001 - a runtime raises what it likes
+                refusals.append(error)
+            else:
+                return inputs, sizes
+        raise AttnoptError(
+            f"ONNX Runtime does not run {self.name} on {'the inputs that were given' if given else 'inputs made for it'}: {' '.join(str(refusals[0]).split())[:300]}",
+            "Give inputs that it takes: --input NAME=DTYPE[SIZES], or example_inputs in Python.",
+        ) from refusals[0]
 
     def _save(self, model: ir.Model, file: str) -> Path:
         place = self.folder / file
