@@ -76,3 +76,28 @@ def inputs(kind: str, batch: int, length: int) -> dict[str, np.ndarray[Any, Any]
 
 def operators(model: onnx.ModelProto) -> list[str]:
     return [n.op_type for n in model.graph.node]
+
+
+# ------------------------------------------------------------------------------------------------ small files, written by hand
+
+ATTENTION = "t = Transpose<perm = [0, 2, 1]>(x) c = Constant<value = float {0.4}>() s = MatMul(x, t) z = Mul(s, c) p = Softmax(z) y = MatMul(p, x)"
+_X, _Y = "float[batch, sequence, 8] x", "float[batch, sequence, 8] y"
+
+
+def text(body: str, inputs: str = _X, outputs: str = _Y, opset: int = 20, head: str = "") -> str:
+    return f'<ir_version: 8, opset_import: ["": {opset}{head}]> example ({inputs}) => ({outputs}) {{ {body} }}'
+
+
+def small(body: str = ATTENTION, **options: Any) -> onnx.ModelProto:
+    return onnx.parser.parse_model(text(body, **options))
+
+
+def weighted(path: Any, **options: Any) -> None:
+    """An attention over a projection with weights ``w``, saved."""
+    m = small("x = MatMul(x0, w) " + ATTENTION, inputs=_X.replace(" x", " x0"))
+    m.graph.input[0].name = m.graph.node[0].input[0] = "x"
+    for n in m.graph.node[1:]:
+        n.input[:] = ["h" if i == "x" else i for i in n.input]
+    m.graph.node[0].output[0] = "h"
+    m.graph.initializer.append(onnx.numpy_helper.from_array(np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32), "w"))
+    onnx.save(m, path, **options)

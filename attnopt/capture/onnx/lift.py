@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
 from attnopt.capture.export import quiet
 from attnopt.capture.onnx import pointwise, products, shapes
-from attnopt.capture.onnx.translate import LiftedFile, ShapesNeeded, Translator
+from attnopt.capture.onnx.translate import LiftedFile, Observed, ShapesNeeded, Translator
 
 RULE_MODULES = (pointwise, products, shapes)
 """Importing these fills the table of rules."""
 
 
-def lift(model: ir.Model, sizes: Mapping[str, int], observe: Callable[[], Mapping[str, Sequence[int]]]) -> LiftedFile:
+def lift(model: ir.Model, sizes: Mapping[str, int], observe: Callable[[], Mapping[str, Observed]]) -> LiftedFile:
     """The graph of ``model``. ``sizes``: the example's size of each named dimension.
 
-    ``observe`` gives the shapes of intermediate values in a run of the example; it is called only when the file has operators without
+    ``observe`` gives dtype and shape of intermediate values in a run of the example; it is called only when the file has operators without
     a translation whose shapes it does not tell. Raises CaptureError for a file that contradicts itself.
     """
     with quiet():

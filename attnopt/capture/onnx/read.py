@@ -26,7 +26,11 @@ def read_model(source: Source) -> ir.Model:
     if isinstance(source, ir.Model):
         return checked(source.clone(), "The model")
     if isinstance(source, onnx.ModelProto):
-        return checked(ir.from_proto(source), "The model")
+        try:
+            model = ir.from_proto(source)
+        except ir.serde.SerdeError as error:
+            raise AttnoptError(f"The model is damaged: {_reason(error)}") from error
+        return checked(model, "The model")
     path = Path(source)
     if path.is_dir():
         raise AttnoptError(f"{path} is a folder; expected an ONNX file.")
@@ -36,8 +40,8 @@ def read_model(source: Source) -> ir.Model:
         model = ir.load(path)
     except OSError as error:
         raise AttnoptError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise AttnoptError(f"{path} is no ONNX model, or a damaged one: {' '.join(str(error).split())[:200]}") from error
+    except (DecodeError, ir.serde.SerdeError) as error:
+        raise AttnoptError(f"{path} is no ONNX model, or a damaged one: {_reason(error)}") from error
     return checked(model, str(path))
 
 
@@ -54,6 +58,13 @@ def checked(model: ir.Model, name: str) -> ir.Model:
         for value in graph.initializers.values():
             _check_data(value, name)
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost cause of an error says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200]
 
 
 def _check_data(value: ir.Value, name: str) -> None:

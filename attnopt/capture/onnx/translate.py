@@ -55,6 +55,10 @@ Sum = tuple[dict[str, int], int]
 """Names of dimensions with how often each is added, and a constant."""
 
 
+Observed = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape that a value had in a run."""
+
+
 class ShapesNeeded(Exception):
     """Shapes of intermediate values have to be observed in a run: nothing in the file tells them."""
 
@@ -66,9 +70,9 @@ class _Held:
 
 
 class Translator:
-    """``sizes``: the example's size of each named dimension of the inputs. ``observed``: shapes of intermediate values in a run of the example."""
+    """``sizes``: the example's size of each named dimension of the inputs. ``observed``: intermediate values in a run of the example."""
 
-    def __init__(self, model: ir.Model, sizes: Mapping[str, int], observed: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __init__(self, model: ir.Model, sizes: Mapping[str, int], observed: Mapping[str, Observed] | None = None) -> None:
         self.model = model
         self.opset = int(model.opset_imports[""])
         self.sizes = sizes
@@ -92,7 +96,7 @@ class Translator:
         self._first = {s.node.expr: name for name, s in self.builder.symbols.items()}
         for node in graph:
             self._translate(node)
-        results = [self.tensor(v) for v in graph.outputs]
+        results = [self.tensor(v) for v in graph.outputs if not self._is_nothing(v)]
         self.builder.graph.output(tuple(results))
         module = fx.GraphModule(self.builder.module, self.builder.graph)
         sums, conditions = self._conditions(named)
@@ -228,20 +232,22 @@ class Translator:
         if not complete and self.observed is None:
             raise ShapesNeeded
         seen = None if self.observed is None else self.observed.get(value.name)
-        if value.dtype is None or (seen is None and not complete):
+        if seen is None and not complete:
             return None
-        dims = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)] * len(seen or ())
+        dims = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)] * len(seen[1] if seen else ())
         out: list[int | torch.SymInt] = []
         for axis, dim in enumerate(dims):
             if isinstance(dim, int):
                 out.append(dim)
                 continue
             name = dim.value
-            if name is None or (name not in self.sizes and name not in self.builder.symbols):
-                name = name or f"{value.name}_{axis}"
-            hint = self.sizes[name] if name in self.sizes else 2 if seen is None else seen[axis]
+            name = name or f"{value.name}_{axis}"
+            hint = self.sizes[name] if name in self.sizes else 2 if seen is None else seen[1][axis]
             out.append(self.builder.symbol(name, hint, 0))
-        return torch_dtype(value.dtype, value.name), out
+        if value.dtype is not None:
+            return torch_dtype(value.dtype, value.name), out
+        assert seen is not None
+        return seen[0], out
 
     def _conditions(self, named: set[str]) -> tuple[dict[str, Sum], list[str]]:
         """The equations that fake values had to assume: those between dimensions of the inputs solved for one of them, and all in words."""

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, NameFixPas
 from attnopt.capture.onnx.examples import dimension, examples, inputs_of
 from attnopt.capture.onnx.lift import lift
 from attnopt.capture.onnx.read import prepared, read_model
-from attnopt.capture.onnx.translate import Sum
+from attnopt.capture.onnx.translate import Observed, Sum
 from attnopt.config import OptimizeConfig
 from attnopt.emit.onnx.layers import distance
 from attnopt.emit.onnx.model import IR_VERSION, OPSETS, Layer, record
@@ -174,10 +174,10 @@ class _Job:
         ir.save(model, place, external_data=data)
         return place
 
-    def _observed(self, model: ir.Model, inputs: Inputs) -> dict[str, tuple[int, ...]]:
-        """The shapes of all tensors inside of ``model`` in a run."""
+    def _observed(self, model: ir.Model, inputs: Inputs) -> dict[str, Observed]:
+        """Dtypes and shapes of all tensors inside of ``model`` in a run."""
         names = [v.name for n in model.graph for v in n.outputs if v.name and isinstance(v.type, (ir.TensorType, type(None))) and v.uses()]
-        return {n: tuple(x.shape) for n, x in zip(names, self._values(model, names, inputs), strict=True)}
+        return {n: (x.dtype, tuple(x.shape)) for n, x in zip(names, self._values(model, names, inputs), strict=True)}
 
     def _sites(self, model: ir.Model, layers: Sequence[FileLayer], inputs: Inputs) -> Sites:
         """Each attention's result on the example beside that of the nodes that it stands for; sets ``error`` of each."""
