@@ -39,6 +39,8 @@ def optimize_file_command(target: str, *, output: str | None, inputs: Sequence[s
         click.echo(json.dumps({**report.to_dict(), "exit_code": code}, indent=2))
         return code
     show_file(out, report)
+    if report.conditions:
+        out.say(f"[bold]Holds where[/] {escape(', '.join(report.conditions))}")
     render.show_remarks(out, [*report.analysis.remarks, *(r for s in report.analysis.sites for r in s.remarks)])
     out.say(_summary(report, output, code))
     return code

@@ -45,6 +45,19 @@ def test_an_attention_between_operators_without_a_translation() -> None:
     assert [r.message for r in report.analysis.remarks] == ["Of the results of HardSwish (2) only the shape is known."]
 
 
+def test_a_function_of_an_operator_of_the_runtime_is_left_alone() -> None:
+    body = "h = com.microsoft.QuickGelu<alpha = 1.702>(x) " + ATTENTION.replace("(x", "(h").replace(", x)", ", h)")
+    quick = ' <domain: "com.microsoft", opset_import: ["": 24]> QuickGelu <alpha> (v) => (r) { a = Constant<value_float: float = @alpha>() w = Mul(v, a) s = Sigmoid(w) r = Mul(v, s) }'
+    report = check(onnx.parser.parse_model(text(body, head=', "com.microsoft": 1', opset=24) + quick), 1)
+    assert "QuickGelu" in {n.op_type for n in report.model.graph} and len(report.model.functions) == 1
+
+
+def test_what_a_slice_takes_to_lie_within_the_axis_is_said() -> None:
+    body = "b0 = Constant<value = int64[1] {0}>() e0 = Constant<value = int64[1] {9}>() a0 = Constant<value = int64[1] {1}>() h = Slice(x, b0, e0, a0) "
+    report = check(small(body + ATTENTION.replace("(x", "(h").replace(", x)", ", h)"), outputs="float[batch, rows, 8] y"), 1)
+    assert report.conditions == ["sequence >= 9"]
+
+
 def test_an_operator_of_another_domain_whose_shape_only_a_run_tells() -> None:
     body = "h = com.microsoft.QuickGelu(x) " + ATTENTION.replace("(x", "(h").replace(", x)", ", h)")
     report = check(small(body, head=', "com.microsoft": 1'), 1)

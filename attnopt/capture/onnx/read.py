@@ -20,6 +20,8 @@ Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
 OLDEST, NEWEST = 13, 25
 """Opsets of files that can be read. From 13 on Softmax is along one axis; ONNX Runtime 1.31 runs none beyond 26."""
 
+_RUNTIME = {"com.microsoft"}
+
 
 def read_model(source: Source) -> ir.Model:
     """A model of its own, from a file or a model in memory. Raises AttnoptError when it is no model that can be rewritten."""
@@ -81,8 +83,9 @@ def _check_data(value: ir.Value, name: str) -> None:
 
 
 def prepared(model: ir.Model, opset: int) -> ir.Model:
-    """``model`` without functions, at opset ``opset`` or its own if that is higher, with the shapes that can be inferred."""
-    model = InlinePass()(model).model
+    """``model`` without functions of its own, at opset ``opset`` or its own if that is higher, with the shapes that can be inferred."""
+    # A function of a runtime's own operator is there for other runtimes: the operator stays.
+    model = InlinePass(criteria=lambda f: f.domain not in _RUNTIME)(model).model
     if "ai.onnx" in model.opset_imports:
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     before = model.opset_imports[""]

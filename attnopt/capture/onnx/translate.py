@@ -8,6 +8,7 @@ holds an ONNX value has it in ``meta["onnx"]``.
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +81,7 @@ class Translator:
         self.builder = Builder()
         self.held: dict[ir.Value, _Held] = {}
         self.opaque: dict[str, int] = {}
-        self._unnamed = 0
+        self._clamped: list[Any] = []
 
     def run(self) -> LiftedFile:
         graph = self.model.graph
@@ -192,6 +193,7 @@ class Translator:
     def _translate(self, node: ir.Node) -> None:
         self.builder.origin = _origin(node)
         found = None
+        assumed = len(self.builder.env.guards)
         if node.domain in ("", "ai.onnx") and node.op_type in RULES and not any(v is not None and self._is_nothing(v) for v in node.inputs):
             try:
                 found = RULES[node.op_type](self, node)
@@ -202,6 +204,8 @@ class Translator:
         if found is None:
             self._opaque(node)
             return
+        if node.op_type == "Slice":  # whether an end lies within the axis
+            self._clamped += [g.expr for g in self.builder.env.guards[assumed:]]
         results = found if isinstance(found, (list, tuple)) else [found]
         for value, result in zip(node.outputs, results, strict=False):
             if isinstance(result, Known):
@@ -257,10 +261,11 @@ class Translator:
         sums: dict[str, Sum] = {}
         words: list[str] = []
         for guard in self.builder.env.guards:
-            e = guard.expr
+            e = guard.expr.xreplace({s: names[s] for s in guard.expr.free_symbols if s in names})
+            if guard.expr in self._clamped and not isinstance(e, (sympy.Eq, sympy.Ne)) and any(abs(n) > 2 for n in e.atoms(sympy.Integer)):
+                words.append(str(e))
             if not isinstance(e, sympy.Eq) or not e.free_symbols:
                 continue
-            e = e.xreplace({s: names[s] for s in e.free_symbols if s in names})
             words.append(f"{e.lhs} = {e.rhs}")
             rest = sympy.expand(e.lhs - e.rhs).subs({sympy.Symbol(n, integer=True): _linear(form) for n, form in sums.items()})
             terms = {str(s): rest.coeff(s) for s in rest.free_symbols}
@@ -321,19 +326,24 @@ def _identifier(name: str) -> str:
 
 
 def _as_torch(tensor: ir.TensorProtocol, dtype: torch.dtype) -> torch.Tensor:
+    """The file's own memory where that is possible: constants are only read."""
     array = tensor.numpy()
     if dtype is torch.bfloat16:
         return torch.from_numpy(array.astype(np.float32)).to(dtype)
-    array = array if array.flags.writeable else array.copy()
-    return torch.from_numpy(np.ascontiguousarray(array))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+_READ_THROUGH = 1 << 24
+"""Elements beyond which nothing is said of a constant's values."""
 
 
 def _is_learnt(data: torch.Tensor) -> bool:
     """Whether a constant is a weight: ordinary numbers that follow no pattern. A mask is whole, or reaches far."""
-    if not data.is_floating_point() or data.dim() > 2:
+    if not data.is_floating_point() or data.dim() > 2 or data.numel() > _READ_THROUGH:
         return False
-    sample = data.reshape(-1)[: 1 << 16].double()
-    return bool((sample.abs() <= 1e3).all()) and bool((sample != sample.round()).any())
+    return bool((data.abs() <= 1e3).all()) and bool((data != data.round()).any())
 
 
 def _origin(node: ir.Node) -> dict[str, Any]:
