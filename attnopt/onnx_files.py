@@ -45,7 +45,7 @@ def optimize_onnx(
         raise AttnoptError(f"Reading ONNX needs the package {error.name}.", "pip install 'attnopt[onnx]'") from error
     told = progress or (lambda *_: None)
 
-    def compare(before: Any, after: Any, inputs: Any, names: Any, sums: Any, sites: Any) -> Any:
-        return verify_files(before, after, inputs, names, sums, sites, lambda text, done, total: told(f"verify: {text}", done, total))
+    def compare(before: Any, after: Any, inputs: Any, names: Any, lifted: Any, sites: Any) -> Any:
+        return verify_files(before, after, inputs, names, lifted.sums, lifted.beyond, sites, lambda text, done, total: told(f"verify: {text}", done, total))
 
     return rewrite_file(model, output, example_inputs, opset, target, compare, told)

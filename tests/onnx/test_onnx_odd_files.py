@@ -52,10 +52,28 @@ def test_a_function_of_an_operator_of_the_runtime_is_left_alone() -> None:
     assert "QuickGelu" in {n.op_type for n in report.model.graph} and len(report.model.functions) == 1
 
 
-def test_what_a_slice_takes_to_lie_within_the_axis_is_said() -> None:
-    body = "b0 = Constant<value = int64[1] {0}>() e0 = Constant<value = int64[1] {9}>() a0 = Constant<value = int64[1] {1}>() h = Slice(x, b0, e0, a0) "
-    report = check(small(body + ATTENTION.replace("(x", "(h").replace(", x)", ", h)"), outputs="float[batch, rows, 8] y"), 1)
-    assert report.conditions == ["sequence >= 9"]
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_the_first_keys_or_as_many_as_there_are(masked: bool) -> None:
+    """A slice up to the ninth key is as long as the sequence where that is shorter; this is compared, too."""
+    first = "b0 = Constant<value = int64[1] {0}>() e0 = Constant<value = int64[1] {9}>() a0 = Constant<value = int64[1] {1}>() h = Slice(x, b0, e0, a0) "
+    body = first + ATTENTION.replace("Transpose<perm = [0, 2, 1]>(x)", "Transpose<perm = [0, 2, 1]>(h)").replace("MatMul(p, x)", "MatMul(p, h)")
+    if masked:
+        numbers = "one = Constant<value = int64 {1}>() zero = Constant<value = int64 {0}>() five = Constant<value = int64 {5}>() low = Constant<value = float {-3.4e38}>() "
+        mask = "l = Shape<start = 1, end = 2>(h) m = Squeeze(l) j = Range(zero, m, one) seen = Less(j, five) w = Where(seen, z, low) p = Softmax(w)"
+        body = body.replace("p = Softmax(z)", numbers + mask)
+    report = check(small(body), 1)
+    assert report.conditions == [] and "whole model: sequence = 8" in {c.name for c in report.verdict.checks}
+
+
+def test_a_table_of_rows_bounds_the_length() -> None:
+    """Positions up to the length are read from a table of 20: what lies beyond is said, and the original refuses it."""
+    table = (
+        "n = Shape<start = 1, end = 2>(x) b0 = Constant<value = int64[1] {0}>() a0 = Constant<value = int64[1] {0}>() r = Slice(rows, b0, n, a0) h = Add(x, r) "
+    )
+    m = small(table + ATTENTION.replace("(x", "(h").replace(", x)", ", h)"))
+    m.graph.initializer.append(onnx.numpy_helper.from_array(np.random.default_rng(0).standard_normal((20, D)).astype(np.float32), "rows"))
+    report = check(m, 1)
+    assert report.conditions == ["sequence <= 20"] and "whole model: sequence = 21" not in {c.name for c in report.verdict.checks}
 
 
 def test_an_operator_of_another_domain_whose_shape_only_a_run_tells() -> None:

@@ -99,7 +99,7 @@ OPAQUE = {
 }  # fmt: skip
 
 
-def _model(inputs: str, body: str, result: str = "float[...] y") -> onnx.ModelProto:
+def _model(inputs: str, body: str, result: str) -> onnx.ModelProto:
     return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 24]> g ({inputs}) => ({result}) {{ {body} }}')
 
 
@@ -155,3 +155,12 @@ def test_of_a_result_that_is_no_tensor_nothing_is_known() -> None:
 def test_every_rule_has_a_case() -> None:
     used = {n.op_type for c in CASES.values() for n in _typed(*c).graph.node}
     assert set(RULES) <= used, set(RULES) - used
+
+
+@pytest.mark.parametrize(("size", "dtype", "kept"), [(100, "float32", True), ((1 << 22) + 2, "float32", False), ((1 << 22) + 2, "int64", True)])
+def test_a_large_matrix_of_weights_is_not_read(size: int, dtype: str, kept: bool) -> None:
+    model = _model("float[b, 2] x", "y = Identity(w)", "y")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((size // 2, 2), dtype), "w"))
+    lifted = lift(ir.from_proto(model), {"b": 2}, dict)
+    (constant,) = [*lifted.graph_module.parameters(), *lifted.graph_module.buffers()]
+    assert constant.is_meta is not kept and tuple(constant.shape) == (size // 2, 2)

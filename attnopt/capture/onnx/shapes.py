@@ -200,8 +200,21 @@ def _slice(t: Translator, node: ir.Node) -> Result | None:
         to_end = isinstance(end, int) and end >= _FAR
         if start == 0 and to_end and step == 1:
             continue
+        whole = t.builder.size(operand, axis % rank)
+        if isinstance(whole, fx.Node):
+            start, end = _clamped(t, start, whole), None if to_end else _clamped(t, end, whole)
         operand = t.builder.call(aten.slice.Tensor, operand, axis % rank, size_of(start), None if to_end else size_of(end), step)
     return operand
+
+
+def _clamped(t: Translator, at: Any, whole: fx.Node) -> Size:
+    """A constant place on an axis of size ``whole`` within it, for every size: counted from the end when negative."""
+    if isinstance(at, fx.Node) or at == 0:
+        return size_of(at)
+    t.edges.append((whole.meta["val"].node.expr, abs(at) - 1))
+    if at > 0:
+        return t.builder.arithmetic(torch.sym_min, at, whole)
+    return t.builder.arithmetic(torch.sym_max, t.builder.arithmetic(operator.add, whole, at), 0)
 
 
 @rule("Split")

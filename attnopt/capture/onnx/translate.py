@@ -8,7 +8,6 @@ holds an ONNX value has it in ``meta["onnx"]``.
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import fx
 
 from attnopt.capture.onnx.builder import Builder, Size
+from attnopt.capture.onnx.conditions import Sum, beyond, equations
 from attnopt.capture.onnx.known import LIMIT, Known, known
 from attnopt.errors import CaptureError
 
@@ -50,10 +50,8 @@ class LiftedFile:
     """Named dimensions of the inputs that follow from others: the graph holds only where they do."""
     conditions: list[str] = field(default_factory=list)
     """What must hold between sizes beyond what the names of dimensions say, in words."""
-
-
-Sum = tuple[dict[str, int], int]
-"""Names of dimensions with how often each is added, and a constant."""
+    beyond: list[tuple[str, int]] = field(default_factory=list)
+    """A dimension and a size of it at which a slice ends elsewhere than in the example: there a condition may not hold."""
 
 
 Observed = tuple[torch.dtype, tuple[int, ...]]
@@ -81,6 +79,8 @@ class Translator:
         self.builder = Builder()
         self.held: dict[ir.Value, _Held] = {}
         self.opaque: dict[str, int] = {}
+        self.edges: list[tuple[Any, int]] = []
+        """A size, and a value of it at which a slice ends elsewhere than in the example or a larger one."""
         self._clamped: list[Any] = []
 
     def run(self) -> LiftedFile:
@@ -100,8 +100,9 @@ class Translator:
         results = [self.tensor(v) for v in graph.outputs if not self._is_nothing(v)]
         self.builder.graph.output(tuple(results))
         module = fx.GraphModule(self.builder.module, self.builder.graph)
-        sums, conditions = self._conditions(named)
-        return LiftedFile(module, self.opaque, sums, conditions)
+        guards = [g.expr for g in self.builder.env.guards]
+        sums, words = equations(guards, self._clamped, self._first, named)
+        return LiftedFile(module, self.opaque, sums, words, beyond(self.edges, self._clamped, self._first))
 
     # ---- what rules read
 
@@ -253,52 +254,6 @@ class Translator:
         assert seen is not None
         return seen[0], out
 
-    def _conditions(self, named: set[str]) -> tuple[dict[str, Sum], list[str]]:
-        """The equations that fake values had to assume: those between dimensions of the inputs solved for one of them, and all in words."""
-        import sympy
-
-        names = {symbol: sympy.Symbol(name, integer=True) for symbol, name in self._first.items()}
-        sums: dict[str, Sum] = {}
-        words: list[str] = []
-        for guard in self.builder.env.guards:
-            e = guard.expr.xreplace({s: names[s] for s in guard.expr.free_symbols if s in names})
-            if guard.expr in self._clamped and not isinstance(e, (sympy.Eq, sympy.Ne)) and any(abs(n) > 2 for n in e.atoms(sympy.Integer)):
-                words.append(str(e))
-            if not isinstance(e, sympy.Eq) or not e.free_symbols:
-                continue
-            words.append(f"{e.lhs} = {e.rhs}")
-            rest = sympy.expand(e.lhs - e.rhs).subs({sympy.Symbol(n, integer=True): _linear(form) for n, form in sums.items()})
-            terms = {str(s): rest.coeff(s) for s in rest.free_symbols}
-            constant = rest.subs(dict.fromkeys(rest.free_symbols, 0))
-            linear = sympy.expand(rest - sum(c * sympy.Symbol(n, integer=True) for n, c in terms.items()) - constant) == 0
-            if not linear or not set(terms) <= named or not all(c.is_Integer for c in (*terms.values(), constant)):
-                continue
-            # the one that stands alone on its side
-            alone = [n for n, c in terms.items() if abs(c) == 1 and all(o * c < 0 for m, o in terms.items() if m != n)]
-            if alone:
-                name = alone[-1]
-                sign = -int(terms.pop(name))
-                sums = {n: _replaced(form, name, sign, terms, constant) for n, form in sums.items()}
-                sums[name] = ({n: int(c) * sign for n, c in terms.items()}, int(constant) * sign)
-        return sums, list(dict.fromkeys(words))
-
-
-def _linear(form: Sum) -> Any:
-    import sympy
-
-    return sum(c * sympy.Symbol(n, integer=True) for n, c in form[0].items()) + form[1]
-
-
-def _replaced(form: Sum, name: str, sign: int, terms: Mapping[str, Any], constant: Any) -> Sum:
-    """``form`` with ``name`` replaced by what it is the sum of."""
-    times = form[0].get(name, 0)
-    if not times:
-        return form
-    parts = {n: c for n, c in form[0].items() if n != name}
-    for n, c in terms.items():
-        parts[n] = parts.get(n, 0) + times * int(c) * sign
-    return parts, form[1] + times * int(constant) * sign
-
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """An attribute's value; ``default`` where the node has none."""
@@ -325,23 +280,21 @@ def _identifier(name: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
 
 
+_WEIGHT, _TABLE = 1 << 22, 1 << 26
+"""Elements beyond which nothing is said of the values of a matrix of floats, and of any other constant."""
+
+
 def _as_torch(tensor: ir.TensorProtocol, dtype: torch.dtype) -> torch.Tensor:
-    """The file's own memory where that is possible: constants are only read."""
+    """A constant that may be looked through, or the bare shape of one that is too large for it. A copy: the file's own memory is closed when it is saved."""
+    if tensor.size > (_WEIGHT if len(tensor.shape) == 2 and dtype.is_floating_point else _TABLE):
+        return torch.empty(tensor.shape.numpy(), dtype=dtype, device="meta")
     array = tensor.numpy()
-    if dtype is torch.bfloat16:
-        return torch.from_numpy(array.astype(np.float32)).to(dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(np.ascontiguousarray(array))
-
-
-_READ_THROUGH = 1 << 24
-"""Elements beyond which nothing is said of a constant's values."""
+    return torch.from_numpy(array.astype(np.float32)).to(dtype) if dtype is torch.bfloat16 else torch.from_numpy(array.copy())
 
 
 def _is_learnt(data: torch.Tensor) -> bool:
     """Whether a constant is a weight: ordinary numbers that follow no pattern. A mask is whole, or reaches far."""
-    if not data.is_floating_point() or data.dim() > 2 or data.numel() > _READ_THROUGH:
+    if not data.is_floating_point() or data.dim() > 2 or data.is_meta:
         return False
     return bool((data.abs() <= 1e3).all()) and bool((data != data.round()).any())
 

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, NameFixPas
 from attnopt.capture.onnx.examples import dimension, examples, inputs_of
 from attnopt.capture.onnx.lift import lift
 from attnopt.capture.onnx.read import prepared, read_model
-from attnopt.capture.onnx.translate import Observed, Sum
+from attnopt.capture.onnx.translate import LiftedFile, Observed
 from attnopt.config import OptimizeConfig
 from attnopt.emit.onnx.layers import distance
 from attnopt.emit.onnx.model import IR_VERSION, OPSETS, Layer, record
@@ -39,8 +39,8 @@ Names = dict[str, tuple[str | None, ...]]
 """For each input the names of its dimensions; None for a constant size."""
 Sites = list[tuple[str, torch.Tensor, torch.Tensor]]
 """For each attention its name, the original's result, and that of the fused node, on the example."""
-Compare = Callable[[Callable[..., Any], Callable[..., Any], Inputs, Names, dict[str, Sum], Sites], Verdict]
-"""Compares two files on inputs made from the example, where both take a tensor for each name, and their attentions. Some names of dimensions are sums of others."""
+Compare = Callable[[Callable[..., Any], Callable[..., Any], Inputs, Names, LiftedFile, Sites], Verdict]
+"""Compares two files on inputs made from the example, where both take a tensor for each name, and their attentions."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -62,7 +62,14 @@ class FileReport(OnnxReport):
 
     def to_dict(self) -> dict[str, Any]:
         found = self.analysis.to_dict()
-        return {"source": self.source, **super().to_dict(), "path": self.path or None, "conditions": self.conditions, "sites": found["sites"], "remarks": found["remarks"]}
+        return {
+            "source": self.source,
+            **super().to_dict(),
+            "path": self.path or None,
+            "conditions": self.conditions,
+            "sites": found["sites"],
+            "remarks": found["remarks"],
+        }
 
 
 def rewrite_file(
@@ -144,7 +151,7 @@ class _Job:
         after = OnnxSession(draft, "the rewritten model")
         names = {str(v.name): tuple(dimension(d, str(v.name), i) for i, d in enumerate(v.shape or ())) for v in inputs_of(model)}
         self.progress("verify", 0, 1)
-        report.verdict = analysis.verdict = self.compare(before, after, inputs, names, lifted.sums, self._sites(model, layers, inputs))
+        report.verdict = analysis.verdict = self.compare(before, after, inputs, names, lifted, self._sites(model, layers, inputs))
         if not report.verdict.passed:
             worst = report.verdict.worst
             detail = "nothing could be compared" if worst is None else f"{worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}. {worst.detail}"
