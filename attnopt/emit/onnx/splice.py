@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript import evaluator
 from torch import fx
 
 from attnopt.analysis import nodes as N
@@ -88,7 +89,8 @@ def _replace(
     tape = writer.begin()
     q, k, v = (writer.operand(_node(x)) for x in node.args[:3])
     loads, sizes = ([writer.value(x) if isinstance(x, fx.Node) else x for x in _list(node.args[i])] for i in (3, 4))
-    writer.known[node] = Lowering(tape, q, k, v, loads, sizes, spec, dtype).build(form)
+    with evaluator.default_as(tape):
+        writer.known[node] = Lowering(tape, q, k, v, loads, sizes, spec, dtype).build(form)
     new = writer.value(out)
     new.type, new.shape = old.type, old.shape
     for i, made in enumerate(tape.nodes):
@@ -127,7 +129,10 @@ def _homes(captured: fx.GraphModule) -> dict[str, tuple[ir.Value, int]]:
 
 
 class _Tape(ir.tape.Tape):  # type: ignore[misc]
-    """``tape.MatMul(a, b)`` is a new node's result. Reads sizes of operands from the inputs of the file, so that attentions of equal sizes share what is computed from them."""
+    """``tape.MatMul(a, b)`` is a new node's result, and so is a call of one of onnxscript's operators while the tape is its evaluator.
+
+    Sizes of operands are read from the inputs of the file, so that attentions of equal sizes share what is computed from them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +146,12 @@ class _Tape(ir.tape.Tape):  # type: ignore[misc]
         if known and known[0] is not None:
             return known[0]
         return self.op("Shape", [x], {"start": start} if end is None else {"start": start, "end": end})
+
+    def eval_op(self, op: Any, args: Sequence[ir.Value | None], kwargs: Mapping[str, Any]) -> ir.Value:
+        return self.op(op.name, args, kwargs, domain=op.opset.domain)
+
+    def eval_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ir.Value:
+        raise NotImplementedError(f"{function} is a function of onnxscript, and a lowering is made of operators")
 
 
 @dataclass
@@ -160,6 +171,10 @@ class Writer:
     def operand(self, x: fx.Node) -> ir.Value:
         """The value of a node whose sizes will be asked for."""
         value = self.value(x)
+        held = N.value(x)
+        if value.dtype is None or value.shape is None:
+            value.dtype = ir.DataType.from_numpy(_numpy(held.dtype))
+            value.shape = ir.Shape([n if isinstance(n, int) else None for n in held.shape])
         self.tape.sizes[value] = [self._size(n) for n in N.shape(x)]
         return value
 
