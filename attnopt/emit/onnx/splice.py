@@ -89,7 +89,7 @@ def _replace(
     tape = writer.begin()
     q, k, v = (writer.operand(_node(x)) for x in node.args[:3])
     loads, sizes = ([writer.value(x) if isinstance(x, fx.Node) else x for x in _list(node.args[i])] for i in (3, 4))
-    with evaluator.default_as(tape):
+    with evaluator.default_as(_Recorder(tape)):
         writer.known[node] = Lowering(tape, q, k, v, loads, sizes, spec, dtype).build(form)
     new = writer.value(out)
     new.type, new.shape = old.type, old.shape
@@ -129,9 +129,8 @@ def _homes(captured: fx.GraphModule) -> dict[str, tuple[ir.Value, int]]:
 
 
 class _Tape(ir.tape.Tape):  # type: ignore[misc]
-    """``tape.MatMul(a, b)`` is a new node's result, and so is a call of one of onnxscript's operators while the tape is its evaluator.
-
-    Sizes of operands are read from the inputs of the file, so that attentions of equal sizes share what is computed from them.
+    """``tape.MatMul(a, b)`` is a new node's result. Sizes of operands are read from the inputs of the file, so that attentions
+    of equal sizes share what is computed from them.
     """
 
     def __init__(self) -> None:
@@ -147,8 +146,15 @@ class _Tape(ir.tape.Tape):  # type: ignore[misc]
             return known[0]
         return self.op("Shape", [x], {"start": start} if end is None else {"start": start, "end": end})
 
+
+@dataclass
+class _Recorder:
+    """An evaluator of onnxscript: a call of one of its operators becomes a node on the tape."""
+
+    tape: _Tape
+
     def eval_op(self, op: Any, args: Sequence[ir.Value | None], kwargs: Mapping[str, Any]) -> ir.Value:
-        return self.op(op.name, args, kwargs, domain=op.opset.domain)
+        return self.tape.op(op.name, args, kwargs, domain=op.opset.domain)
 
     def eval_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ir.Value:
         raise NotImplementedError(f"{function} is a function of onnxscript, and a lowering is made of operators")
