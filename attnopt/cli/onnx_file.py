@@ -34,7 +34,7 @@ def optimize_file_command(target: str, *, output: str | None, inputs: Sequence[s
     out, err = render.console(), render.console(stderr=True)
     with Stages(err) as stages:
         report = optimize_onnx(target, output, example_inputs=_given(target, inputs), opset=opset, progress=stages)
-    code = POLICY if not report.fused or (require_all and report.missed) else DONE
+    code = POLICY if not report.replaced or (require_all and report.missed) else DONE
     if as_json:
         click.echo(json.dumps({**report.to_dict(), "exit_code": code}, indent=2))
         return code
@@ -47,9 +47,11 @@ def optimize_file_command(target: str, *, output: str | None, inputs: Sequence[s
 
 
 def _summary(report: FileReport, output: str | None, code: int) -> str:
-    counts = f"{len(report.fused)} of {len(report.layers)} attentions are fused nodes"
-    if not report.fused:
-        return f"[bold red]Not done:[/] {counts}, so nothing was written"
+    n = len(report.layers)
+    counts = f"{len(report.fused)} of {n} attentions are fused nodes"
+    if not report.replaced:
+        already = n and len(report.fused) == n
+        return f"[bold red]Not done:[/] {counts if n else 'no attention was found'}{' already' if already else ''}, so nothing was written"
     where = f"{escape(shown_path(output))}, opset {report.opset}" if output else "nothing was written, since no --output was given"
     return f"[bold {'green' if code == DONE else 'red'}]{'Done' if code == DONE else 'Not done'}:[/] {where}, {counts}, {render.verdict_text(report.verdict)} in ONNX Runtime"
 

@@ -121,9 +121,29 @@ def test_a_fused_attention_stays_and_a_second_time_changes_nothing(tmp_path: Pat
     assert facts["exit_code"] == 0 and facts["path"] == str(out) and facts["fused"] == 1 and operators(onnx.load(out)).count("Attention") == 1
     assert command(["optimize", str(out), "-o", str(again), "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
-    assert facts["path"] is None and facts["layers"] == [] and not again.exists()
+    assert facts["path"] is None and not again.exists() and facts["remarks"] == []
+    assert [(x["what"], x["lowered_to"]) for x in facts["layers"]] == [("fused already", "Attention")]
     assert command(["optimize", str(out), "-o", str(again)]) == 1
-    assert "so nothing was written" in capsys.readouterr().out
+    assert "1 of 1 attentions are fused nodes already, so nothing was written" in capsys.readouterr().out
+
+
+def test_a_file_without_an_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small("y = Softmax(x)"), tmp_path / "a.onnx")
+    assert command(["optimize", str(tmp_path / "a.onnx"), "-o", str(tmp_path / "b.onnx")]) == 1
+    assert "no attention was found, so nothing was written" in capsys.readouterr().out and not (tmp_path / "b.onnx").exists()
+
+
+def test_zeros_in_rows_without_a_key(tmp_path: Path) -> None:
+    """As an exporter writes PyTorch's own attention: NaN that softmax gives of a row of -inf becomes zero."""
+    numbers = "lowest = Constant<value = float {-inf}>() nought = Constant<value = float {0.0}>() axes = Constant<value = int64[1] {1}>() "
+    masked = numbers + "keys = Unsqueeze(shown, axes) w = Where(keys, z, lowest) a = Softmax(w) n = IsNaN(a) p = Where(n, nought, a)"
+    m = small(ATTENTION.replace("p = Softmax(z)", masked), inputs=f"float[batch, sequence, {D}] x, bool[batch, sequence] shown")
+    report = attnopt.optimize_onnx(m, tmp_path / "out.onnx")
+    assert [x.words for x in report.replaced] == ["full, key padding"]
+    given = {"x": np.random.default_rng(0).standard_normal((2, 5, D)).astype(np.float32), "shown": np.array([[1, 1, 0, 1, 0], [0] * 5], bool)}
+    (got,), (expected,) = run(str(tmp_path / "out.onnx"), given), run(m, given)
+    assert not expected[1].any() and np.isfinite(expected).all()
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_file_of_past_and_new_keys(tmp_path: Path) -> None:

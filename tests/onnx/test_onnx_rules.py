@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, str]] = {
     "Less, Greater": (I, "c = Constant<value = int64 {1}>() l = Less(i, c) g = Greater(c, i) a = LessOrEqual(i, c) e = GreaterOrEqual(i, i) p = And(l, g) q = And(a, e) y = Or(p, q)"),
     "IsNaN": (X, "l = Log(x) y = IsNaN(l)"),
     "Where": (X, "c = Constant<value = float {0.0}>() g = Greater(x, c) y = Where(g, x, c)"),
+    "Where for NaN": (X, "l = Log(x) z = Constant<value = float {0.0}>() n = IsNaN(l) y = Where(n, z, l)"),
     "Clip": (X, "l = Constant<value = float {-0.5}>() h = Constant<value = float {0.25}>() y = Clip(x, l, h)"),
     "Clip from above": (X, "h = Constant<value = float {0.25}>() y = Clip(x, , h)"),
     "Cast": (X, "c = Cast<to = 7>(x) y = Cast<to = 9>(c)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import onnx_ir as ir
@@ -119,7 +120,13 @@ def _where(t: Translator, node: ir.Node) -> Result | None:
         found = compute(t.builder, "Where", all_known, all_known[1].dtype)
         if found is not None:
             return found
-    return t.builder.call(aten.where.self, *(t.tensor(v) for v in node.inputs))
+    condition, fill, x = node.inputs
+    assert condition is not None and fill is not None and x is not None
+    asks = condition.producer()
+    instead = t.number(fill, t.rank(x))
+    if asks is not None and asks.op_type == "IsNaN" and asks.inputs[0] is x and isinstance(instead, (int, float)):
+        return t.builder.call(aten.nan_to_num.default, t.tensor(x), float(instead), math.inf, -math.inf)
+    return t.builder.call(aten.where.self, t.tensor(condition), t.tensor(fill), t.tensor(x))
 
 
 @rule("Clip")

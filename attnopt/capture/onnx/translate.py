@@ -299,20 +299,20 @@ def _is_learnt(data: torch.Tensor) -> bool:
     return bool((data.abs() <= 1e3).all()) and bool((data != data.round()).any())
 
 
-def _origin(node: ir.Node) -> dict[str, Any]:
-    """Where a node comes from, in the form that captured graphs have: the exporter's own record, or the path in its name."""
-    out: dict[str, Any] = {}
+def path_of(node: ir.Node) -> str:
+    """The module that a node was exported from: by the exporter's own record, or the path in its name; empty where neither says."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-    if scopes is not None:
-        paths = list(ast.literal_eval(scopes))[:-1]
-        path = paths[-1] if paths else ""
-    else:
-        path = ".".join(p for p in str(node.name or "").split("/")[1:-1])
-    out["nn_module_stack"] = {"file": (path, "")}
+    if scopes is None:
+        return ".".join(str(node.name or "").split("/")[1:-1])
+    paths = list(ast.literal_eval(scopes))[:-1]
+    return str(paths[-1]) if paths else ""
+
+
+def _origin(node: ir.Node) -> dict[str, Any]:
+    """Where a node comes from, in the form that captured graphs have."""
+    out: dict[str, Any] = {"nn_module_stack": {"file": (path_of(node), "")}}
     trace = node.metadata_props.get("pkg.torch.onnx.stack_trace")
-    if trace:
-        out["stack_trace"] = trace
-    return out
+    return {**out, "stack_trace": trace} if trace else out
 
 
 def _subgraphs(node: ir.Node) -> list[ir.Graph]:

@@ -17,14 +17,14 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, NameFixPas
 from attnopt.capture.onnx.examples import dimension, examples, inputs_of
 from attnopt.capture.onnx.lift import lift
 from attnopt.capture.onnx.read import prepared, read_model
-from attnopt.capture.onnx.translate import LiftedFile, Observed
+from attnopt.capture.onnx.translate import LiftedFile, Observed, path_of
 from attnopt.config import OptimizeConfig
 from attnopt.emit.onnx.layers import distance
 from attnopt.emit.onnx.model import IR_VERSION, OPSETS, Layer, record
 from attnopt.emit.onnx.plan import TARGETS, Target
 from attnopt.emit.onnx.report import OnnxReport
 from attnopt.emit.onnx.run import OnnxSession, check_file
-from attnopt.emit.onnx.splice import FileLayer, splice
+from attnopt.emit.onnx.splice import KEPT, FileLayer, splice
 from attnopt.emit.onnx.write import check_place, external_name, refuse_bfloat16, shapes_of
 from attnopt.errors import AttnoptError, VerificationError
 from attnopt.passes.pipeline import run_pipeline
@@ -43,6 +43,8 @@ Compare = Callable[[Callable[..., Any], Callable[..., Any], Inputs, Names, Lifte
 """Compares two files on inputs made from the example, where both take a tensor for each name, and their attentions."""
 Progress = Callable[[str, int, int], None]
 
+_FUSED = ("Attention", "GroupQueryAttention", "MultiHeadAttention")
+
 
 @dataclass
 class FileReport(OnnxReport):
@@ -57,8 +59,12 @@ class FileReport(OnnxReport):
 
     @property
     def missed(self) -> list[Layer]:
-        """Attentions that stayed as they were."""
-        return [x for x in self.layers if x.spec is None]
+        """Attentions that stayed as they were, and are no fused nodes."""
+        return [x for x in self.layers if x.spec is None and x.lowered_to == KEPT]
+
+    @property
+    def replaced(self) -> list[Layer]:
+        return [x for x in self.layers if x.spec is not None]
 
     def to_dict(self) -> dict[str, Any]:
         found = self.analysis.to_dict()
@@ -102,7 +108,7 @@ def rewrite_file(
         with tempfile.TemporaryDirectory(prefix=".attnopt.", dir=None if place is None else place.parent) as folder:
             job = _Job(original, name, Path(folder), target, compare, progress)
             report = job.run(Path(source) if isinstance(source, (str, os.PathLike)) else None, given, opset, place.name if place is not None else "model.onnx")
-            if place is not None and any(x.spec is not None for x in report.layers):
+            if place is not None and report.replaced:
                 for file in (f"{place.name}.data", place.name):  # the weights first: a model without them is no model
                     if (Path(folder) / file).exists():
                         os.replace(Path(folder) / file, place.parent / file)  # noqa: PTH105 - over a file that exists
@@ -127,6 +133,7 @@ class _Job:
         inputs, sizes = self._example(before, given)
         self.progress("capture", 0, 1)
         model = prepared(self.original.clone(), opset)
+        there = [Layer(path_of(n) or str(n.name), "fused already", None, n.op_type, "an operator of the file") for n in model.graph if n.op_type in _FUSED]
         lifted = lift(model, sizes, lambda: self._observed(model, inputs))
         self.progress("passes", 0, 1)
         result = run_pipeline(lifted.graph_module, OptimizeConfig(backend="reference", disable_passes=("merge-projections", "share-block-maps")))
@@ -136,12 +143,15 @@ class _Job:
             site.kernel, site.why = layer.lowered_to, layer.why
             if layer.spec is None:
                 site.status, site.kernel = "missed", ""
-        if lifted.opaque:
-            words = ", ".join(f"{op} ({n})" if n > 1 else op for op, n in sorted(lifted.opaque.items()))
+        unknown = {op: n for op, n in lifted.opaque.items() if op not in _FUSED}
+        if unknown:
+            words = ", ".join(f"{op} ({n})" if n > 1 else op for op, n in sorted(unknown.items()))
             analysis.remarks.append(Remark("AO307", f"Of the results of {words} only the shape is known."))
-        report = FileReport("", int(model.opset_imports[""]), self.target, shapes_of(inputs_of(model)), shapes_of(model.graph.outputs), list(layers), Verdict())
+        report = FileReport(
+            "", int(model.opset_imports[""]), self.target, shapes_of(inputs_of(model)), shapes_of(model.graph.outputs), [*layers, *there], Verdict()
+        )
         report.source, report.analysis, report.conditions, report.model = self.name, analysis, lifted.conditions, model
-        if not any(x.spec is not None for x in layers):
+        if not report.replaced:
             return report
         _tidy(model)
         record(model, layers, self.target)

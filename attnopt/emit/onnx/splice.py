@@ -53,26 +53,27 @@ def splice(model: ir.Model, captured: fx.GraphModule, result: PipelineResult, ta
     for i, site in enumerate(s for s in result.sites if s.is_attention):
         node = found.get(site.name)
         if node is None:
-            layers.append(FileLayer(site.name, "not replaced", None, _KEPT, site.why))
+            layers.append(FileLayer(site.name, "not replaced", None, KEPT, site.why))
             continue
         spec = spec_of(node)
         dtype = str(N.value(_node(node.args[0])).dtype).removeprefix("torch.")
         form = plan(spec, target, dtype)
         if not form.fused:
-            layers.append(FileLayer(site.name, str(spec), None, _KEPT, form.why))
+            layers.append(FileLayer(site.name, str(spec), None, KEPT, form.why))
             continue
         known = dict(writer.known)
         try:
             old, new = _replace(writer, node, spec, form, dtype, originals, f"attnopt/{i}")
         except Unwritable as error:
             writer.known = known
-            layers.append(FileLayer(site.name, str(spec), None, _KEPT, str(error)))
+            layers.append(FileLayer(site.name, str(spec), None, KEPT, str(error)))
             continue
         layers.append(FileLayer(site.name, str(spec), spec, form.lowered_to, form.why, value=new, old=old))
     return layers
 
 
-_KEPT = "as it was"
+KEPT = "as it was"
+"""What an attention that stays in the file's own operators is lowered to."""
 
 
 def _replace(
