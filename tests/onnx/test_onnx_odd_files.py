@@ -168,6 +168,9 @@ def test_a_file_of_past_and_new_keys(tmp_path: Path) -> None:
     names = {c.name for c in report.verdict.checks}
     assert {"whole model by past: longer", "whole model by sequence: longer", "whole model by past: left padding", "batch of one: example"} <= names
     rng = np.random.default_rng(0)
+    step = {"attention_mask": np.ones((1, 8), np.int64), "q": rng.standard_normal((1, 2, 1, D)).astype(np.float32)}
+    step |= {n: rng.standard_normal((1, 2, 7 if "past" in n else 1, D)).astype(np.float32) for n in ("past_k", "past_v", "new_k", "new_v")}
+    assert attnopt.optimize_onnx(m, example_inputs=step).conditions == report.conditions  # one token of one sequence is an example, too
     for past, sequence in ((0, 5), (6, 1), (3, 4)):
         given = {n: rng.standard_normal((2, 2, past if "past" in n else sequence, D)).astype(np.float32) for n in ("past_k", "past_v", "new_k", "new_v", "q")}
         given["attention_mask"] = np.ones((2, past + sequence), np.int64)

@@ -33,7 +33,9 @@ def equations(guards: Sequence[Any], clamped: Sequence[Any], names: Mapping[Any,
     sums: dict[str, Sum] = {}
     words: list[str] = []
     for guard in guards:
-        e = guard.xreplace({s: symbols[s] for s in guard.free_symbols if s in symbols})
+        if any(names.get(s) not in named for s in guard.free_symbols):
+            continue  # of what an operator without a translation gives; the file's own operators see to that
+        e = guard.xreplace({s: symbols[s] for s in guard.free_symbols})
         if guard in clamped and not isinstance(e, (sympy.Eq, sympy.Ne)) and not _always(e):
             words.append(str(e))
         if not isinstance(e, sympy.Eq) or _always(e):
@@ -43,7 +45,7 @@ def equations(guards: Sequence[Any], clamped: Sequence[Any], names: Mapping[Any,
         terms = {str(s): rest.coeff(s) for s in rest.free_symbols}
         constant = rest.subs(dict.fromkeys(rest.free_symbols, 0))
         linear = sympy.expand(rest - sum(c * sympy.Symbol(n, integer=True) for n, c in terms.items()) - constant) == 0
-        if not linear or not set(terms) <= set(named) or not all(c.is_Integer for c in (*terms.values(), constant)):
+        if not linear or not all(c.is_Integer for c in (*terms.values(), constant)):
             continue
         # the one that stands alone on its side
         alone = [n for n, c in terms.items() if abs(c) == 1 and all(o * c < 0 for m, o in terms.items() if m != n)]

@@ -246,6 +246,9 @@ class Translator:
                 out.append(dim)
                 continue
             name = dim.value
+            if name is None and seen is not None and seen[1][axis] == 1:
+                out.append(1)  # for want of better knowledge; the comparison at other sizes has the last word
+                continue
             name = name or f"{value.name}_{axis}"
             hint = self.sizes[name] if name in self.sizes else 2 if seen is None else seen[1][axis]
             out.append(self.builder.symbol(name, hint, 0))

@@ -134,7 +134,9 @@ class _Job:
         self.progress("capture", 0, 1)
         model = prepared(self.original.clone(), opset)
         there = [Layer(path_of(n) or str(n.name), "fused already", None, n.op_type, "an operator of the file") for n in model.graph if n.op_type in _FUSED]
-        lifted = lift(model, sizes, lambda: self._observed(model, inputs))
+        # A size of one is broadcast, and says nothing of others: the file is read at sizes of at least two.
+        larger, sizes = (inputs, sizes) if min(sizes.values(), default=2) > 1 else self._example(before, None)
+        lifted = lift(model, sizes, lambda: self._observed(model, larger))
         self.progress("passes", 0, 1)
         result = run_pipeline(lifted.graph_module, OptimizeConfig(backend="reference", disable_passes=("merge-projections", "share-block-maps")))
         layers = splice(model, lifted.graph_module, result, self.target)
