@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import onnx_ir as ir
@@ -10,6 +9,7 @@ import torch
 from torch import fx
 
 from attnopt.capture.onnx.known import Known, compute, known
+from attnopt.capture.onnx.nonfinite import nan_to_num
 from attnopt.capture.onnx.translate import Result, Translator, attribute, rule, torch_dtype
 
 aten = torch.ops.aten
@@ -120,13 +120,7 @@ def _where(t: Translator, node: ir.Node) -> Result | None:
         found = compute(t.builder, "Where", all_known, all_known[1].dtype)
         if found is not None:
             return found
-    condition, fill, x = node.inputs
-    assert condition is not None and fill is not None and x is not None
-    asks = condition.producer()
-    instead = t.number(fill, t.rank(x))
-    if asks is not None and asks.op_type == "IsNaN" and asks.inputs[0] is x and isinstance(instead, (int, float)):
-        return t.builder.call(aten.nan_to_num.default, t.tensor(x), float(instead), math.inf, -math.inf)
-    return t.builder.call(aten.where.self, t.tensor(condition), t.tensor(fill), t.tensor(x))
+    return nan_to_num(t, node) or t.builder.call(aten.where.self, *(t.tensor(v) for v in node.inputs))
 
 
 @rule("Clip")
@@ -214,7 +208,20 @@ def _layer_norm(t: Translator, node: ir.Node) -> Result | None:
     return t.builder.call(aten.layer_norm.default, given, shape, t.tensor(scale), None if bias is None else t.tensor(bias), attribute(node, "epsilon", 1e-5))
 
 
-_REDUCTIONS = {"ReduceSum": aten.sum.dim_IntList, "ReduceMean": aten.mean.dim, "ReduceMax": aten.amax.default, "ReduceMin": aten.amin.default}
+@rule("IsInf")
+def _isinf(t: Translator, node: ir.Node) -> Result | None:
+    if not (attribute(node, "detect_positive", 1) and attribute(node, "detect_negative", 1)):
+        return None
+    return t.builder.call(aten.isinf.default, t.tensor(node.inputs[0]))
+
+
+_REDUCTIONS = {
+    "ReduceLogSumExp": aten.logsumexp.default,
+    "ReduceSum": aten.sum.dim_IntList,
+    "ReduceMean": aten.mean.dim,
+    "ReduceMax": aten.amax.default,
+    "ReduceMin": aten.amin.default,
+}
 
 
 @rule(*_REDUCTIONS, "ReduceProd")
