@@ -154,8 +154,10 @@ class _Recorder:
 
     tape: _Tape
 
-    def eval_op(self, op: Any, args: Sequence[ir.Value | None], kwargs: Mapping[str, Any]) -> ir.Value:
-        return self.tape.op(op.name, args, kwargs, domain=op.opset.domain)
+    def eval_op(self, op: Any, args: Sequence[ir.Value | None], kwargs: Mapping[str, Any]) -> ir.Value | Sequence[ir.Value]:
+        n = len(op.op_schema.outputs)
+        made = self.tape.op_multi_out(op.name, args, kwargs, num_outputs=n, domain=op.opset.domain)
+        return made if n > 1 else made[0]
 
     def eval_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ir.Value:
         raise NotImplementedError(f"{function} is a function of onnxscript, and a lowering is made of operators")
