@@ -31,6 +31,10 @@ def is_onnx(target: str) -> bool:
 def optimize_file_command(target: str, *, output: str | None, inputs: Sequence[str], opset: int, require_all: bool, as_json: bool) -> int:
     from attnopt.onnx_files import optimize_onnx
 
+    if output is not None and Path(output).suffix == ".pt2":
+        raise AttnoptError(
+            f"--output {output}: an ONNX file is written as ONNX, and a .pt2 file holds a PyTorch model; expected a name such as optimized.onnx."
+        )
     out, err = render.console(), render.console(stderr=True)
     with Stages(err) as stages:
         report = optimize_onnx(target, output, example_inputs=_given(target, inputs), opset=opset, progress=stages)

@@ -144,11 +144,14 @@ def test_a_place_that_cannot_be_written_and_a_wrong_request(source: Path, tmp_pa
         (["--input", "z=float32[2,3,8]"], "no input 'z'"),
         (["--input", "x=float16[2,3,8]"], "The input x is float16"),
         (["--backend", "sdpa"], "--backend does not apply to an ONNX file"),
+        (["-o", "a.pt2"], "an ONNX file is written as ONNX"),
         (["--no-verify"], "does not apply to an ONNX file"),
         (["-o", str(tmp_path / "missing" / "a.onnx")], "does not exist"),
     ):
         assert command(["optimize", str(source), *arguments]) == 2
         assert words in capsys.readouterr().err
+    assert command(["inspect", str(source)]) == 2
+    assert "attnopt optimize" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
