@@ -144,7 +144,7 @@ def verify(**options: Any) -> int:
 @app.command()
 @_model_options
 @click.option("--output", "-o", required=True, type=click.Path(), metavar="FILE.onnx", help="Where to write the model.")
-@click.option("--target", "form", type=click.Choice(["onnx", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. decomposed: every attention in basic operators.")
+@click.option("--target", "form", type=click.Choice(["onnx", "ort", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. ort: GroupQueryAttention and MultiHeadAttention of ONNX Runtime where they are, with a function of standard operators for other runtimes. decomposed: every attention in basic operators.")
 @click.option("--opset", type=int, default=24, show_default=True, help="Version of the ONNX operators: 23 or 24.")
 @_output_options
 def export(**options: Any) -> int:

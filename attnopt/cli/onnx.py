@@ -50,7 +50,7 @@ def show(out: Terminal, report: OnnxReport) -> None:
             table.add_column(name, overflow="fold")
         for layer in report.layers:
             error = "-" if layer.error is None else f"{layer.error:.1e}"
-            style = "green" if layer.lowered_to == "Attention" else "yellow"
+            style = "green" if layer in report.fused else "yellow"
             table.add_row(escape(layer.name), escape(layer.words), f"[{style}]{layer.lowered_to}[/]", escape(layer.why), error)
         out.print(table)
     else:
