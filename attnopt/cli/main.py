@@ -146,6 +146,7 @@ def verify(**options: Any) -> int:
 @click.option("--output", "-o", required=True, type=click.Path(), metavar="FILE.onnx", help="Where to write the model.")
 @click.option("--target", "form", type=click.Choice(["onnx", "ort", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. ort: GroupQueryAttention and MultiHeadAttention of ONNX Runtime where they are, with a function of standard operators for other runtimes. decomposed: every attention in basic operators.")
 @click.option("--opset", type=int, default=24, show_default=True, help="Version of the ONNX operators: 23 or 24.")
+@click.option("--with-past", is_flag=True, help="A decoder with its KV cache as inputs and outputs, as onnxruntime-genai expects it, and genai_config.json beside it.")
 @_output_options
 def export(**options: Any) -> int:
     """Write MODEL as ONNX with its attentions as fused nodes, and compare the file with MODEL in ONNX Runtime.

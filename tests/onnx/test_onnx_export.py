@@ -191,6 +191,7 @@ def test_models_of_the_zoo(name: str, target: str, tmp_path: Path) -> None:
     assert not case.padded or {"whole model: right padding", "whole model: left padding", "whole model: longer"} <= checks
 
 
+@pytest.mark.slow
 def test_an_operator_that_torch_does_not_translate_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from zoo.models import CASES
