@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from attnopt.emit.onnx.contrib import operator
-from attnopt.emit.onnx.plan import Plan, score_form
+from attnopt.emit.onnx.plan import Plan, band, score_form, window_of
 from attnopt.emit.onnx.program import Programs
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
@@ -66,8 +66,7 @@ class Lowering:
         by_program = self.spec.empty_rows == "program" and self._may_be_empty()
         if form.bias is None and not by_program:
             rest = self.spec.mask if self.plan.rest is None else self.plan.rest
-            visible = None if rest is E.TRUE else self.visible if rest is self.spec.mask else self._full(self.programs.write(rest))
-            o = self._operator(form, visible)
+            o = self._operator(form, None if rest is E.TRUE else self.programs.write(rest))
             return self._with_empty_rows(o, self._empty()) if self._may_be_empty() else o
         zero, low = self._float(0.0), self._float(-np.inf)
         x = zero if form.bias is None else self._full(self.programs.write(form.bias))
@@ -100,15 +99,13 @@ class Lowering:
         return op.Where(deep, op.Mul(x, self._float(2.0**-20)), x)
 
     def _operator(self, form: Capped, mask: Any, additive: bool = False) -> Any:
-        """The planned operator; with an additive mask in half precision it runs in float32, so that the bias keeps its digits."""
+        """The planned operator, with a mask of booleans that broadcasts, or an ``additive`` one [.., Sq, Skv], in half precision of float32, so that the bias keeps its digits."""
         up = self.half and additive
         q, k, v = (self.op.Cast(x, to=1) if up else x for x in (self.q, self.k, self.v))
-        if self.plan.operator == "Attention":
-            o = self._attention(q, k, v, mask, form.scale, int(self.plan.causal))
-        else:
-            if mask is not None and not additive:
-                mask = self.op.Where(mask, self._as(q, 0.0), self._as(q, -np.inf))
-            o = self._packed(q, k, v, mask, form)
+        contrib = self.plan.operator != "Attention"
+        if mask is not None and not additive:
+            mask = self._full(self.op.Where(mask, self._as(q, 0.0), self._as(q, -np.inf)) if contrib else mask)
+        o = self._packed(q, k, v, mask, form) if contrib else self._attention(q, k, v, mask, form.scale, int(self.plan.causal))
         return self.op.CastLike(o, self.v) if up else o
 
     def _attention(self, q: Any, k: Any, v: Any, mask: Any, scale: float, is_causal: int) -> Any:
@@ -134,7 +131,7 @@ class Lowering:
             further = [None, None, None, bias, None if spec.sink is None else self._head_sink(q)]
             while further and further[-1] is None:
                 further.pop()
-            o = operator("GroupQueryAttention")(*packed, None, None, self._seqlens(), op.Cast(self.Skv, to=_INT32), *further, **call)
+            o, *present = operator("GroupQueryAttention")(*packed, None, None, self._seqlens(), op.Cast(self.Skv, to=_INT32), *further, **call)
         o.dtype, o.shape = self.v.dtype if v is self.v else ir.DataType.FLOAT, ir.Shape([self.q.shape[0], self.q.shape[2], d.Hq.value * d.Dv.value])
         out = op.Transpose(op.Reshape(o, c([0, 0, d.Hq.value, d.Dv.value])), perm=[0, 2, 1, 3])
         self.packed[id(out)] = o
@@ -212,9 +209,29 @@ class Lowering:
         )
 
     def _empty(self) -> Any:
+        """Where a row has no visible key, with a last axis of 1."""
         op = self.op
+        counted = self._counted()
+        if counted is not None:
+            return op.Equal(counted, self.programs.constant(0))
         seen = op.ReduceMax(op.Cast(self.visible, to=_INT32), self.programs.constant([-1]), keepdims=1)
         return op.Not(op.Cast(seen, to=9))
+
+    def _counted(self) -> Any:
+        """How many keys a row sees, [.., Sq, 1]; None where that takes the whole mask: it is causal, with or without a window, and what else hides a key is the same for all queries."""
+        op, d, c = self.op, self.spec.dims, self.programs.constant
+        window = window_of(self.spec)
+        held = [E.le(d.k, d.q), *([] if window is None else [band(d, window)])]
+        parts = E.conjuncts(self.spec.mask)
+        rest = E.all_of(*(p for p in parts if p not in held))
+        if d.Sq is not d.Skv or held[0] not in parts or not set(rest.variables) <= {d.b, d.k}:
+            return None
+        there = op.Expand(op.Cast(self.programs.write(rest), to=7), op.Concat(c([1, 1, 1]), self.Skv, axis=0))
+        seen = op.CumSum(there, c(3))
+        if window is not None:
+            before = op.Slice(op.Pad(seen, c([0, 0, 0, window, 0, 0, 0, 0])), c([0]), self.Skv, c([3]))
+            seen = op.Sub(seen, before)
+        return op.Transpose(seen, perm=[0, 1, 3, 2])
 
     def _with_empty_rows(self, o: Any, empty: Any) -> Any:
         op = self.op

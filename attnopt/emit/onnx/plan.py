@@ -139,10 +139,10 @@ def _group_query(spec: AttentionSpec, dtype: str) -> Plan | str:
         return "a sink differs between queries"
     if spec.empty_rows == "program" and spec.rows_may_be_empty():
         return "rows without a visible key see keys behind the query"
-    window, lengths = _window(spec), _lengths(spec)
+    window, lengths = window_of(spec), _lengths(spec)
     held = [causal]
     if window is not None:
-        held.append(_band(d, window))
+        held.append(band(d, window))
     if lengths is not None:
         held.append(E.lt(d.k, lengths))
     rest = E.all_of(*(p for p in parts if p not in held))
@@ -178,18 +178,19 @@ def _operands(d: Dims, dtype: str) -> str | None:
     return None
 
 
-def _band(d: Dims, window: int) -> E.Expr:
+def band(d: Dims, window: int) -> E.Expr:
+    """``q < k + window``."""
     return E.le(d.q, E.add(d.k, E.const(window - 1)))
 
 
-def _window(spec: AttentionSpec) -> int | None:
-    """The number of keys in the mask's part ``q < k + window``."""
+def window_of(spec: AttentionSpec) -> int | None:
+    """The number of keys in the mask's part ``q < k + window``; None where it has none."""
     d = spec.dims
     for part in E.conjuncts(spec.mask):
         if part.op == "ge0":
             constant = [int(c) for c, a in E.terms(part.args[0]) if a is None]
             window = (constant[0] if constant else 0) + 1
-            if window > 0 and part is _band(d, window):
+            if window > 0 and part is band(d, window):
                 return window
     return None
 
