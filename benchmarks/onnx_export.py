@@ -47,7 +47,7 @@ def by_torch(model: Model, path: Path, attention: str, opset: int) -> None:
     """torch.onnx.export, with every axis of indices and the batch of everything else left open."""
     inputs = model.example(2, 40)
     auto = torch.export.Dim.DYNAMIC
-    shapes = {name: {axis: auto for axis in range(1 if x.is_floating_point() else 2)} for name, x in inputs.items()}
+    shapes = {name: dict.fromkeys(range(1 if x.is_floating_point() else 2), auto) for name, x in inputs.items()}
     module = _Plain(model.build(attention))
     program = torch.export.export(module, (), {"inputs": inputs}, dynamic_shapes={"inputs": shapes}, strict=False)
     torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=list(inputs), verbose=False, optimize=True).save(path)  # type: ignore[union-attr]

@@ -180,10 +180,12 @@ def test_models_of_the_zoo(name: str, target: str, tmp_path: Path) -> None:
     if name == "gpt_oss":  # its default is an operator of the library's own, which torch.onnx does not know
         model.set_experts_implementation("batched_mm")
     report = attnopt.optimize(model, kwargs=inputs, config=LAZY).export_onnx(tmp_path / "model.onnx", target=target)
-    if target == "ort":
+    if name == "gemma2":  # softcap, by the rule that nothing slower than its parts is chosen
+        expected = ["standard ops"] * case.sites
+    elif target == "ort":
         expected = PAIRS.get(name, [MHA if name in ENCODER else GQA] * case.sites)
     else:
-        expected = ["standard ops" if name in ("gemma2", "gpt_oss") else "Attention"] * case.sites
+        expected = ["Attention"] * case.sites
     assert [x.lowered_to for x in report.layers] == expected
     assert all(x.error is None or x.error < 1e-5 for x in report.layers)
     checks = {c.name for c in report.verdict.checks}

@@ -27,7 +27,7 @@ _OUTPUTS = {"GroupQueryAttention": ["output", "present_key", "present_value"], "
 _INTEGERS = {"seqlens_k", "total_sequence_length", "position_ids"}
 _REQUIRED = {"GroupQueryAttention": {"query", "seqlens_k", "total_sequence_length"}, "MultiHeadAttention": {"query"}}
 _ATTRIBUTES = {
-    "GroupQueryAttention": {"num_heads": "INT", "kv_num_heads": "INT", "scale": "FLOAT", "softcap": "FLOAT", "local_window_size": "INT"},
+    "GroupQueryAttention": {"num_heads": "INT", "kv_num_heads": "INT", "scale": "FLOAT", "local_window_size": "INT"},
     "MultiHeadAttention": {"num_heads": "INT", "scale": "FLOAT"},
 }
 
@@ -41,7 +41,7 @@ def operator(name: str) -> Any:
         optional = x not in _REQUIRED[name]
         option = S.FormalParameterOption.Optional if optional else S.FormalParameterOption.Single
         inputs.append(S.FormalParameter(x, "tensor(int32)" if x in _INTEGERS else "T", param_option=option))
-    attributes = [S.Attribute(n, getattr(S.AttrType, kind), required=n not in ("softcap", "local_window_size")) for n, kind in _ATTRIBUTES[name].items()]
+    attributes = [S.Attribute(n, getattr(S.AttrType, kind), required=n != "local_window_size") for n, kind in _ATTRIBUTES[name].items()]
     outputs = [S.FormalParameter(x, "T") for x in _OUTPUTS[name]]
     schema = S(name, DOMAIN, 1, inputs=inputs, outputs=outputs, type_constraints=[("T", _FLOATS, "")], attributes=attributes)
     return values.Op(values.Opset(DOMAIN, 1), name, schema)
@@ -82,8 +82,6 @@ class _Form:
         body = _Body(_ATTRIBUTES[name], {x: ir.val(x) for x in _INPUTS[name]})
         grouped = name == "GroupQueryAttention"
         heads = {"q_num_heads": body.given("num_heads"), "kv_num_heads": body.given("kv_num_heads" if grouped else "num_heads"), "scale": body.given("scale")}
-        if "softcap" in self.attributes:
-            heads["softcap"] = body.given("softcap")
         outputs = [self._grouped(body, heads) if grouped else body.attention(self._bias(body), heads)]
         if grouped:
             outputs += [body.heads_first(x, "kv_num_heads") for x in ("key", "value")]

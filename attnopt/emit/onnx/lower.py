@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from attnopt.emit.onnx.contrib import operator
-from attnopt.emit.onnx.plan import Plan, band, score_form, window_of
+from attnopt.emit.onnx.plan import Plan, band, window_of
 from attnopt.emit.onnx.program import Programs
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.affine import Capped
+from attnopt.kernels.affine import Affine, affine
 
 _DEEP = -1e30
 _INT32 = 6
@@ -61,10 +61,11 @@ class Lowering:
     # ---- an operator
 
     def _fused(self) -> Any:
-        op, form = self.op, score_form(self.spec)
+        op, form = self.op, affine(self.spec.score)
         assert form is not None
         by_program = self.spec.empty_rows == "program" and self._may_be_empty()
-        if form.bias is None and not by_program:
+        columns = self.spec.sinks and self.plan.operator == "Attention"
+        if form.bias is None and not by_program and not columns:
             rest = self.spec.mask if self.plan.rest is None else self.plan.rest
             o = self._operator(form, None if rest is E.TRUE else self.programs.write(rest))
             return self._with_empty_rows(o, self._empty()) if self._may_be_empty() else o
@@ -82,12 +83,26 @@ class Lowering:
         x = self._full(x)
         if by_program or self._reads():
             x = self._raised(x)
+        if columns:  # a row has its sink at least
+            return self._with_sink_column(form, x)
         o = self._operator(form, x, additive=True)
         if not (self._may_be_empty() or self._reads()):
             return o
         weightless = op.Equal(op.ReduceMax(x, self.programs.constant([-1]), keepdims=1), low)
         o = op.Where(weightless, self._as(o, 0.0 if self.spec.zero_without_weight else np.nan), o)
         return o if by_program or not self._may_be_empty() else self._with_empty_rows(o, self._empty())
+
+    def _with_sink_column(self, form: Affine, x: Any) -> Any:
+        """One more key and value of zeros, with the sink's logit in its column of the mask."""
+        assert self.spec.sink is not None
+        op, c, d = self.op, self.programs.constant, self.spec.dims
+        k, v = (op.Pad(y, c([0, 0, 0, 0, 0, 0, 1, 0])) for y in (self.k, self.v))
+        rows = op.Concat(op.Shape(self.q, start=0, end=1), c([d.Hq.value]), self.Sq, axis=0)
+        column = op.Expand(self.programs.write(self.spec.sink), op.Concat(rows, c([1]), axis=0))
+        mask = op.Concat(op.Expand(x, op.Concat(rows, self.Skv, axis=0)), column, axis=3)
+        q, k, v = (op.Cast(y, to=1) if self.half else y for y in (self.q, k, v))
+        o = self._attention(q, k, v, mask, form.scale, 0)
+        return op.CastLike(o, self.v) if self.half else o
 
     def _raised(self, x: Any) -> Any:
         """The additive mask without rows that are finite and beyond ``_DEEP`` on every key: ONNX Runtime takes those for rows without keys.
@@ -98,7 +113,7 @@ class Lowering:
         deep = op.Less(op.ReduceMax(x, self.programs.constant([-1]), keepdims=1), self._float(_DEEP))
         return op.Where(deep, op.Mul(x, self._float(2.0**-20)), x)
 
-    def _operator(self, form: Capped, mask: Any, additive: bool = False) -> Any:
+    def _operator(self, form: Affine, mask: Any, additive: bool = False) -> Any:
         """The planned operator, with a mask of booleans that broadcasts, or an ``additive`` one [.., Sq, Skv], in half precision of float32, so that the bias keeps its digits."""
         up = self.half and additive
         q, k, v = (self.op.Cast(x, to=1) if up else x for x in (self.q, self.k, self.v))
@@ -112,7 +127,7 @@ class Lowering:
         o = self.op.Attention(q, k, v, *(() if mask is None else (mask,)), scale=scale, is_causal=is_causal)
         return o[0] if isinstance(o, Sequence) else o
 
-    def _packed(self, q: Any, k: Any, v: Any, bias: Any, form: Capped) -> Any:
+    def _packed(self, q: Any, k: Any, v: Any, bias: Any, form: Affine) -> Any:
         """An operator of ONNX Runtime, over operands as [B, S, H * D]."""
         op, spec, c = self.op, self.spec, self.programs.constant
         d = spec.dims
@@ -124,14 +139,12 @@ class Lowering:
             o = operator("MultiHeadAttention")(*packed, *(() if bias is None else (None, None, bias)), **call)
         else:
             call["kv_num_heads"] = d.Hkv.value
-            if form.softcap is not None:
-                call["softcap"] = form.softcap
             if self.plan.window is not None:
                 call["local_window_size"] = self.plan.window
             further = [None, None, None, bias, None if spec.sink is None else self._head_sink(q)]
             while further and further[-1] is None:
                 further.pop()
-            o, *present = operator("GroupQueryAttention")(*packed, None, None, self._seqlens(), op.Cast(self.Skv, to=_INT32), *further, **call)
+            o, *_present = operator("GroupQueryAttention")(*packed, None, None, self._seqlens(), op.Cast(self.Skv, to=_INT32), *further, **call)
         o.dtype, o.shape = self.v.dtype if v is self.v else ir.DataType.FLOAT, ir.Shape([self.q.shape[0], self.q.shape[2], d.Hq.value * d.Dv.value])
         out = op.Transpose(op.Reshape(o, c([0, 0, d.Hq.value, d.Dv.value])), perm=[0, 2, 1, 3])
         self.packed[id(out)] = o
@@ -162,17 +175,21 @@ class Lowering:
         self.programs.score = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
         low = self._float(-np.inf)
         x = self.programs.write(spec.score)
-        if self.visible is not None:
-            x = op.Where(self.visible, x, low)
+        if self.visible is not None and self._reads():
+            x = op.Where(self.visible, x, low)  # a score that is not finite may be hidden
+        elif self.visible is not None:
+            x = op.Add(x, op.Where(self.visible, self._float(0.0), low))  # in place, where the choice would take as much memory again
         empty = self._empty() if self._may_be_empty() else None
         if empty is not None and spec.empty_rows == "program":
             assert spec.empty_score is not None
             x = op.Where(empty, self.programs.write(spec.empty_score), x)
-        x = op.Add(x, op.Mul(self._float(0.0), self._ones()))  # a score that reads no s has fewer axes
+        if E.score() not in spec.score.leaves:
+            x = op.Add(x, op.Mul(self._float(0.0), self._ones()))  # such a score may have fewer axes
         last = self.programs.constant([-1])
-        if spec.sink is None and empty is None and not self._reads():
+        if spec.sink is None and spec.empty_rows != "program" and not self._reads():
             o = op.MatMul(op.Softmax(x, axis=-1), v)
-            return op.CastLike(o, self.v) if self.half else o
+            o = op.CastLike(o, self.v) if self.half else o
+            return o if empty is None else self._with_empty_rows(o, empty)
         top = op.ReduceMax(x, last, keepdims=1)
         sink = None if spec.sink is None else self.programs.write(spec.sink)
         if sink is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec, Dims
-from attnopt.kernels.affine import Capped, affine, capped
+from attnopt.kernels.affine import affine, capped
 
 Target = Literal["onnx", "ort", "decomposed"]
 TARGETS: tuple[Target, ...] = ("onnx", "ort", "decomposed")
@@ -68,26 +68,30 @@ def _standard(spec: AttentionSpec, dtype: str) -> Plan:
 
 
 def _mask_words(spec: AttentionSpec) -> str:
+    if spec.sinks:
+        return "additive mask with a column for the sinks"
     if spec.mask is E.TRUE and _bias(spec) is None:
         return "no mask"
     return "boolean mask" if _bias(spec) is None and spec.empty_rows != "program" else "additive mask"
 
 
 def is_square_causal(spec: AttentionSpec) -> bool:
-    """Whether the score is scale * s and the mask k <= q, over as many queries as keys: what ``is_causal`` means by itself."""
+    """Whether the score is scale * s and the mask k <= q, over as many queries as keys: without sinks: what ``is_causal`` means by itself."""
     d = spec.dims
-    return d.Sq is d.Skv and spec.mask is E.le(d.k, d.q) and _bias(spec) is None
+    return d.Sq is d.Skv and spec.mask is E.le(d.k, d.q) and _bias(spec) is None and not spec.sinks
 
 
 def refusal(spec: AttentionSpec, dtype: str) -> str | None:
     """Why ``Attention`` cannot stand for ``spec``; None where it can."""
-    if spec.sinks:
-        return "Attention has no sinks"
+    if spec.sinks and spec.empty_rows == "program":
+        return "rows without a visible key have weights of their own beside a sink"
+    if spec.sinks and not spec.dims.Hq.is_const:
+        return "sinks over a number of heads that is no constant"
     form = affine(spec.score)
     if form is None:
-        cap = capped(spec.score)
-        if cap is not None and cap.softcap is not None:
-            return f"softcap {cap.softcap:g}: ONNX Runtime's Attention is slower with it than its parts on a CPU"
+        cap = _softcap(spec)
+        if cap is not None:
+            return f"softcap {cap:g}: ONNX Runtime's Attention is slower with it than its parts on a CPU"
         return "the score is not scale * s + bias"
     if form.scale <= 0:
         return f"the scale is {form.scale:g}: runtimes multiply both sides by its root"
@@ -100,19 +104,17 @@ def refusal(spec: AttentionSpec, dtype: str) -> str | None:
     return None
 
 
+def _softcap(spec: AttentionSpec) -> float | None:
+    form = capped(spec.score)
+    return None if form is None else form.softcap
+
+
 def _bias(spec: AttentionSpec) -> E.Expr | None:
     form = affine(spec.score)
     return None if form is None else form.bias
 
 
 # ---- operators of ONNX Runtime
-
-
-def score_form(spec: AttentionSpec) -> Capped | None:
-    """The score as ``softcap * tanh(scale * s / softcap) + bias``; None where it is of another form."""
-    form = affine(spec.score)
-    # affine() keeps a constant beside other terms, where capped() leaves one alone out
-    return capped(spec.score) if form is None else Capped(form.scale, None, form.bias, 0.0)
 
 
 def _group_query(spec: AttentionSpec, dtype: str) -> Plan | str:
@@ -130,9 +132,10 @@ def _group_query(spec: AttentionSpec, dtype: str) -> Plan | str:
         return f"values have {d.Dv} features and keys {d.D}"
     if d.D.value % 8:
         return f"{d.D} features are not a multiple of 8"
-    form = score_form(spec)
+    form = affine(spec.score)
     if form is None:
-        return "the score is not scale * s + bias, with or without softcap"
+        cap = _softcap(spec)
+        return "the score is not scale * s + bias" if cap is None else f"softcap {cap:g}: it is slower with it than the parts of the attention on a CPU"
     if form.scale <= 0:
         return f"the scale is {form.scale:g}"
     if spec.sink is not None and not set(spec.sink.variables) <= {d.h}:
@@ -150,7 +153,6 @@ def _group_query(spec: AttentionSpec, dtype: str) -> Plan | str:
         "causal over as many queries as keys, proven": True,
         f"local_window_size {window}": window is not None,
         "seqlens_k": lengths is not None,
-        f"softcap {form.softcap}": form.softcap is not None,
         "head_sink": spec.sinks,
         "attention_bias": rest is not E.TRUE or form.bias is not None,
     }
@@ -166,7 +168,9 @@ def _multi_head(spec: AttentionSpec, dtype: str) -> Plan | str:
         return f"{spec.groups} query heads share a KV head, and it takes one for each"
     reason = refusal(spec, dtype)
     if reason is not None:
-        return reason.replace("Attention has", "it has")
+        return reason
+    if spec.sinks:
+        return "it has no sinks"
     return Plan("MultiHeadAttention", "no mask" if spec.mask is E.TRUE and _bias(spec) is None else "attention_bias")
 
 
