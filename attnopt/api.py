@@ -312,7 +312,7 @@ class _Builder:
         _relate(result, captured)
         return result, Report(result.sites, [*captured.remarks, *result.remarks, *remarks], verdict, seconds)
 
-    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str, with_past: bool) -> OnnxReport:
+    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str, with_past: bool, strip_metadata: bool) -> OnnxReport:
         """Capture again with every attention as one node of the graph, whatever its kernel, write that, and compare it with the original."""
         assert isinstance(module, OptimizedModule)
         reference = module.attnopt_reference
@@ -342,7 +342,7 @@ class _Builder:
             more = verify_decoding(decoder, file, kwargs["input_ids"], kwargs["past_key_values"])
             return Verdict(more.passed, [*verdict.checks, *more.checks])
 
-        return write_onnx(again, path, opset, cast("Target", target), compare, decoder)
+        return write_onnx(again, path, opset, cast("Target", target), compare, decoder, strip_metadata)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

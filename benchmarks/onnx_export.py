@@ -189,8 +189,9 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
             row["peak MiB"] = peak_of(path, name, length, threads)
             runtimes[who] = (runtime, feed)
         times: dict[str, list[float]] = {who: [] for who in runtimes}
-        for _ in range(rounds):
-            for who, (runtime, feed) in runtimes.items():
+        for i in range(rounds):
+            turns = list(runtimes.items())
+            for who, (runtime, feed) in turns[i % len(turns) :] + turns[: i % len(turns)]:  # nobody is always first
                 start = time.perf_counter()
                 runtime.run(None, feed)
                 times[who].append(time.perf_counter() - start)

@@ -106,7 +106,8 @@ def app() -> None:
 @app.command()
 @_model_options
 @_pass_options
-@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE.pt2", help="Save the optimized model; a fresh process loads it after `import attnopt`.")
+@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="Save the optimized model.")
+@click.option("--emit", type=click.Choice(["pt2", "onnx"]), default="pt2", show_default=True, help="What --output is. pt2: a program that a fresh process loads after `import attnopt`. onnx: as `attnopt export` writes it.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the original.")
 @click.option("--require-all", is_flag=True, help="Exit with 1 unless every attention was replaced.")
 @click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Measure time and peak memory before and after.")
@@ -147,6 +148,7 @@ def verify(**options: Any) -> int:
 @click.option("--target", "form", type=click.Choice(["onnx", "ort", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. ort: GroupQueryAttention and MultiHeadAttention of ONNX Runtime where they are, with a function of standard operators for other runtimes. decomposed: every attention in basic operators.")
 @click.option("--opset", type=int, default=24, show_default=True, help="Version of the ONNX operators: 23 or 24.")
 @click.option("--with-past", is_flag=True, help="A decoder with its KV cache as inputs and outputs, as onnxruntime-genai expects it, and genai_config.json beside it.")
+@click.option("--strip-metadata", is_flag=True, help="Leave specs, names of modules and versions out of the file.")
 @_output_options
 def export(**options: Any) -> int:
     """Write MODEL as ONNX with its attentions as fused nodes, and compare the file with MODEL in ONNX Runtime.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,56 @@ def test_operators_of_onnx_runtime_come_with_functions_for_other_runtimes(tmp_pa
         onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"ids": ids})[0] for m in (model, plain)
     )
     torch.testing.assert_close(torch.from_numpy(inlined), torch.from_numpy(fused), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_without_metadata_says_nothing_of_where_it_was_made(tmp_path: Path) -> None:
+    module = optimized()
+    for name, strip in (("full.onnx", False), ("bare.onnx", True)):
+        module.export_onnx(tmp_path / name, target="ort", strip_metadata=strip)
+    full, bare = (onnx.load(tmp_path / name) for name in ("full.onnx", "bare.onnx"))
+    assert {p.key for p in full.metadata_props} == {"attnopt.version", "attnopt.target", "attnopt.site.0"}
+    marked = {(n.op_type, p.key, p.value) for n in full.graph.node for p in n.metadata_props}
+    assert ("GroupQueryAttention", "attnopt.site", "blocks.0.attention") in marked and len({m[1:] for m in marked}) == 1
+    assert not bare.metadata_props and not any(n.metadata_props or n.doc_string for n in bare.graph.node)
+    for name in ("full.onnx", "bare.onnx"):
+        text = (tmp_path / name).read_bytes()
+        assert b"/attnopt/" not in text and str(Path(__file__).parent).encode() not in text
+
+
+def test_optimize_writes_a_file_too(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpt.onnx"
+    assert run(["optimize", str(model_file), "--emit", "onnx", "-o", str(path), "--no-benchmark", "--no-verify", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["onnx"]["fused"] == 2 and facts["onnx"]["verdict"]["passed"] and facts["output"] == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["gpt.onnx"]
+    assert run(["optimize", str(model_file), "--emit", "onnx"]) == 2
+    assert "--emit onnx needs --output" in capsys.readouterr().err
+    assert run(["optimize", str(model_file), "--emit", "onnx", "-o", str(tmp_path), "--no-benchmark"]) == 2
+    assert run(["optimize", str(model_file), "--emit", "onnx", "-o", str(tmp_path / "b.onnx"), "--dtype", "bfloat16", "--no-benchmark"]) == 2
+    assert "no bfloat16 on a CPU" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["gpt.onnx"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into every folder")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.raises(AttnoptError, match="closed does not permit it"):
+        optimized().export_onnx(closed / "a.onnx")
+
+
+def test_a_full_disk_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails while a file is written: the one from before stays, and nothing stands beside it."""
+    (tmp_path / "a.onnx").write_text("an older file")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("attnopt.emit.onnx.write.ir.save", full)
+    with pytest.raises(AttnoptError, match="a.onnx cannot be written: No space left on device"):
+        optimized().export_onnx(tmp_path / "a.onnx")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.onnx", "an older file")]
 
 
 def test_bad_requests_are_refused_in_a_sentence(tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,8 +80,12 @@ class Translation:
         return {torch.ops.attnopt.attention.default: attention}
 
 
-def onnx_model(optimized: OptimizedModule, opset: int, target: Target) -> tuple[ir.Model, list[Layer]]:
-    """The model and its attentions. ``optimized`` holds a captured graph with every attention as ``attnopt::attention``."""
+def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_metadata: bool = False) -> tuple[ir.Model, list[Layer]]:
+    """The model and its attentions. ``optimized`` holds a captured graph with every attention as ``attnopt::attention``.
+
+    What torch.onnx says of nodes (source lines, text of the graph) is dropped; a node that gives the result of an attention names it as ``attnopt.site``.
+    ``strip_metadata``: no metadata at all.
+    """
     variants = graph_variants(optimized)
     if not variants:
         raise CaptureError(f"{type(optimized).__name__} holds no captured graph to export: torch.export has to take the model for that.")
@@ -99,12 +103,33 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target) -> tuple[
     model.ir_version = IR_VERSION
     layers = _layers(optimized, translation)
     model.producer_name, model.producer_version = "attnopt", version("attnopt")
-    model.metadata_props["attnopt.version"] = version("attnopt")
-    model.metadata_props["attnopt.target"] = target
-    for i, layer in enumerate(layers):
-        facts = {"name": layer.name, "lowered_to": layer.lowered_to, "why": layer.why, "spec": None if layer.spec is None else json.loads(layer.spec.to_json())}
-        model.metadata_props[f"attnopt.site.{i}"] = json.dumps(facts, separators=(",", ":"))
+    _clear(model)
+    if not strip_metadata:
+        model.metadata_props["attnopt.version"] = version("attnopt")
+        model.metadata_props["attnopt.target"] = target
+        for i, layer in enumerate(layers):
+            for value in (layer.value, layer.packed):
+                if value is not None and value.producer() is not None:
+                    value.producer().metadata_props["attnopt.site"] = layer.name
+            facts = {
+                "name": layer.name,
+                "lowered_to": layer.lowered_to,
+                "why": layer.why,
+                "spec": None if layer.spec is None else json.loads(layer.spec.to_json()),
+            }
+            model.metadata_props[f"attnopt.site.{i}"] = json.dumps(facts, separators=(",", ":"))
     return model, layers
+
+
+def _clear(model: ir.Model) -> None:
+    """Drop metadata and descriptions of everything."""
+    model.doc_string = model.graph.doc_string = None
+    nodes = [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values(), *(v for n in nodes for v in n.outputs)]
+    for x in (model, model.graph, *nodes, *values):
+        x.metadata_props.clear()
+    for node in nodes:
+        node.doc_string = None
 
 
 def _exported(program: torch.export.ExportedProgram, opset: int, translation: Translation, outputs: list[str]) -> ir.Model:

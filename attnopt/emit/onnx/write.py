@@ -60,7 +60,13 @@ def refuse_bfloat16(dtypes: list[torch.dtype], what: str) -> None:
 
 
 def write_onnx(
-    optimized: OptimizedModule, path: str | os.PathLike[str], opset: int, target: Target, compare: Compare, decoder: WithPast | None = None
+    optimized: OptimizedModule,
+    path: str | os.PathLike[str],
+    opset: int,
+    target: Target,
+    compare: Compare,
+    decoder: WithPast | None = None,
+    strip_metadata: bool = False,
 ) -> OnnxReport:
     """Write and verify; no file is left, and one that was there before stays, when anything fails.
 
@@ -71,7 +77,7 @@ def write_onnx(
     place = Path(path)
     example = graph_variants(optimized)[-1].example
     refuse_bfloat16([x.dtype for x in tensors((example.args, example.kwargs))], "an input")
-    model, layers = onnx_model(optimized, opset, target)
+    model, layers = onnx_model(optimized, opset, target, strip_metadata)
     beside: dict[str, str] = {}
     if decoder is not None:
         beside = finish(model, decoder, [x.spec for x in layers if x.spec is not None], place.name)
