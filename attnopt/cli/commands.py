@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from attnopt.cli import render
 from attnopt.cli.measure import Comparison, compare
+from attnopt.cli.onnx import show as show_export
 from attnopt.cli.progress import Stages
 from attnopt.cli.target import config_of, introduce, load_target
 from attnopt.errors import AttnoptError
@@ -19,43 +20,62 @@ from attnopt.report import Report
 if TYPE_CHECKING:
     from attnopt.capture.loader import Loaded
     from attnopt.cli.render import Terminal
+    from attnopt.emit.onnx.report import OnnxReport
 
 DONE, POLICY = 0, 1
 
 
-def optimize_command(target: str, *, output: str | None, verify: bool, require_all: bool, benchmark: bool, as_json: bool, train: bool, **options: Any) -> int:
+def optimize_command(
+    target: str, *, output: str | None, emit: str, verify: bool, require_all: bool, benchmark: bool, as_json: bool, train: bool, **options: Any
+) -> int:
     from attnopt import api
+    from attnopt.emit.onnx import check_request
 
     out, err = render.console(), render.console(stderr=True)
     config = config_of(options, verify=verify)
+    if emit == "onnx" and output is None:
+        raise AttnoptError("--emit onnx needs --output: the file to write.")
     if output is not None and not Path(output).parent.is_dir():
         raise AttnoptError(f"--output {output}: the folder {Path(output).parent} does not exist.")
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=train, **options)
         if not as_json:
             introduce(out, loaded)
+        if output is not None and emit == "onnx":
+            check_request(loaded.model, output)
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
-        comparison = None
+        comparison, exported = None, None
         if benchmark and not any(p.is_meta for p in loaded.model.parameters()):
             comparison = compare(loaded.model, optimized, loaded.args, loaded.kwargs, train=train, progress=lambda done, total: stages("measure", done, total))
         if output is not None:
-            from attnopt.emit.pt2 import save_pt2
-
             stages("save")
-            save_pt2(optimized, output)
+            exported = _saved(optimized, output, emit)
     report = cast("Report", optimized.attnopt_report)
     code = _exit_code(report, require_all)
     if as_json:
-        extra = {"benchmark": None if comparison is None else comparison.to_dict(), "output": output}
+        extra = {"benchmark": None if comparison is None else comparison.to_dict(), "output": output} | (
+            {} if exported is None else {"onnx": exported.to_dict()}
+        )
         _print_json(loaded, report, code, **extra)
         return code
     render.show_report(out, report)
     if comparison is not None:
         render.show_comparison(out, comparison)
+    if exported is not None:
+        show_export(out, exported)
     out.say(_seconds(report), style="dim")
-    _next_steps(out, target, report, output, code, require_all)
+    _next_steps(out, target, report, output, emit, code, require_all)
     out.say(_summary(report, comparison, code))
     return code
+
+
+def _saved(optimized: Any, output: str, emit: str) -> OnnxReport | None:
+    if emit == "onnx":
+        return cast("OnnxReport", optimized.export_onnx(output))
+    from attnopt.emit.pt2 import save_pt2
+
+    save_pt2(optimized, output)
+    return None
 
 
 def inspect_command(target: str, *, as_json: bool, train: bool, **options: Any) -> int:
@@ -127,7 +147,7 @@ def _seconds(report: Report) -> str:
     return "Took " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()) if report.seconds else ""
 
 
-def _next_steps(out: Terminal, target: str, report: Report, output: str | None, code: int, require_all: bool) -> None:
+def _next_steps(out: Terminal, target: str, report: Report, output: str | None, emit: str, code: int, require_all: bool) -> None:
     steps = []
     codes = list(dict.fromkeys(r.code for s in report.sites if s.status != "replaced" for r in s.remarks))
     if codes:
@@ -136,7 +156,7 @@ def _next_steps(out: Terminal, target: str, report: Report, output: str | None, 
         steps.append(f"attnopt verify {target}: every comparison with the original")
     if code == DONE and output is None and report.replaced:
         steps.append(f"attnopt optimize {target} --output model.pt2: save it; or attnopt.optimize(model, inputs) in Python")
-    if output is not None:
+    if output is not None and emit == "pt2":
         steps.append(f"import attnopt, torch; torch.export.load({output!r}).module(): load it in any process")
     if steps:
         out.say("Next", style="bold")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from attnopt.emit.onnx.report import OnnxReport
 
 
-def export_command(target: str, *, output: str, form: str, opset: int, as_json: bool, train: bool, **options: Any) -> int:
+def export_command(target: str, *, output: str, form: str, opset: int, with_past: bool, strip_metadata: bool, as_json: bool, train: bool, **options: Any) -> int:
     from attnopt import api
     from attnopt.emit.onnx import check_request
 
@@ -34,7 +34,7 @@ def export_command(target: str, *, output: str, form: str, opset: int, as_json: 
         config = OptimizeConfig(backend="reference", verify=False, capture="export")  # the file is what is compared
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
         stages("write")
-        report = cast("OptimizedModule", optimized).export_onnx(output, opset=opset, target=form)
+        report = cast("OptimizedModule", optimized).export_onnx(output, opset=opset, target=form, with_past=with_past, strip_metadata=strip_metadata)
     if as_json:
         click.echo(json.dumps({"model": loaded.name, **report.to_dict(), "exit_code": 0}, indent=2))
         return 0
@@ -57,7 +57,7 @@ def show_file(out: Terminal, report: OnnxReport) -> None:
             table.add_column(name, overflow="fold")
         for layer in report.layers:
             error = "-" if layer.error is None else f"{layer.error:.1e}"
-            style = "green" if layer.lowered_to == "Attention" else "yellow"
+            style = "green" if layer in report.fused else "yellow"
             table.add_row(escape(layer.name), escape(layer.words), f"[{style}]{layer.lowered_to}[/]", escape(layer.why), error)
         out.print(table)
     else:

@@ -18,9 +18,10 @@ from attnopt.report.source import shown_path
 
 if TYPE_CHECKING:
     from attnopt.emit.onnx.files import FileReport
+    from attnopt.emit.onnx.plan import Target
 
 DONE, POLICY = 0, 1
-OPTIONS = {"target", "inputs", "output", "opset", "require_all", "as_json", "traceback"}
+OPTIONS = {"target", "inputs", "output", "opset", "form", "require_all", "as_json", "traceback"}
 """What the command line may say of an ONNX file; the rest is about PyTorch models."""
 
 
@@ -28,7 +29,7 @@ def is_onnx(target: str) -> bool:
     return Path(target).suffix.lower() == ".onnx"
 
 
-def optimize_file_command(target: str, *, output: str | None, inputs: Sequence[str], opset: int, require_all: bool, as_json: bool) -> int:
+def optimize_file_command(target: str, *, output: str | None, inputs: Sequence[str], opset: int, form: Target, require_all: bool, as_json: bool) -> int:
     from attnopt.onnx_files import optimize_onnx
 
     if output is not None and Path(output).suffix == ".pt2":
@@ -37,7 +38,7 @@ def optimize_file_command(target: str, *, output: str | None, inputs: Sequence[s
         )
     out, err = render.console(), render.console(stderr=True)
     with Stages(err) as stages:
-        report = optimize_onnx(target, output, example_inputs=_given(target, inputs), opset=opset, progress=stages)
+        report = optimize_onnx(target, output, example_inputs=_given(target, inputs), opset=opset, target=form, progress=stages)
     code = POLICY if not report.replaced or (require_all and report.missed) else DONE
     if as_json:
         click.echo(json.dumps({**report.to_dict(), "exit_code": code}, indent=2))

@@ -203,3 +203,17 @@ def test_a_changed_file_keeps_its_meaning(kind: str, name: str, tmp_path: Path) 
     if kind == "llama" and name in WORDS:
         assert all(WORDS[name] in x.words for x in report.layers), [x.words for x in report.layers]
     assert all(same(run(str(tmp_path / "out.onnx"), x), e) for x, e in zip(given, expected, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "operator"), [("llama", "GroupQueryAttention"), pytest.param("bert", "MultiHeadAttention", marks=SLOW)])
+def test_attentions_become_operators_of_the_runtime_when_asked(kind: str, operator: str, tmp_path: Path) -> None:
+    """With a function for each, for other runtimes."""
+    source, path = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    original = model_of(kind)
+    onnx.save(original, source)
+    assert command(["optimize", str(source), "-o", str(path), "--target", "ort", "--require-all"]) == 0
+    model = onnx.load(path)
+    assert operators(model).count(operator) == SITES[kind] and {f.name for f in model.functions} == {operator}
+    for batch, length in ((1, 7), (3, 61)):
+        given = inputs(kind, batch, length)
+        assert same(run(str(path), given), run(original, given)), (batch, length)

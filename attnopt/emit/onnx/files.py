@@ -19,9 +19,10 @@ from attnopt.capture.onnx.lift import lift
 from attnopt.capture.onnx.read import prepared, read_model
 from attnopt.capture.onnx.translate import LiftedFile, Observed, path_of
 from attnopt.config import OptimizeConfig
+from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.layers import distance
 from attnopt.emit.onnx.model import IR_VERSION, OPSETS, Layer, record
-from attnopt.emit.onnx.plan import TARGETS, Target
+from attnopt.emit.onnx.plan import OPERATORS, TARGETS, Target
 from attnopt.emit.onnx.report import OnnxReport
 from attnopt.emit.onnx.run import OnnxSession, check_file
 from attnopt.emit.onnx.splice import KEPT, FileLayer, splice
@@ -42,9 +43,6 @@ Sites = list[tuple[str, torch.Tensor, torch.Tensor]]
 Compare = Callable[[Callable[..., Any], Callable[..., Any], Inputs, Names, LiftedFile, Sites], Verdict]
 """Compares two files on inputs made from the example, where both take a tensor for each name, and their attentions."""
 Progress = Callable[[str, int, int], None]
-
-_FUSED = ("Attention", "GroupQueryAttention", "MultiHeadAttention")
-
 
 @dataclass
 class FileReport(OnnxReport):
@@ -133,19 +131,20 @@ class _Job:
         inputs, sizes = self._example(before, given)
         self.progress("capture", 0, 1)
         model = prepared(self.original.clone(), opset)
-        there = [Layer(path_of(n) or str(n.name), "fused already", None, n.op_type, "an operator of the file") for n in model.graph if n.op_type in _FUSED]
+        there = [Layer(path_of(n) or str(n.name), "fused already", None, n.op_type, "an operator of the file") for n in model.graph if n.op_type in OPERATORS]
         # A size of one is broadcast, and says nothing of others: the file is read at sizes of at least two.
         larger, sizes = (inputs, sizes) if min(sizes.values(), default=2) > 1 else self._example(before, None)
         lifted = lift(model, sizes, lambda: self._observed(model, larger))
         self.progress("passes", 0, 1)
         result = run_pipeline(lifted.graph_module, OptimizeConfig(backend="reference", disable_passes=("merge-projections", "share-block-maps")))
         layers = splice(model, lifted.graph_module, result, self.target)
+        attach_functions(model, int(model.opset_imports[""]))
         analysis = Report(result.sites, list(result.remarks))
         for site, layer in zip(analysis.attentions, layers, strict=True):
             site.kernel, site.why = layer.lowered_to, layer.why
             if layer.spec is None:
                 site.status, site.kernel = "missed", ""
-        unknown = {op: n for op, n in lifted.opaque.items() if op not in _FUSED}
+        unknown = {op: n for op, n in lifted.opaque.items() if op not in OPERATORS}
         if unknown:
             words = ", ".join(f"{op} ({n})" if n > 1 else op for op, n in sorted(unknown.items()))
             analysis.remarks.append(Remark("AO307", f"Of the results of {words} only the shape is known."))

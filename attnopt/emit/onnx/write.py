@@ -13,7 +13,9 @@ import torch
 
 from attnopt.capture.call import CallForm
 from attnopt.capture.captured import Example
+from attnopt.capture.with_past import WithPast
 from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.onnx.decoder import finish
 from attnopt.emit.onnx.layers import measure
 from attnopt.emit.onnx.model import OPSETS, onnx_model, tensors
 from attnopt.emit.onnx.plan import TARGETS, Target
@@ -68,16 +70,30 @@ def refuse_bfloat16(dtypes: list[torch.dtype], what: str) -> None:
         )
 
 
-def write_onnx(optimized: OptimizedModule, path: str | os.PathLike[str], opset: int, target: Target, compare: Compare) -> OnnxReport:
+def write_onnx(
+    optimized: OptimizedModule,
+    path: str | os.PathLike[str],
+    opset: int,
+    target: Target,
+    compare: Compare,
+    decoder: WithPast | None = None,
+    strip_metadata: bool = False,
+) -> OnnxReport:
     """Write and verify; no file is left, and one that was there before stays, when anything fails.
 
-    ``optimized`` holds every attention as ``attnopt::attention``. Raises VerificationError when ``compare`` finds a difference.
+    ``optimized`` holds every attention as ``attnopt::attention``; it is made from ``decoder`` where that is given, which gets the names and files that
+    onnxruntime-genai expects. Raises VerificationError when ``compare`` finds a difference.
     """
     start = time.perf_counter()
     place = Path(path)
     example = graph_variants(optimized)[-1].example
     refuse_bfloat16([x.dtype for x in tensors((example.args, example.kwargs))], "an input")
-    model, layers = onnx_model(optimized, opset, target)
+    model, layers = onnx_model(optimized, opset, target, strip_metadata)
+    beside: dict[str, str] = {}
+    if decoder is not None:
+        beside = finish(model, decoder, [x.spec for x in layers if x.spec is not None], place.name)
+        for layer in layers:
+            layer.name = layer.name.removeprefix("decoder.")
     data = external_name(model, place)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
@@ -91,9 +107,10 @@ def write_onnx(optimized: OptimizedModule, path: str | os.PathLike[str], opset: 
                 raise VerificationError(f"The exported model differs from the original in ONNX Runtime, so {place} was not written: {detail.strip()}")
             inputs, outputs = shapes_of(model.graph.inputs), shapes_of(model.graph.outputs)
             measure(model, layers, optimized, Path(folder), example.args, example.kwargs)
-            for name in (data, place.name):
-                if name is not None:
-                    os.replace(Path(folder) / name, place.parent / name)  # noqa: PTH105 - over a file that exists
+            for name, text in beside.items():
+                (Path(folder) / name).write_text(text)
+            for made in (*([] if data is None else [data]), *beside, place.name):
+                os.replace(Path(folder) / made, place.parent / made)  # noqa: PTH105 - over a file that exists
     except OSError as error:
         raise AttnoptError(f"{place} cannot be written: {error.strerror or error}.") from error
     return OnnxReport(str(place), opset, target, inputs, outputs, layers, verdict, time.perf_counter() - start)
