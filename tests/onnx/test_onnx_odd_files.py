@@ -14,6 +14,7 @@ from exported import ATTENTION, operators, run, small, text, weighted
 
 import attnopt
 from attnopt.cli.main import run as command
+from attnopt.errors import VerificationError
 
 D = 8
 BOTH = f"float[batch, sequence, {D}] y, float[batch, sequence, sequence] "
@@ -177,3 +178,13 @@ def test_a_file_of_past_and_new_keys(tmp_path: Path) -> None:
         given["attention_mask"][0, :1] = 0
         for a, b in zip(run(str(tmp_path / "out.onnx"), given), run(m, given), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factor_that_makes_an_infinity_of_the_mask_is_seen_and_refused(tmp_path: Path) -> None:
+    """A row without a visible key is NaN in the original, where the mask overflowed, and an average by its meaning."""
+    numbers = "lowest = Constant<value = float {-3.4e38}>() more = Constant<value = float {1.5}>() axes = Constant<value = int64[1] {1}>() "
+    masked = numbers + "keys = Unsqueeze(mask, axes) w = Where(keys, z, lowest) f = Mul(w, more) p = Softmax(f)"
+    m = small(ATTENTION.replace("p = Softmax(z)", masked), inputs=f"float[batch, sequence, {D}] x, bool[batch, sequence] mask")
+    with pytest.raises(VerificationError, match="padded row"):
+        attnopt.optimize_onnx(m, tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []
