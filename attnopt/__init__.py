@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from attnopt.api import compile_report, inspect, optimize, verify
     from attnopt.config import OptimizeConfig
+    from attnopt.onnx_files import optimize_onnx
     from attnopt.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["OptimizeConfig", "Report", "__version__", "compile_report", "inspect", "optimize", "verify"]
+__all__ = ["OptimizeConfig", "Report", "__version__", "compile_report", "inspect", "optimize", "optimize_onnx", "verify"]
 
 _HOME = {
     "OptimizeConfig": "attnopt.config",
@@ -31,6 +32,7 @@ _HOME = {
     "compile_report": "attnopt.api",
     "inspect": "attnopt.api",
     "optimize": "attnopt.api",
+    "optimize_onnx": "attnopt.onnx_files",
     "verify": "attnopt.api",
 }
 

@@ -21,6 +21,7 @@ from attnopt.capture.export import DynamicShapes, capture
 from attnopt.capture.given import given_call
 from attnopt.capture.relations import relations_of
 from attnopt.capture.run import device_of, undisturbed
+from attnopt.capture.with_past import WithPast
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import graph_function, is_state
 from attnopt.emit.module import OptimizedModule, graph_variants, optimized_module
@@ -33,6 +34,7 @@ from attnopt.report import Report, Verdict
 from attnopt.serving import rewrite, serve
 from attnopt.verify import DynamicDim, GraphPair, verify_and_repair, verify_modules
 from attnopt.verify import DynamicShapes as VariedShapes
+from attnopt.verify.decoding import verify_decoding
 from attnopt.verify.exported import verify_exported
 from attnopt.verify.merged import verify_merged
 
@@ -317,7 +319,7 @@ class _Builder:
         _relate(result, captured)
         return result, Report(result.sites, [*captured.remarks, *result.remarks, *remarks], verdict, seconds)
 
-    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str) -> OnnxReport:
+    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str, with_past: bool, strip_metadata: bool) -> OnnxReport:
         """Capture again with every attention as one node of the graph, whatever its kernel, write that, and compare it with the original."""
         assert isinstance(module, OptimizedModule)
         reference = module.attnopt_reference
@@ -332,14 +334,24 @@ class _Builder:
         off = dict.fromkeys((*self.config.disable_passes, "merge-projections", "share-block-maps"))
         config = replace(self.config, backend="reference", autotune=False, verify=True, capture="export", disable_passes=tuple(off))
         builder = replace(self, config=config, lazy=None)
-        again = optimized_module(reference, builder, self.config.max_variants)
-        args, kwargs = CallForm(reference.forward).spread(variant.example.args, variant.example.kwargs, module._attnopt.positional)
-        again.attnopt_capture(args, kwargs)
+        args, kwargs = variant.example.args, variant.example.kwargs
+        decoder = None
+        if with_past:
+            decoder = WithPast(reference)
+            args, kwargs = (), decoder.example(kwargs.get("input_ids"))
+            builder.dynamic_shapes = "auto"  # the user's are for another call
+        source: nn.Module = decoder or reference
+        again = optimized_module(source, builder, self.config.max_variants)
+        again.attnopt_capture(*CallForm(source.forward).spread(args, kwargs, 0 if with_past else module._attnopt.positional))
 
         def compare(file: Callable[..., Any], example: Example) -> Verdict:
-            return verify_exported(reference, file, example, _shapes(example), _verify_progress(self.progress))
+            verdict = verify_exported(source, file, example, _shapes(example), _verify_progress(self.progress))
+            if decoder is None or not verdict.passed:
+                return verdict
+            more = verify_decoding(decoder, file, kwargs["input_ids"], kwargs["past_key_values"])
+            return Verdict(more.passed, [*verdict.checks, *more.checks])
 
-        return write_onnx(again, path, opset, cast("Target", target), compare)
+        return write_onnx(again, path, opset, cast("Target", target), compare, decoder, strip_metadata)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -77,6 +77,7 @@ _PAIR |= {"decoder_ffn_dim": 128, "max_position_embeddings": 128, "pad_token_id"
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("AutoModelForCausalLM", {**_TEXT, "num_key_value_heads": 2}),
     "bert": ("AutoModel", _TEXT),
+    "gpt2": ("AutoModelForCausalLM", {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}),
     "vit": ("AutoModel", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}),
     "bart": ("AutoModelForSeq2SeqLM", _PAIR),
     "whisper": ("AutoModelForSpeechSeq2Seq", {**_PAIR, "num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 64, "suppress_tokens": None, "begin_suppress_tokens": None}),

@@ -102,7 +102,8 @@ def _resolve(target: str) -> tuple[Path, str]:
     if path.is_dir() and name:
         raise LoadError(f"{target}: a name after ':' belongs to a Python file, and {path_text} is a folder.")
     if path.is_file() and path.suffix != ".py":
-        raise LoadError(f"{path_text} is not a Python file: expected model.py, model.py:name, or a folder with a Hugging Face config.json.")
+        hint = f"Of an ONNX file: attnopt optimize {path_text} -o optimized.onnx" if path.suffix.lower() == ".onnx" else ""
+        raise LoadError(f"{path_text} is not a Python file: expected model.py, model.py:name, or a folder with a Hugging Face config.json.", hint)
     return path, name
 
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from attnopt.cli import render
 from attnopt.cli.decode import Decoding, decode_briefly
 from attnopt.cli.measure import Comparison, compare
+from attnopt.cli.onnx import show as show_export
 from attnopt.cli.progress import Stages
 from attnopt.cli.serving import cache_facts, show_cache, show_decode
 from attnopt.cli.target import config_of, introduce, load_target
@@ -21,26 +22,35 @@ from attnopt.report import Report
 if TYPE_CHECKING:
     from attnopt.capture.loader import Loaded
     from attnopt.cli.render import Terminal
+    from attnopt.emit.onnx.report import OnnxReport
     from attnopt.serving import ServingModel
 
 DONE, POLICY = 0, 1
 
 
-def optimize_command(target: str, *, output: str | None, verify: bool, require_all: bool, benchmark: bool, as_json: bool, train: bool, **options: Any) -> int:
+def optimize_command(
+    target: str, *, output: str | None, emit: str, verify: bool, require_all: bool, benchmark: bool, as_json: bool, train: bool, **options: Any
+) -> int:
     from attnopt import api
+    from attnopt.emit.onnx import check_request
 
     out, err = render.console(), render.console(stderr=True)
     config = config_of(options, verify=verify, train=train)
     if output is not None and config.kv_cache:
         raise AttnoptError("--output saves an optimized model, and --kv-cache makes a serving model, which is not saved yet.", "attnopt.optimize makes one in any process.")
+    if emit == "onnx" and output is None:
+        raise AttnoptError("--emit onnx needs --output: the file to write.")
     if output is not None and not Path(output).parent.is_dir():
         raise AttnoptError(f"--output {output}: the folder {Path(output).parent} does not exist.")
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=train, **options)
         if not as_json:
             introduce(out, loaded)
+        if output is not None and emit == "onnx":
+            check_request(loaded.model, output)
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
         comparison: Comparison | Decoding | None = None
+        exported: OnnxReport | None = None
 
         def measuring(done: int, total: int) -> None:
             stages("measure", done, total)
@@ -51,16 +61,16 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
             else:
                 comparison = compare(loaded.model, optimized, loaded.args, loaded.kwargs, train=train, progress=measuring)
         if output is not None:
-            from attnopt.emit.pt2 import save_pt2
-
             stages("save")
-            save_pt2(optimized, output)
+            exported = _saved(optimized, output, emit)
     report = cast("Report", optimized.attnopt_report)
     code = _exit_code(report, require_all)
     if as_json:
         extra: dict[str, Any] = {"benchmark": None if comparison is None else comparison.to_dict(), "output": output}
         if config.kv_cache:
             extra["cache"] = cache_facts(cast("ServingModel", optimized))
+        if exported is not None:
+            extra["onnx"] = exported.to_dict()
         _print_json(loaded, report, code, **extra)
         return code
     render.show_report(out, report)
@@ -70,10 +80,21 @@ def optimize_command(target: str, *, output: str | None, verify: bool, require_a
         render.show_comparison(out, comparison)
     elif comparison is not None:
         show_decode(out, comparison)
+    if exported is not None:
+        show_export(out, exported)
     out.say(_seconds(report), style="dim")
-    _next_steps(out, target, report, output, code, require_all, served=config.kv_cache is not None)
+    _next_steps(out, target, report, output, emit, code, require_all, served=config.kv_cache is not None)
     out.say(_summary(report, comparison, code))
     return code
+
+
+def _saved(optimized: Any, output: str, emit: str) -> OnnxReport | None:
+    if emit == "onnx":
+        return cast("OnnxReport", optimized.export_onnx(output))
+    from attnopt.emit.pt2 import save_pt2
+
+    save_pt2(optimized, output)
+    return None
 
 
 def inspect_command(target: str, *, as_json: bool, train: bool, **options: Any) -> int:
@@ -145,7 +166,7 @@ def _seconds(report: Report) -> str:
     return "Took " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()) if report.seconds else ""
 
 
-def _next_steps(out: Terminal, target: str, report: Report, output: str | None, code: int, require_all: bool, served: bool) -> None:
+def _next_steps(out: Terminal, target: str, report: Report, output: str | None, emit: str, code: int, require_all: bool, served: bool) -> None:
     steps = []
     codes = list(dict.fromkeys(r.code for s in report.sites if s.status != "replaced" for r in s.remarks))
     if codes:
@@ -157,7 +178,7 @@ def _next_steps(out: Terminal, target: str, report: Report, output: str | None, 
         steps.append(f"attnopt bench {target} --decode --batch 1,16,64: tokens per second of more and longer prompts")
     elif code == DONE and output is None and report.replaced:
         steps.append(f"attnopt optimize {target} --output model.pt2: save it; or attnopt.optimize(model, inputs) in Python")
-    if output is not None:
+    if output is not None and emit == "pt2":
         steps.append(f"import attnopt, torch; torch.export.load({output!r}).module(): load it in any process")
     if steps:
         out.say("Next", style="bold")

@@ -145,15 +145,35 @@ def app() -> None:
 @app.command()
 @_model_options
 @_pass_options
-@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE.pt2", help="Save the optimized model; a fresh process loads it after `import attnopt`.")
+@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="Save the optimized model; an ONNX file is written as one.")
+@click.option("--emit", type=click.Choice(["pt2", "onnx"]), default="pt2", show_default=True, help="What --output is. pt2: a program that a fresh process loads after `import attnopt`. onnx: as `attnopt export` writes it.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the original.")
 @click.option("--require-all", is_flag=True, help="Exit with 1 unless every attention was replaced.")
 @click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Measure time and peak memory before and after.")
+@click.option("--target", "form", type=click.Choice(["onnx", "ort"]), default="onnx", show_default=True, help="Of an ONNX file: what attentions become. onnx: the standard operator Attention. ort: operators of ONNX Runtime where they are exact.")
+@click.option("--opset", type=int, default=24, show_default=True, help="Of an ONNX file: the version of its operators when it is written, 23 or 24.")
 @_output_options
-def optimize(**options: Any) -> int:
-    """Optimize MODEL: a file (model.py, model.py:name) or a local Hugging Face folder."""
+@click.pass_context
+def optimize(context: click.Context, /, opset: int, form: Any, **options: Any) -> int:
+    """Optimize MODEL: a file (model.py, model.py:name), a local Hugging Face folder, or an ONNX file.
+
+    An ONNX file (model.onnx, of opset 13 to 25, by any exporter) is written anew to --output, which is an ONNX file then: every attention that is
+    proven becomes an operator Attention, and the rest stays as it is. It is compared with the original in ONNX Runtime, over several shapes and
+    paddings; where they differ nothing is written, and the exit code is 1. Of the options, --input, --output, --opset, --target, --require-all and --json apply.
+    """
+    from attnopt.cli.onnx_file import OPTIONS, is_onnx, optimize_file_command
+
+    if is_onnx(options["target"]):
+        other = [p.opts[0] for p in context.command.params if p.name not in OPTIONS and _given(context, p)]
+        if other:
+            raise click.UsageError(f"{other[0]} does not apply to an ONNX file; --input, --output, --opset, --target, --require-all and --json do.", context)
+        names = ("target", "output", "inputs", "require_all", "as_json")
+        return optimize_file_command(opset=opset, form=form, **{n: options[n] for n in names})
     from attnopt.cli.commands import optimize_command
 
+    for name in ("opset", "target"):
+        if _given(context, next(p for p in context.command.params if f"--{name}" in p.opts)):
+            raise click.UsageError(f"--{name} applies to an ONNX file; a PyTorch model is written as ONNX by `attnopt export`, which has it too.", context)
     return optimize_command(**options)
 
 
@@ -235,8 +255,10 @@ def bench(context: click.Context, /, **options: Any) -> int:
 @app.command()
 @_model_options
 @click.option("--output", "-o", required=True, type=click.Path(), metavar="FILE.onnx", help="Where to write the model.")
-@click.option("--target", "form", type=click.Choice(["onnx", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. decomposed: every attention in basic operators.")
+@click.option("--target", "form", type=click.Choice(["onnx", "ort", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. ort: GroupQueryAttention and MultiHeadAttention of ONNX Runtime where they are, with a function of standard operators for other runtimes. decomposed: every attention in basic operators.")
 @click.option("--opset", type=int, default=24, show_default=True, help="Version of the ONNX operators: 23 or 24.")
+@click.option("--with-past", is_flag=True, help="A decoder with its KV cache as inputs and outputs, as onnxruntime-genai expects it, and genai_config.json beside it.")
+@click.option("--strip-metadata", is_flag=True, help="Leave specs, names of modules and versions out of the file.")
 @_output_options
 def export(**options: Any) -> int:
     """Write MODEL as ONNX with its attentions as fused nodes, and compare the file with MODEL in ONNX Runtime.

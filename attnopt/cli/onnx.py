@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from attnopt.emit.onnx.report import OnnxReport
 
 
-def export_command(target: str, *, output: str, form: str, opset: int, as_json: bool, train: bool, **options: Any) -> int:
+def export_command(target: str, *, output: str, form: str, opset: int, with_past: bool, strip_metadata: bool, as_json: bool, train: bool, **options: Any) -> int:
     from attnopt import api
     from attnopt.emit.onnx import check_request
 
@@ -34,7 +34,7 @@ def export_command(target: str, *, output: str, form: str, opset: int, as_json: 
         config = OptimizeConfig(backend="reference", verify=False, capture="export")  # the file is what is compared
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
         stages("write")
-        report = cast("OptimizedModule", optimized).export_onnx(output, opset=opset, target=form)
+        report = cast("OptimizedModule", optimized).export_onnx(output, opset=opset, target=form, with_past=with_past, strip_metadata=strip_metadata)
     if as_json:
         click.echo(json.dumps({"model": loaded.name, **report.to_dict(), "exit_code": 0}, indent=2))
         return 0
@@ -43,14 +43,21 @@ def export_command(target: str, *, output: str, form: str, opset: int, as_json: 
 
 
 def show(out: Terminal, report: OnnxReport) -> None:
-    """The attentions as a table, inputs and outputs, the comparisons, and one line that says what was done."""
+    """What is in the file and how it compares, and one line that says what was done."""
+    show_file(out, report)
+    counts = f"{len(report.fused)} of {len(report.layers)} attentions are fused nodes"
+    out.say(f"[bold green]Done:[/] {escape(shown_path(report.path))}, opset {report.opset}, {counts}, {render.verdict_text(report.verdict)} in ONNX Runtime")
+
+
+def show_file(out: Terminal, report: OnnxReport) -> None:
+    """The attentions as a table, inputs and outputs, and the comparisons."""
     if report.layers:
         table = Table(header_style="bold")
         for name in ("attention", "computes", "lowered to", "why", "error"):
             table.add_column(name, overflow="fold")
         for layer in report.layers:
             error = "-" if layer.error is None else f"{layer.error:.1e}"
-            style = "green" if layer.lowered_to == "Attention" else "yellow"
+            style = "green" if layer in report.fused else "yellow"
             table.add_row(escape(layer.name), escape(layer.words), f"[{style}]{layer.lowered_to}[/]", escape(layer.why), error)
         out.print(table)
     else:
@@ -58,5 +65,3 @@ def show(out: Terminal, report: OnnxReport) -> None:
     for title, values in (("Inputs", report.inputs), ("Outputs", report.outputs)):
         out.say(f"[bold]{title}[/] " + escape(", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in values.items())))
     render.show_checks(out, report.verdict)
-    counts = f"{len(report.fused)} of {len(report.layers)} attentions are fused nodes"
-    out.say(f"[bold green]Done:[/] {escape(shown_path(report.path))}, opset {report.opset}, {counts}, {render.verdict_text(report.verdict)} in ONNX Runtime")

@@ -116,8 +116,9 @@ def _plain(value: Any) -> Any:
 
 def _open_shapes(optimized: nn.Module, example: Example, args: Args, kwargs: Kwargs) -> dict[str, Any]:
     specs: list[dict[int, Any] | None] = [None] * len(example.leaves)
-    for d in example.dynamic:
-        specs[d.leaf] = {**(specs[d.leaf] or {}), d.dim: Dim.AUTO}
+    for i, leaf in enumerate(example.leaves):
+        # a name is a symbol's, or an expression of some, such as the sum of two lengths
+        specs[i] = {d: Dim.AUTO for d, size in enumerate(leaf.sizes) if isinstance(size, str)} or None
     found = shapes_by_argument(optimized, specs, example.args, example.kwargs)
     return {name: found.get(name) for name in inspect.signature(optimized.forward).bind(*args, **kwargs).arguments}
 

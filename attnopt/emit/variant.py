@@ -101,6 +101,6 @@ class Builder(Protocol):
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, why: Remark | None) -> Variant: ...
 
-    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str) -> OnnxReport:
+    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str, with_past: bool, strip_metadata: bool) -> OnnxReport:
         """Write ``module`` as a verified ONNX file; see ``OptimizedModule.export_onnx``."""
         ...

@@ -105,4 +105,28 @@ ANALYSIS: dict[str, Page] = {
             report = attnopt.optimize(Attention(), (q, k, v), config=config).attnopt_report
         """),
     ),
+    "AO307": Page(
+        title="operators of a file have no translation",
+        text="Some operators of the ONNX file are not known: the analysis takes their results as given, and knows nothing of them but dtype and shape. "
+        "They stay in the file as they are.",
+        cause="attnopt translates the standard operators that attentions, masks and what is around them are made of. Others, those of other domains, and those whose "
+        "shapes depend on data, are left out.",
+        hint="Nothing, if every attention was replaced. Otherwise export the part between queries and the softmax in standard operators.",
+        example=script(
+            """
+            model = onnx.parser.parse_model('''
+                <ir_version: 10, opset_import: ["": 20]>
+                example (float[b, s, 16] x) => (float[b, s, 16] y) {
+                    z = HardSwish(x)
+                    t = Transpose<perm = [0, 2, 1]>(z)
+                    scores = MatMul(z, t)
+                    p = Softmax(scores)
+                    y = MatMul(p, z)
+                }
+            ''')
+            report = attnopt.optimize_onnx(model).analysis
+            """,
+            head="import onnx\n\nimport attnopt\n\n\n",
+        ),
+    ),
 }

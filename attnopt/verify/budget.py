@@ -16,6 +16,9 @@ plus a band for the roundings in which two right computations differ::
 * The worst row of a tensor may be at ``2 * K`` instead, and so may a gradient of fewer than 16 elements: the largest of many errors scatters
   more than their mean does, and so does the mean of a few.
 
+An output of a single number is judged with ``APART * eps`` in the place of the band (docs/decisions/0033-outputs-of-one-number.md): its error is one draw, which
+in the original may happen to be none at all, and there is no norm of others beside it where it cancels.
+
 Where a float64 run of the whole model is out of reach, the two results are compared with each other: their distance may be at most
 ``APART * eps``, 8 in half precision and 256 in float32 (about 6%, 0.8% and 3e-5 for bfloat16, float16 and float32): what the
 roundings of some dozens of layers come to. The exact checks of each site stand beside it.
@@ -59,6 +62,10 @@ def apart(dtype: torch.dtype) -> float:
     return (8.0 if dtype in _HALF else 256.0) * torch.finfo(dtype).eps
 
 
+def _band(truth: Any, dtype: torch.dtype, gradient: bool) -> float:
+    return apart(dtype) if not gradient and isinstance(truth, Tensor) and truth.numel() == 1 and truth.is_floating_point() else band(dtype)
+
+
 def computing_dtype(values: Sequence[Any]) -> torch.dtype:
     """The coarsest floating dtype among tensors; float32 when there is none."""
     found = [x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()]
@@ -96,7 +103,7 @@ def judge(
             if truth is not None and _TRUTH_LOST not in notes:
                 notes.append(_TRUTH_LOST)
         else:
-            got, base = distance(o, t, floor=floor, ignore_nan_truth=gradient), band(dtype)
+            got, base = distance(o, t, floor=floor, ignore_nan_truth=gradient), _band(t, dtype, gradient)
         scatter = ROW if gradient and isinstance(t, Tensor) and t.numel() < FEW else 1.0
         found = [(got.norm, scatter * times * own.norm + base)]
         if not gradient and base == band(dtype):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
+from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.model import IR_VERSION, Translation
 from attnopt.emit.onnx.plan import plan
 from attnopt.emit.onnx.program import WRITTEN
@@ -24,9 +28,9 @@ from attnopt.kernels import reference
 HQ, HKV, D = 4, 2, 8
 
 
-def dims(square: bool, groups: bool = True) -> Dims:
+def dims(square: bool, groups: bool = True, Dv: int = D) -> Dims:
     b, sq = E.sym("B", 1), E.sym("Sq", 1)
-    return Dims(b, E.const(HQ), E.const(HKV if groups else HQ), sq, sq if square else E.sym("Skv", 1), E.const(D), E.const(D))
+    return Dims(b, E.const(HQ), E.const(HKV if groups else HQ), sq, sq if square else E.sym("Skv", 1), E.const(D), E.const(Dv))
 
 
 @dataclass
@@ -34,12 +38,22 @@ class Case:
     name: str
     spec: AttentionSpec
     lowered_to: str
-    square: bool
-    why: str = ""
+    why: str
+    ort: str
+    """What ``--target ort`` makes of it."""
+    ort_why: str
+
+    @property
+    def square(self) -> bool:
+        return self.spec.dims.Sq is self.spec.dims.Skv
+
+
+GQA, MHA = "GroupQueryAttention", "MultiHeadAttention"
 
 
 def _cases() -> list[Case]:
-    r, s = dims(False), dims(True)
+    r, s, m, n = dims(False), dims(True), dims(False, groups=False), dims(True, groups=False)
+    narrow, narrow_m = dims(True, Dv=4), dims(True, groups=False, Dv=4)
     x = E.mul(E.const(0.25), E.score())
     pad = E.load(0, (r.b, r.k), "bool")
     spad = E.load(0, (s.b, s.k), "bool")
@@ -47,50 +61,198 @@ def _cases() -> list[Case]:
     distance = E.as_float(E.sub(r.k, r.q))
     causal = E.le(s.k, s.q)
     chunk = E.eq(E.floordiv(r.q, E.const(3)), E.floordiv(r.k, E.const(3)))
-    low = E.const(float(torch.finfo(torch.float32).min))
+    low, lost = E.const(float(torch.finfo(torch.float32).min)), E.const(-math.inf)
+    right, lengths = E.load(0, (s.b, s.k), "bool"), E.lt(s.k, E.load(0, (s.b,), "int"))
+    window = E.lt(E.sub(s.q, s.k), E.const(3))
+    slope, mpad = E.load(1, (s.h,), "float"), E.load(0, (m.b, m.k), "bool")
+    to_right, counted = Load("right", "bool"), Load("lengths", "int")
 
-    def case(name: str, spec: AttentionSpec, lowered_to: str = "Attention", why: str = "") -> Case:
-        return Case(name, spec, lowered_to, spec.dims.Sq is spec.dims.Skv, why)
+    def capped(factor: float) -> E.Expr:
+        return E.mul(E.const(factor), E.function("tanh", E.mul(E.const(0.25 / factor), E.score())))
+
+    def case(name: str, spec: AttentionSpec, lowered_to: str = "Attention", why: str = "", ort: str = "", ort_why: str = "") -> Case:
+        return Case(name, spec, lowered_to, why, ort or lowered_to, ort_why)
 
     return [
-        case("full", AttentionSpec(r, x), why="no mask"),
-        case("square causal", AttentionSpec(s, x, causal), why="is_causal"),
+        case(
+            "full",
+            AttentionSpec(r, x),
+            why="no mask",
+            ort_why="no mask; no GroupQueryAttention: as many queries as keys is not proven; no MultiHeadAttention: 2 query heads share a KV head",
+        ),
+        case("square causal", AttentionSpec(s, x, causal), why="is_causal", ort=GQA, ort_why="causal over as many queries as keys, proven"),
         case("rectangular causal", AttentionSpec(r, x, E.le(r.k, r.q)), why="boolean mask"),
         case("causal to the bottom right", AttentionSpec(r, x, E.le(r.k, E.add(r.q, E.sub(r.Skv, r.Sq))), sizes=("Sq", "Skv")), why="boolean mask"),
-        case("reverse causal", AttentionSpec(s, x, E.le(s.q, s.k)), why="boolean mask"),
-        case("window", AttentionSpec(s, x, E.all_of(causal, E.lt(E.sub(s.q, s.k), E.const(3)))), why="boolean mask"),
+        case("reverse causal", AttentionSpec(s, x, E.le(s.q, s.k)), why="boolean mask", ort_why="no GroupQueryAttention: it is not causal"),
+        case("window", AttentionSpec(s, x, E.all_of(causal, E.lt(E.sub(s.q, s.k), E.const(3)))), why="boolean mask", ort=GQA, ort_why="local_window_size 3"),
         case("chunks", AttentionSpec(r, x, chunk), why="boolean mask"),
         case("remainders of a negative number", AttentionSpec(r, x, E.le(E.mod(E.sub(r.k, r.q), E.const(3)), E.ONE)), why="boolean mask"),
         case("padding, empty rows NaN", AttentionSpec(r, x, pad, loads=(padding,)), why="boolean mask"),
         case("padding, empty rows zero", AttentionSpec(r, x, pad, empty_rows="zero", loads=(padding,)), why="boolean mask"),
         case("padding, empty rows uniform", AttentionSpec(r, x, pad, empty_rows="uniform", loads=(padding,)), why="boolean mask"),
-        case("causal padding, empty rows by program", AttentionSpec(s, x, E.all_of(causal, spad), "program", E.add(x, E.where(causal, E.FZERO, low)), loads=(padding,)), why="additive mask"),
+        case(
+            "causal padding, empty rows by program",
+            AttentionSpec(s, x, E.all_of(causal, spad), "program", E.add(x, E.where(causal, E.FZERO, low)), loads=(padding,)),
+            why="additive mask",
+            ort_why="rows without a visible key see keys behind the query",
+        ),
         case("padding, empty rows by the lowest number", AttentionSpec(r, x, pad, "program", E.add(x, low), loads=(padding,)), why="additive mask"),
         case("a bias of the lowest number", AttentionSpec(r, E.add(x, E.where(pad, E.FZERO, low)), loads=(padding,)), why="additive mask"),
         case("padding, empty rows by another scale", AttentionSpec(r, x, pad, "program", E.score(), loads=(padding,)), "standard ops", "another form"),
         case("bias of one load", AttentionSpec(r, E.add(x, E.load(0, (E.ZERO, r.h, r.q, r.k), "float")), loads=(bias,)), why="additive mask"),
-        case("bias by distance", AttentionSpec(r, E.add(x, E.load(0, (E.ZERO, r.h, E.ZERO, E.absolute(E.sub(r.k, r.q))), "float")), loads=(bias,)), why="additive mask"),
+        case(
+            "bias by distance",
+            AttentionSpec(r, E.add(x, E.load(0, (E.ZERO, r.h, E.ZERO, E.absolute(E.sub(r.k, r.q))), "float")), loads=(bias,)),
+            why="additive mask",
+        ),
         case("slopes", AttentionSpec(r, E.add(x, E.mul(E.load(0, (r.h,), "float"), distance)), loads=(slopes,)), why="additive mask"),
-        case("softcap", AttentionSpec(s, E.mul(E.const(5.0), E.function("tanh", E.mul(E.const(0.05), E.score()))), causal), "standard ops", "softcap 5"),
-        case("sink", AttentionSpec(s, x, E.all_of(causal, E.lt(s.k, s.q)), "zero", sink=E.load(0, (s.h,), "float"), loads=(slopes,)), "standard ops", "sinks"),
+        case(
+            "softcap",
+            AttentionSpec(s, E.mul(E.const(5.0), E.function("tanh", E.mul(E.const(0.05), E.score()))), causal),
+            "standard ops",
+            "softcap 5",
+            "standard ops",
+            "no GroupQueryAttention: softcap 5",
+        ),
+        case(
+            "sink",
+            AttentionSpec(s, x, E.all_of(causal, E.lt(s.k, s.q)), "zero", sink=E.load(0, (s.h,), "float"), loads=(slopes,)),
+            "Attention",
+            "column for the sinks",
+            GQA,
+            "head_sink, attention_bias",
+        ),
         case("negative scale", AttentionSpec(r, E.mul(E.const(-0.25), E.score())), "standard ops", "scale is -0.25"),
         case("a score of the score's square", AttentionSpec(r, E.mul(x, x)), "standard ops", "not scale * s + bias"),
+        # what only --target ort tells apart
+        *(
+            case(
+                f"causal, {side}, empty rows {empty}", AttentionSpec(s, x, E.all_of(causal, mask), empty, loads=(load,)), "Attention", "boolean mask", GQA, why
+            )
+            for side, mask, load, why in (
+                ("left padding", spad, padding, "attention_bias"),
+                ("right padding", right, to_right, "attention_bias"),
+                ("lengths", lengths, counted, "seqlens_k"),
+            )
+            for empty in ("nan", "zero", "uniform")
+        ),
+        case(
+            "causal to the right of padding by lengths",
+            AttentionSpec(s, x, E.all_of(causal, E.le(E.load(0, (s.b,), "int"), s.k)), loads=(counted,)),
+            "Attention",
+            "boolean mask",
+            GQA,
+            "attention_bias",
+        ),
+        case("lengths that are not causal", AttentionSpec(s, x, lengths, loads=(counted,)), "Attention", "boolean mask", "Attention", "it is not causal"),
+        case(
+            "causal, slopes",
+            AttentionSpec(s, E.add(x, E.mul(E.load(0, (s.h,), "float"), E.as_float(E.sub(s.k, s.q)))), causal, loads=(slopes,)),
+            "Attention",
+            "additive mask",
+            GQA,
+            "attention_bias",
+        ),
+        case(
+            "causal, a bias of the lowest number",
+            AttentionSpec(s, E.add(x, E.where(spad, E.FZERO, low)), causal, loads=(padding,)),
+            "Attention",
+            "additive mask",
+            GQA,
+            "attention_bias",
+        ),
+        case(
+            "causal, a bias of minus infinity",
+            AttentionSpec(s, E.add(x, E.where(spad, E.FZERO, lost)), causal, loads=(padding,)),
+            "Attention",
+            "additive mask",
+            GQA,
+            "attention_bias",
+        ),
+        case(
+            "causal, padding, window, sink",
+            AttentionSpec(s, x, E.all_of(causal, window, spad), "zero", sink=slope, loads=(padding, slopes)),
+            "Attention",
+            "column for the sinks",
+            GQA,
+            "local_window_size 3, head_sink, attention_bias",
+        ),
+        case("causal, softmax plus one", AttentionSpec(s, x, causal, "zero", sink=E.FZERO), "Attention", "column for the sinks", GQA, "head_sink"),
+        case(
+            "a sink for each query",
+            AttentionSpec(s, x, causal, "zero", sink=E.as_float(s.q)),
+            "Attention",
+            "column for the sinks",
+            ort_why="a sink differs between queries",
+        ),
+        case(
+            "causal, window, padding, softcap",
+            AttentionSpec(s, capped(2.0), E.all_of(causal, window, spad), "zero", loads=(padding,)),
+            "standard ops",
+            "softcap 2",
+            "standard ops",
+            "no GroupQueryAttention: softcap 2",
+        ),
+        case(
+            "a window of one key more to the right",
+            AttentionSpec(s, x, E.all_of(E.le(s.k, E.add(s.q, E.ONE)), window)),
+            "Attention",
+            "boolean mask",
+            ort_why="it is not causal",
+        ),
+        case("causal, narrow values", AttentionSpec(narrow, x, causal), "Attention", "is_causal", "Attention", "values have 4 features and keys 8"),
+        case("full, a KV head for each", AttentionSpec(m, x), "Attention", "no mask", MHA, "no mask"),
+        *(
+            case(
+                f"padding, a KV head for each, empty rows {empty}",
+                AttentionSpec(m, x, mpad, empty, loads=(padding,)),
+                "Attention",
+                "boolean mask",
+                MHA,
+                "attention_bias",
+            )
+            for empty in ("nan", "zero", "uniform")
+        ),
+        case(
+            "padding, a KV head for each, by program",
+            AttentionSpec(m, x, mpad, "program", E.add(x, low), loads=(padding,)),
+            "Attention",
+            "additive mask",
+            MHA,
+            "attention_bias",
+        ),
+        case("rectangular causal, a KV head for each", AttentionSpec(m, x, E.le(m.k, m.q)), "Attention", "boolean mask", MHA, "attention_bias"),
+        case("causal, a KV head for each", AttentionSpec(n, x, causal), "Attention", "is_causal", GQA, "causal over"),
+        case("causal, a KV head for each, narrow values", AttentionSpec(narrow_m, x, causal), "Attention", "is_causal", MHA, "attention_bias"),
+        case("softcap, a KV head for each, full", AttentionSpec(m, capped(5.0)), "standard ops", "softcap 5", ort_why="no MultiHeadAttention: softcap 5"),
     ]
 
 
 CASES = _cases()
 
 
+def operands(c: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of the case's number of keys, heads and features."""
+    if c.square:
+        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+    if c.spec.groups == 1:
+        k, v = (x.repeat_interleave(HQ // HKV, dim=1) for x in (k, v))
+    return k, v[..., : c.spec.dims.Dv.value]
+
+
 class Model(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor, bias: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
-        named = {"padding": padding, "bias": bias, "slopes": slopes}
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor, right: Tensor, lengths: Tensor, bias: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
+        named = {"padding": padding, "right": right, "lengths": lengths, "bias": bias, "slopes": slopes}
         outs = []
         for c in CASES:
-            kk, vv = (k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]) if c.square else (k, v)
+            kk, vv = operands(c, q, k, v)
             sizes = [{"Sq": q.shape[2], "Skv": kk.shape[2]}[n] for n in c.spec.sizes]
             loads = [named[x.name] for x in c.spec.loads]
             outs.append(torch.ops.attnopt.attention(q, kk, vv, loads, sizes, c.spec.to_json(), "reference"))
         return tuple(outs)
+
+
+NAMES = ("q", "k", "v", "padding", "right", "lengths", "bias", "slopes")
 
 
 def inputs(B: int, Sq: int, Skv: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -99,62 +261,84 @@ def inputs(B: int, Sq: int, Skv: int, dtype: torch.dtype = torch.float32) -> tup
     padding = torch.ones(B, Skv, dtype=torch.bool)
     padding[0, :2] = False
     padding[-1] = False  # a row of the batch without any key
+    lengths = torch.tensor([Sq, 2, 0, Sq + 3][-B:])
+    right = torch.arange(Skv)[None] < lengths[:, None]
     bias, slopes = torch.randn(1, HQ, 16, 16, generator=g, dtype=torch.float64).to(dtype), torch.rand(HQ, generator=g, dtype=torch.float64).to(dtype)
-    return q, k, v, padding, bias, slopes
+    return q, k, v, padding, right, lengths, bias, slopes
 
 
 def run(folder: Path, opset: int, target: Any, dtype: torch.dtype = torch.float32) -> tuple[Translation, list[tuple[tuple[Tensor, ...], list[Tensor]]]]:
     """Exported at one size and run at three: the inputs and results of each."""
     translation = Translation(opset, target)
     example = inputs(2, 5, 7, dtype)
-    opened = ((0, 2), (0, 2), (0, 2), (0, 1), (), ())
+    opened = ((0, 2), (0, 2), (0, 2), (0, 1), (0, 1), (0,), (), ())
     shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in opened)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(Model(), example, dynamic_shapes=shapes)
-        onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, custom_translation_table=translation.table(), verbose=False)
+        onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, custom_translation_table=translation.table(), verbose=False, optimize=False)
+    attach_functions(onnx_program.model, opset)
     onnx_program.model.ir_version = IR_VERSION
     path = folder / "model.onnx"
     onnx_program.save(path)
+    return translation, results(path, dtype)
+
+
+def results(path: Path, dtype: torch.dtype = torch.float32) -> list[tuple[tuple[Tensor, ...], list[Tensor]]]:
+    onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = []
-    for sizes in ((2, 5, 7), (1, 4, 4), (3, 6, 9)):
+    for sizes in ((2, 5, 7), (1, 4, 4), (3, 6, 9), (4, 5, 5)):
         given = inputs(*sizes, dtype)
         feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), given, strict=True)}
         found.append((given, [torch.from_numpy(np.asarray(x)) for x in session.run(None, feed)]))
-    return translation, found
+    return found
 
 
 def truth(c: Case, given: tuple[Tensor, ...]) -> Tensor:
-    q, k, v, padding, bias, slopes = (x.double() if x.is_floating_point() else x for x in given)
-    named = {"padding": padding, "bias": bias, "slopes": slopes}
-    k, v = (x[:, :, : q.shape[2]] if c.square else x for x in (k, v))
+    named = {name: x.double() if x.is_floating_point() else x for name, x in zip(NAMES, given, strict=True)}
+    q = named["q"]
+    k, v = operands(c, q, named["k"], named["v"])
     sizes = [{"Sq": q.shape[2], "Skv": k.shape[2]}[n] for n in c.spec.sizes]
     with torch.no_grad():
         return reference.attention(q, k, v, [named[x.name] for x in c.spec.loads], sizes, c.spec)[0]
 
 
-@pytest.mark.parametrize(("opset", "target"), [(24, "onnx"), (24, "decomposed"), pytest.param(23, "onnx", marks=pytest.mark.slow)])
+def assert_true(found: list[tuple[tuple[Tensor, ...], list[Tensor]]], rtol: float = 2e-5, atol: float = 2e-6) -> None:
+    for given, got in found:
+        for c, o in zip(CASES, got, strict=True):
+            torch.testing.assert_close(
+                o.double(), truth(c, given), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, c=c, given=given: f"{c.name} at {tuple(given[0].shape)}: {m}"
+            )
+
+
+@pytest.mark.parametrize(("opset", "target"), [(24, "onnx"), (24, "ort"), (24, "decomposed"), pytest.param(23, "onnx", marks=pytest.mark.slow)])
 def test_every_spec_computes_what_the_reference_does(tmp_path: Path, opset: int, target: Any) -> None:
     translation, found = run(tmp_path, opset, target)
     assert len(translation.done) == len(CASES)
-    for c, (_, form, _) in zip(CASES, translation.done, strict=True):
-        assert form.lowered_to == (c.lowered_to if target == "onnx" else "standard ops"), c.name
-        assert (c.why if target == "onnx" else "--target decomposed") in form.why, c.name
-    for given, results in found:
-        for c, got in zip(CASES, results, strict=True):
-            torch.testing.assert_close(got.double(), truth(c, given), rtol=2e-5, atol=2e-6, equal_nan=True, msg=lambda m, c=c, given=given: f"{c.name} at {tuple(given[0].shape)}: {m}")
+    for c, done in zip(CASES, translation.done, strict=True):
+        to, why = {"onnx": (c.lowered_to, c.why), "ort": (c.ort, c.ort_why), "decomposed": ("standard ops", "--target decomposed")}[target]
+        assert done.plan.lowered_to == to, c.name
+        assert why in done.plan.why, c.name
+    assert_true(found)
+    if target == "ort":  # what a runtime without these operators computes
+        model = onnx.inliner.inline_local_functions(onnx.load(tmp_path / "model.onnx"))
+        assert {n.domain for n in model.graph.node} == {""}
+        onnx.save(model, tmp_path / "inlined.onnx")
+        assert_true(results(tmp_path / "inlined.onnx"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.float64, 1e-10)], ids=str)
-def test_other_dtypes(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
-    translation, found = run(tmp_path, 24, "onnx", dtype)
-    assert dtype != torch.float64 or not any(form.fused for _, form, _ in translation.done)
-    for given, results in found:
-        for c, got in zip(CASES, results, strict=True):
-            assert got.dtype == dtype
-            torch.testing.assert_close(got.double(), truth(c, given), rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, c=c: f"{c.name}: {m}")
+@pytest.mark.parametrize(
+    ("dtype", "target", "tolerance"),
+    [(torch.float16, "onnx", 4e-3), (torch.float16, "ort", 4e-3), (torch.float64, "onnx", 1e-10), (torch.float64, "ort", 1e-10)],
+    ids=str,
+)
+def test_other_dtypes(tmp_path: Path, dtype: torch.dtype, target: Any, tolerance: float) -> None:
+    translation, found = run(tmp_path, 24, target, dtype)
+    assert dtype != torch.float64 or not any(x.plan.fused for x in translation.done)
+    assert all(got.dtype == dtype for _, results in found for got in results)
+    assert_true(found, tolerance, tolerance)
 
 
 def test_only_a_square_is_causal_by_the_attribute() -> None:

@@ -137,6 +137,12 @@ class TestJudge:
         assert not judge("x", [self.off(1e-10)], [self.truth], [self.truth], torch.float64).passed
         assert not judge("x", [self.truth.float().double()], [self.truth], [self.truth], torch.float64).passed
 
+    def test_of_a_single_number_the_error_is_one_draw(self) -> None:
+        """Such as a similarity that cancels: the original may happen to have no error at all."""
+        for truth, error, passed in ((torch.ones(1, 1), 2e-5, True), (torch.ones(1, 1), 4e-5, False), (torch.ones(1, 2), 2e-5, False)):
+            check = judge("x", [truth * (1 + error)], [truth], [truth.double()], torch.float32)
+            assert check.passed is passed
+
     @pytest.mark.parametrize(("n", "passed"), [(4, True), (64, False)])
     def test_a_gradient_of_few_elements_scatters_like_a_row(self, n: int, passed: bool) -> None:
         truth, own = self.truth[:n], 100 * torch.finfo(torch.float32).eps

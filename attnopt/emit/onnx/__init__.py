@@ -9,7 +9,7 @@ from torch import nn
 from attnopt.errors import AttnoptError
 
 
-def check_request(model: nn.Module, path: str | os.PathLike[str], opset: int, target: str) -> None:
+def check_request(model: nn.Module, path: str | os.PathLike[str], opset: int = 24, target: str = "onnx") -> None:
     """Refuse an export to ONNX that cannot succeed, before any work on it. Raises AttnoptError."""
     try:
         from attnopt.emit.onnx import write

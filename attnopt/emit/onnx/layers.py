@@ -33,15 +33,19 @@ class _Recorder(TorchDispatchMode):
 def measure(model: ir.Model, layers: Sequence[Layer], optimized: OptimizedModule, folder: Path, args: Any, kwargs: Any) -> None:
     """Set ``error`` of each layer whose result still stands in ``model``, which gets further outputs by this. Call it after the model was saved."""
     have = {id(v) for node in model.graph for v in node.outputs}
-    shown = [x for x in layers if x.value is not None and id(x.value) in have]
     with torch.no_grad(), _Recorder() as recorder:
         optimized(*args, **kwargs)
-    lowered = [id(x) for x in layers if x.spec is not None]
+    lowered = [x for x in layers if x.spec is not None]
     if len(lowered) != len(recorder.found):
         return  # results cannot be told apart: a call whose result nobody reads was left out of the file
-    expected = dict(zip(lowered, recorder.found, strict=True))
+    expected = {}
+    for layer, o in zip(lowered, recorder.found, strict=True):
+        if id(layer.value) in have:
+            expected[id(layer)] = (layer.value, o)
+        elif id(layer.packed) in have:
+            expected[id(layer)] = (layer.packed, o.transpose(1, 2).flatten(2))
     known = {id(v) for v in model.graph.outputs}
-    added = [x.value for x in shown if id(x.value) not in known]
+    added = [value for value, _ in expected.values() if id(value) not in known]
     before = len(model.graph.outputs)
     model.graph.outputs.extend(added)
     where = {id(v): i for i, v in enumerate(model.graph.outputs)}
@@ -49,8 +53,10 @@ def measure(model: ir.Model, layers: Sequence[Layer], optimized: OptimizedModule
     ir.save(model, path, external_data="layers.data")
     results = OnnxFile(path, optimized._attnopt.form)(*args, **kwargs)
     assert len(results) == before + len(added)
-    for layer in shown:
-        layer.error = distance(results[where[id(layer.value)]], expected[id(layer)])
+    for layer in lowered:
+        if id(layer) in expected:
+            value, o = expected[id(layer)]
+            layer.error = distance(results[where[id(value)]], o)
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""One attention in ONNX operators: ``Attention`` with a mask, or everything written out.
+"""One attention in ONNX operators: one that computes it whole, with a mask, or everything written out.
 
 What a row without a visible key gives is set here from the spec, whatever a runtime's operator makes of it.
 """
@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
-from attnopt.emit.onnx.plan import Plan
+from attnopt.emit.onnx.contrib import operator
+from attnopt.emit.onnx.plan import Plan, band, window_of
 from attnopt.emit.onnx.program import Programs
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.affine import affine
+from attnopt.kernels.affine import Affine, affine
 
 _DEEP = -1e30
+_INT32 = 6
+"""``TensorProto`` element type."""
 
 
 @dataclass
@@ -46,24 +50,27 @@ class Lowering:
         self.visible = None if self.spec.mask is E.TRUE else self._full(self.programs.write(self.spec.mask))
 
     def build(self, plan: Plan) -> Any:
-        return self._fused(plan) if plan.fused else self._decomposed()
+        self.plan = plan
+        self.packed: dict[int, Any] = {}
+        return self._fused() if plan.fused else self._decomposed()
 
-    # ---- the operator
+    def as_packed(self, o: Any) -> Any:
+        """The value [B, Sq, Hq * Dv] of which ``o`` is another form, since a transposition of it may be merged into the next; None where there is none."""
+        return self.packed.get(id(o))
 
-    def _fused(self, plan: Plan) -> Any:
+    # ---- an operator
+
+    def _fused(self) -> Any:
         op, form = self.op, affine(self.spec.score)
         assert form is not None
-        if plan.causal:
-            return self._attention(None, form.scale, is_causal=1)
-        bias = None if form.bias is None else self._full(self.programs.write(form.bias))
         by_program = self.spec.empty_rows == "program" and self._may_be_empty()
-        if bias is None and not by_program:
-            if self.visible is None:
-                return self._attention(None, form.scale)
-            o = self._attention(self.visible, form.scale)
+        columns = self.spec.sinks and self.plan.operator == "Attention"
+        if form.bias is None and not by_program and not columns:
+            rest = self.spec.mask if self.plan.rest is None else self.plan.rest
+            o = self._operator(form, None if rest is E.TRUE else self.programs.write(rest))
             return self._with_empty_rows(o, self._empty()) if self._may_be_empty() else o
         zero, low = self._float(0.0), self._float(-np.inf)
-        x = bias if bias is not None else zero
+        x = zero if form.bias is None else self._full(self.programs.write(form.bias))
         if self.visible is not None:
             x = op.Where(self.visible, x, low)
         if by_program:
@@ -76,12 +83,26 @@ class Lowering:
         x = self._full(x)
         if by_program or self._reads():
             x = self._raised(x)
-        o = self._attention(x, form.scale)
+        if columns:  # a row has its sink at least
+            return self._with_sink_column(form, x)
+        o = self._operator(form, x, additive=True)
         if not (self._may_be_empty() or self._reads()):
             return o
         weightless = op.Equal(op.ReduceMax(x, self.programs.constant([-1]), keepdims=1), low)
         o = op.Where(weightless, self._as(o, 0.0 if self.spec.zero_without_weight else np.nan), o)
         return o if by_program or not self._may_be_empty() else self._with_empty_rows(o, self._empty())
+
+    def _with_sink_column(self, form: Affine, x: Any) -> Any:
+        """One more key and value of zeros, with the sink's logit in its column of the mask."""
+        assert self.spec.sink is not None
+        op, c, d = self.op, self.programs.constant, self.spec.dims
+        k, v = (op.Pad(y, c([0, 0, 0, 0, 0, 0, 1, 0])) for y in (self.k, self.v))
+        rows = op.Concat(op.Shape(self.q, start=0, end=1), c([d.Hq.value]), self.Sq, axis=0)
+        column = op.Expand(self.programs.write(self.spec.sink), op.Concat(rows, c([1]), axis=0))
+        mask = op.Concat(op.Expand(x, op.Concat(rows, self.Skv, axis=0)), column, axis=3)
+        q, k, v = (op.Cast(y, to=1) if self.half else y for y in (self.q, k, v))
+        o = self._attention(q, k, v, mask, form.scale, 0)
+        return op.CastLike(o, self.v) if self.half else o
 
     def _raised(self, x: Any) -> Any:
         """The additive mask without rows that are finite and beyond ``_DEEP`` on every key: ONNX Runtime takes those for rows without keys.
@@ -92,13 +113,58 @@ class Lowering:
         deep = op.Less(op.ReduceMax(x, self.programs.constant([-1]), keepdims=1), self._float(_DEEP))
         return op.Where(deep, op.Mul(x, self._float(2.0**-20)), x)
 
-    def _attention(self, mask: Any, scale: float, is_causal: int = 0) -> Any:
-        """The operator; with an additive mask in half precision it runs in float32, so that the bias keeps its digits."""
-        op, up = self.op, self.half and mask is not None and mask is not self.visible
-        q, k, v = (op.Cast(x, to=1) if up else x for x in (self.q, self.k, self.v))
-        o = op.Attention(q, k, v, *(() if mask is None else (mask,)), scale=scale, is_causal=is_causal)
-        o = o[0] if isinstance(o, Sequence) else o
-        return op.CastLike(o, self.v) if up else o
+    def _operator(self, form: Affine, mask: Any, additive: bool = False) -> Any:
+        """The planned operator, with a mask of booleans that broadcasts, or an ``additive`` one [.., Sq, Skv], in half precision of float32, so that the bias keeps its digits."""
+        up = self.half and additive
+        q, k, v = (self.op.Cast(x, to=1) if up else x for x in (self.q, self.k, self.v))
+        contrib = self.plan.operator != "Attention"
+        if mask is not None and not additive:
+            mask = self._full(self.op.Where(mask, self._as(q, 0.0), self._as(q, -np.inf)) if contrib else mask)
+        o = self._packed(q, k, v, mask, form) if contrib else self._attention(q, k, v, mask, form.scale, int(self.plan.causal))
+        return self.op.CastLike(o, self.v) if up else o
+
+    def _attention(self, q: Any, k: Any, v: Any, mask: Any, scale: float, is_causal: int) -> Any:
+        o = self.op.Attention(q, k, v, *(() if mask is None else (mask,)), scale=scale, is_causal=is_causal)
+        return o[0] if isinstance(o, Sequence) else o
+
+    def _packed(self, q: Any, k: Any, v: Any, bias: Any, form: Affine) -> Any:
+        """An operator of ONNX Runtime, over operands as [B, S, H * D]."""
+        op, spec, c = self.op, self.spec, self.programs.constant
+        d = spec.dims
+        packed = [
+            op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), c([0, 0, h.value * n.value])) for x, h, n in ((q, d.Hq, d.D), (k, d.Hkv, d.D), (v, d.Hkv, d.Dv))
+        ]
+        call: dict[str, Any] = {"num_heads": d.Hq.value, "scale": form.scale}
+        if self.plan.operator == "MultiHeadAttention":
+            o = operator("MultiHeadAttention")(*packed, *(() if bias is None else (None, None, bias)), **call)
+        else:
+            call["kv_num_heads"] = d.Hkv.value
+            if self.plan.window is not None:
+                call["local_window_size"] = self.plan.window
+            further = [None, None, None, bias, None if spec.sink is None else self._head_sink(q)]
+            while further and further[-1] is None:
+                further.pop()
+            o, *_present = operator("GroupQueryAttention")(*packed, None, None, self._seqlens(), op.Cast(self.Skv, to=_INT32), *further, **call)
+        o.dtype, o.shape = self.v.dtype if v is self.v else ir.DataType.FLOAT, ir.Shape([self.q.shape[0], self.q.shape[2], d.Hq.value * d.Dv.value])
+        out = op.Transpose(op.Reshape(o, c([0, 0, d.Hq.value, d.Dv.value])), perm=[0, 2, 1, 3])
+        self.packed[id(out)] = o
+        return out
+
+    def _seqlens(self) -> Any:
+        """[B] int32: the place of the last key that is there."""
+        op, c = self.op, self.programs.constant
+        batch = op.Shape(self.q, start=0, end=1)
+        if self.plan.lengths is None:
+            last = op.Sub(self.Skv, c([1]))
+        else:  # a sequence of no keys is an empty row, and set by _with_empty_rows
+            last = op.Sub(op.Max(op.Min(op.Reshape(self.programs.write(self.plan.lengths), c([-1])), self.Skv), c([1])), c([1]))
+        return op.Cast(op.Expand(last, batch), to=_INT32)
+
+    def _head_sink(self, q: Any) -> Any:
+        """[Hq], of the dtype of the operands."""
+        assert self.spec.sink is not None
+        sink = self.op.Reshape(self.programs.write(self.spec.sink), self.programs.constant([-1]))
+        return self.op.CastLike(self.op.Expand(sink, self.programs.constant([self.spec.dims.Hq.value])), q)
 
     # ---- written out
 
@@ -109,17 +175,21 @@ class Lowering:
         self.programs.score = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
         low = self._float(-np.inf)
         x = self.programs.write(spec.score)
-        if self.visible is not None:
-            x = op.Where(self.visible, x, low)
+        if self.visible is not None and self._reads():
+            x = op.Where(self.visible, x, low)  # a score that is not finite may be hidden
+        elif self.visible is not None:
+            x = op.Add(x, op.Where(self.visible, self._float(0.0), low))  # in place, where the choice would take as much memory again
         empty = self._empty() if self._may_be_empty() else None
         if empty is not None and spec.empty_rows == "program":
             assert spec.empty_score is not None
             x = op.Where(empty, self.programs.write(spec.empty_score), x)
-        x = op.Add(x, op.Mul(self._float(0.0), self._ones()))  # a score that reads no s has fewer axes
+        if E.score() not in spec.score.leaves:
+            x = op.Add(x, op.Mul(self._float(0.0), self._ones()))  # such a score may have fewer axes
         last = self.programs.constant([-1])
-        if spec.sink is None and empty is None and not self._reads():
+        if spec.sink is None and spec.empty_rows != "program" and not self._reads():
             o = op.MatMul(op.Softmax(x, axis=-1), v)
-            return op.CastLike(o, self.v) if self.half else o
+            o = op.CastLike(o, self.v) if self.half else o
+            return o if empty is None else self._with_empty_rows(o, empty)
         top = op.ReduceMax(x, last, keepdims=1)
         sink = None if spec.sink is None else self.programs.write(spec.sink)
         if sink is not None:
@@ -156,13 +226,33 @@ class Lowering:
         )
 
     def _empty(self) -> Any:
+        """Where a row has no visible key, with a last axis of 1."""
         op = self.op
-        seen = op.ReduceMax(op.Cast(self.visible, to=6), self.programs.constant([-1]), keepdims=1)
+        counted = self._counted()
+        if counted is not None:
+            return op.Equal(counted, self.programs.constant(0))
+        seen = op.ReduceMax(op.Cast(self.visible, to=_INT32), self.programs.constant([-1]), keepdims=1)
         return op.Not(op.Cast(seen, to=9))
+
+    def _counted(self) -> Any:
+        """How many keys a row sees, [.., Sq, 1]; None where that takes the whole mask: it is causal, with or without a window, and what else hides a key is the same for all queries."""
+        op, d, c = self.op, self.spec.dims, self.programs.constant
+        window = window_of(self.spec)
+        held = [E.le(d.k, d.q), *([] if window is None else [band(d, window)])]
+        parts = E.conjuncts(self.spec.mask)
+        rest = E.all_of(*(p for p in parts if p not in held))
+        if d.Sq is not d.Skv or held[0] not in parts or not set(rest.variables) <= {d.b, d.k}:
+            return None
+        there = op.Expand(op.Cast(self.programs.write(rest), to=7), op.Concat(c([1, 1, 1]), self.Skv, axis=0))
+        seen = op.CumSum(there, c(3))
+        if window is not None:
+            before = op.Slice(op.Pad(seen, c([0, 0, 0, window, 0, 0, 0, 0])), c([0]), self.Skv, c([3]))
+            seen = op.Sub(seen, before)
+        return op.Transpose(seen, perm=[0, 1, 3, 2])
 
     def _with_empty_rows(self, o: Any, empty: Any) -> Any:
         op = self.op
-        if self.spec.empty_rows == "uniform":
+        if self.spec.empty_rows == "uniform" and not self.spec.sinks:
             mean = op.ReduceMean(op.Cast(self.v, to=1) if self.half else self.v, self.programs.constant([2]), keepdims=1)
             return op.Where(empty, op.CastLike(self._for_query_heads(mean), self.v), o)
         return op.Where(empty, self._as(o, 0.0 if self.spec.zero_without_weight else np.nan), o)

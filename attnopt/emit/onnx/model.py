@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from attnopt.capture.call import CallForm
 from attnopt.capture.export import quiet
 from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
 from attnopt.emit.onnx.plan import Plan, Target, plan
@@ -40,10 +42,21 @@ class Layer:
     why: str
     error: float | None = None
     value: Any = field(default=None, repr=False, compare=False)
-    """Its result in the model."""
+    packed: Any = field(default=None, repr=False, compare=False)
+    """Its result in the model, [B, Hq, Sq, Dv] and, where an operator gives it so, [B, Sq, Hq * Dv]: either may be left out of the file by the exporter."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "what": self.words, "lowered_to": self.lowered_to, "why": self.why, "error": self.error}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One attention, its form, and its result in the model: [B, Hq, Sq, Dv], and [B, Sq, Hq * Dv] where an operator gives it so."""
+
+    spec: AttentionSpec
+    plan: Plan
+    value: Any
+    packed: Any
 
 
 @dataclass
@@ -52,22 +65,27 @@ class Translation:
 
     opset: int
     target: Target
-    done: list[tuple[AttentionSpec, Plan, Any]] = field(default_factory=list)
+    done: list[Lowered] = field(default_factory=list)
 
     def table(self) -> dict[Any, Any]:
         def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = ()):  # type: ignore[no-untyped-def]
             parsed = AttentionSpec.from_json(spec)
             dtype = str(ir.DataType(q.dtype).numpy())
             form = plan(parsed, self.target, dtype)
-            result = Lowering(OPSETS[self.opset], q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype).build(form)
-            self.done.append((parsed, form, result))
+            lowering = Lowering(OPSETS[self.opset], q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype)
+            result = lowering.build(form)
+            self.done.append(Lowered(parsed, form, result, lowering.as_packed(result)))
             return result
 
         return {torch.ops.attnopt.attention.default: attention}
 
 
-def onnx_model(optimized: OptimizedModule, opset: int, target: Target) -> tuple[ir.Model, list[Layer]]:
-    """The model and its attentions. ``optimized`` holds a captured graph with every attention as ``attnopt::attention``."""
+def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_metadata: bool = False) -> tuple[ir.Model, list[Layer]]:
+    """The model and its attentions. ``optimized`` holds a captured graph with every attention as ``attnopt::attention``.
+
+    What torch.onnx says of nodes (source lines, text of the graph) is dropped; a node that gives the result of an attention names it as ``attnopt.site``.
+    ``strip_metadata``: no metadata at all.
+    """
     variants = graph_variants(optimized)
     if not variants:
         raise CaptureError(f"{type(optimized).__name__} holds no captured graph to export: torch.export has to take the model for that.")
@@ -79,17 +97,39 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target) -> tuple[
         outputs = output_names(plain(optimized(*args, **kwargs)), inputs)
     translation = Translation(opset, target)
     model = _exported(program, opset, translation, outputs)
+    attach_functions(model, opset)
     restore_input_names(model, inputs)
     rename_dimensions(model, dimension_names(list(model.graph.inputs)))
     model.ir_version = IR_VERSION
     layers = _layers(optimized, translation)
     model.producer_name, model.producer_version = "attnopt", version("attnopt")
+    _clear(model)
+    if not strip_metadata:
+        record(model, layers, target)
+    return model, layers
+
+
+def record(model: ir.Model, layers: Sequence[Layer], target: Target) -> None:
+    """Write into the model's metadata what made it, and for each attention what it computes and what it became; into its node, which it is."""
     model.metadata_props["attnopt.version"] = version("attnopt")
     model.metadata_props["attnopt.target"] = target
     for i, layer in enumerate(layers):
+        for value in (layer.value, layer.packed):
+            if value is not None and value.producer() is not None:
+                value.producer().metadata_props["attnopt.site"] = layer.name
         facts = {"name": layer.name, "lowered_to": layer.lowered_to, "why": layer.why, "spec": None if layer.spec is None else json.loads(layer.spec.to_json())}
         model.metadata_props[f"attnopt.site.{i}"] = json.dumps(facts, separators=(",", ":"))
-    return model, layers
+
+
+def _clear(model: ir.Model) -> None:
+    """Drop metadata and descriptions of everything."""
+    model.doc_string = model.graph.doc_string = None
+    nodes = [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values(), *(v for n in nodes for v in n.outputs)]
+    for x in (model, model.graph, *nodes, *values):
+        x.metadata_props.clear()
+    for node in nodes:
+        node.doc_string = None
 
 
 def _exported(program: torch.export.ExportedProgram, opset: int, translation: Translation, outputs: list[str]) -> ir.Model:
@@ -106,7 +146,15 @@ def _exported(program: torch.export.ExportedProgram, opset: int, translation: Tr
         reason: BaseException = error
         while reason.__cause__ is not None:
             reason = reason.__cause__
-        raise AttnoptError(f"torch.onnx cannot export this model: {' '.join(str(reason).split())[:300]}") from error
+        text = " ".join(str(reason).split())[:300]
+        unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
+        if unknown is None:
+            raise AttnoptError(f"torch.onnx cannot export this model: {text}") from error
+        name, hint = (
+            unknown.group(1),
+            "Choose an implementation of that part of the model in basic operators; of a Hugging Face mixture of experts: model.set_experts_implementation('batched_mm').",
+        )
+        raise AttnoptError(f"torch.onnx cannot export this model: it has no translation of the operator {name}.", hint) from error
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
@@ -118,11 +166,13 @@ def _layers(optimized: OptimizedModule, translation: Translation) -> list[Layer]
     """What was lowered, beside what the report of the passes says of each attention."""
     report = optimized.attnopt_report
     replaced = [s for s in report.sites if s.status == "replaced"]
-    if [s.spec.to_json() for s in replaced if s.spec is not None] != [s.to_json() for s, _, _ in translation.done]:
+    if [s.spec.to_json() for s in replaced if s.spec is not None] != [x.spec.to_json() for x in translation.done]:
         names = [f"attention {i}" for i in range(len(translation.done))]
     else:
         names = [s.name for s in replaced]
-    layers = [Layer(n, str(spec), spec, form.lowered_to, form.why, value=value) for n, (spec, form, value) in zip(names, translation.done, strict=True)]
+    layers = [
+        Layer(n, str(x.spec), x.spec, x.plan.lowered_to, x.plan.why, value=x.value, packed=x.packed) for n, x in zip(names, translation.done, strict=True)
+    ]
     return layers + [Layer(s.name, "not replaced", None, "as torch.onnx exports it", s.why) for s in report.attentions if s.status != "replaced"]
 
 

@@ -26,7 +26,7 @@ def output_names(result: Any, taken: Collection[str] = ()) -> list[str]:
 def _word(part: Any) -> str:
     for field in ("key", "name", "idx"):
         if hasattr(part, field):
-            return re.sub(r"\W", "_", str(getattr(part, field)))
+            return re.sub(r"[^\w.]", "_", str(getattr(part, field)))
     return re.sub(r"\W", "_", str(part)).strip("_")
 
 

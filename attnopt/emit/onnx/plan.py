@@ -6,53 +6,92 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attnopt.ir import expr as E
-from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.spec import AttentionSpec, Dims
 from attnopt.kernels.affine import affine, capped
 
-Target = Literal["onnx", "decomposed"]
-TARGETS: tuple[Target, ...] = ("onnx", "decomposed")
+Target = Literal["onnx", "ort", "decomposed"]
+TARGETS: tuple[Target, ...] = ("onnx", "ort", "decomposed")
+Operator = Literal["Attention", "GroupQueryAttention", "MultiHeadAttention"]
+OPERATORS: tuple[Operator, ...] = ("Attention", "GroupQueryAttention", "MultiHeadAttention")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``fused``: the standard operator ``Attention``; otherwise MatMul, the programs and a softmax."""
+    """One operator for the whole attention, or None: MatMul, the programs and a softmax."""
 
-    fused: bool
-    causal: bool
+    operator: Operator | None
     why: str
+    causal: bool = False
+    """The operator itself hides the keys behind a query."""
+    window: int | None = None
+    """Keys that the operator itself leaves visible to a query, the query's own included."""
+    lengths: E.Expr | None = None
+    """The number of visible keys of each sequence of the batch, which the operator takes as a tensor [B]."""
+    rest: E.Expr | None = None
+    """The part of the mask that an additive mask has to bring; None: all of it."""
+
+    @property
+    def fused(self) -> bool:
+        return self.operator is not None
 
     @property
     def lowered_to(self) -> str:
-        return "Attention" if self.fused else "standard ops"
+        return self.operator or "standard ops"
 
 
 def plan(spec: AttentionSpec, target: Target, dtype: str) -> Plan:
     """The form of ``spec`` on operands of ``dtype`` (``float32``, ``float16``, ``float64``), with the reason."""
-    reason = "--target decomposed" if target == "decomposed" else refusal(spec, dtype)
+    if target == "decomposed":
+        return Plan(None, "--target decomposed")
+    if target == "onnx":
+        return _standard(spec, dtype)
+    found = _group_query(spec, dtype)
+    if isinstance(found, Plan):
+        return found
+    multi = _multi_head(spec, dtype)
+    if isinstance(multi, Plan):
+        return multi
+    form = _standard(spec, dtype)
+    return Plan(form.operator, f"{form.why}; no GroupQueryAttention: {found}; no MultiHeadAttention: {multi}", form.causal, rest=form.rest)
+
+
+# ---- the standard operator
+
+
+def _standard(spec: AttentionSpec, dtype: str) -> Plan:
+    reason = refusal(spec, dtype)
     if reason is not None:
-        return Plan(False, False, reason)
+        return Plan(None, reason)
     if is_square_causal(spec):
-        return Plan(True, True, "is_causal: as many queries as keys, proven")
+        return Plan("Attention", "is_causal: as many queries as keys, proven", causal=True, rest=E.TRUE)
+    return Plan("Attention", _mask_words(spec))
+
+
+def _mask_words(spec: AttentionSpec) -> str:
+    if spec.sinks:
+        return "additive mask with a column for the sinks"
     if spec.mask is E.TRUE and _bias(spec) is None:
-        return Plan(True, False, "no mask")
-    return Plan(True, False, "boolean mask" if _bias(spec) is None and spec.empty_rows != "program" else "additive mask")
+        return "no mask"
+    return "boolean mask" if _bias(spec) is None and spec.empty_rows != "program" else "additive mask"
 
 
 def is_square_causal(spec: AttentionSpec) -> bool:
-    """Whether the score is scale * s and the mask k <= q, over as many queries as keys: what ``is_causal`` means by itself."""
+    """Whether the score is scale * s and the mask k <= q, over as many queries as keys: without sinks: what ``is_causal`` means by itself."""
     d = spec.dims
-    return d.Sq is d.Skv and spec.mask is E.le(d.k, d.q) and _bias(spec) is None
+    return d.Sq is d.Skv and spec.mask is E.le(d.k, d.q) and _bias(spec) is None and not spec.sinks
 
 
 def refusal(spec: AttentionSpec, dtype: str) -> str | None:
     """Why ``Attention`` cannot stand for ``spec``; None where it can."""
-    if spec.sinks:
-        return "Attention has no sinks"
+    if spec.sinks and spec.empty_rows == "program":
+        return "rows without a visible key have weights of their own beside a sink"
+    if spec.sinks and not spec.dims.Hq.is_const:
+        return "sinks over a number of heads that is no constant"
     form = affine(spec.score)
     if form is None:
-        cap = capped(spec.score)
-        if cap is not None and cap.softcap is not None:
-            return f"softcap {cap.softcap:g}: ONNX Runtime's Attention is slower with it than its parts on a CPU"
+        cap = _softcap(spec)
+        if cap is not None:
+            return f"softcap {cap:g}: ONNX Runtime's Attention is slower with it than its parts on a CPU"
         return "the score is not scale * s + bias"
     if form.scale <= 0:
         return f"the scale is {form.scale:g}: runtimes multiply both sides by its root"
@@ -65,6 +104,106 @@ def refusal(spec: AttentionSpec, dtype: str) -> str | None:
     return None
 
 
+def _softcap(spec: AttentionSpec) -> float | None:
+    form = capped(spec.score)
+    return None if form is None else form.softcap
+
+
 def _bias(spec: AttentionSpec) -> E.Expr | None:
     form = affine(spec.score)
     return None if form is None else form.bias
+
+
+# ---- operators of ONNX Runtime
+
+
+def _group_query(spec: AttentionSpec, dtype: str) -> Plan | str:
+    """GroupQueryAttention always hides the keys behind a query, and counts queries and keys from the same place: only a square causal spec is one."""
+    d = spec.dims
+    causal, parts = E.le(d.k, d.q), E.conjuncts(spec.mask)
+    if d.Sq is not d.Skv:
+        return "as many queries as keys is not proven"
+    if causal not in parts:
+        return "it is not causal"
+    reason = _operands(d, dtype)
+    if reason is not None:
+        return reason
+    if d.D is not d.Dv:
+        return f"values have {d.Dv} features and keys {d.D}"
+    if d.D.value % 8:
+        return f"{d.D} features are not a multiple of 8"
+    form = affine(spec.score)
+    if form is None:
+        cap = _softcap(spec)
+        return "the score is not scale * s + bias" if cap is None else f"softcap {cap:g}: it is slower with it than the parts of the attention on a CPU"
+    if form.scale <= 0:
+        return f"the scale is {form.scale:g}"
+    if spec.sink is not None and not set(spec.sink.variables) <= {d.h}:
+        return "a sink differs between queries"
+    if spec.empty_rows == "program" and spec.rows_may_be_empty():
+        return "rows without a visible key see keys behind the query"
+    window, lengths = window_of(spec), _lengths(spec)
+    held = [causal]
+    if window is not None:
+        held.append(band(d, window))
+    if lengths is not None:
+        held.append(E.lt(d.k, lengths))
+    rest = E.all_of(*(p for p in parts if p not in held))
+    words = {
+        "causal over as many queries as keys, proven": True,
+        f"local_window_size {window}": window is not None,
+        "seqlens_k": lengths is not None,
+        "head_sink": spec.sinks,
+        "attention_bias": rest is not E.TRUE or form.bias is not None,
+    }
+    return Plan("GroupQueryAttention", ", ".join(w for w, said in words.items() if said), True, window, lengths, rest)
+
+
+def _multi_head(spec: AttentionSpec, dtype: str) -> Plan | str:
+    """MultiHeadAttention with every mask as ``attention_bias``: its own mask adds a finite -1e4, and ``unidirectional`` is wrong over rectangles."""
+    reason = _operands(spec.dims, dtype)
+    if reason is not None:
+        return reason
+    if spec.groups != 1:
+        return f"{spec.groups} query heads share a KV head, and it takes one for each"
+    reason = refusal(spec, dtype)
+    if reason is not None:
+        return reason
+    if spec.sinks:
+        return "it has no sinks"
+    return Plan("MultiHeadAttention", "no mask" if spec.mask is E.TRUE and _bias(spec) is None else "attention_bias")
+
+
+def _operands(d: Dims, dtype: str) -> str | None:
+    if dtype not in ("float32", "float16"):
+        return f"it has no {dtype} on a CPU"
+    if not all(x.is_const for x in (d.Hq, d.Hkv, d.D, d.Dv)):
+        return "numbers of heads and features are not constants"
+    return None
+
+
+def band(d: Dims, window: int) -> E.Expr:
+    """``q < k + window``."""
+    return E.le(d.q, E.add(d.k, E.const(window - 1)))
+
+
+def window_of(spec: AttentionSpec) -> int | None:
+    """The number of keys in the mask's part ``q < k + window``; None where it has none."""
+    d = spec.dims
+    for part in E.conjuncts(spec.mask):
+        if part.op == "ge0":
+            constant = [int(c) for c, a in E.terms(part.args[0]) if a is None]
+            window = (constant[0] if constant else 0) + 1
+            if window > 0 and part is band(d, window):
+                return window
+    return None
+
+
+def _lengths(spec: AttentionSpec) -> E.Expr | None:
+    """The load in the mask's part ``k < lengths[b]``: padding that is proven to be on the right."""
+    d = spec.dims
+    for part in E.conjuncts(spec.mask):
+        for x in part.leaves:
+            if x.op == "load" and x.kind == "int" and x.args == (d.b,) and part is E.lt(d.k, x):
+                return x
+    return None

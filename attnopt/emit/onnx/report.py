@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnopt.emit.onnx.model import Layer
+from attnopt.emit.onnx.plan import OPERATORS
 from attnopt.report import Verdict
 
 
@@ -22,7 +23,7 @@ class OnnxReport:
 
     @property
     def fused(self) -> list[Layer]:
-        return [x for x in self.layers if x.lowered_to == "Attention"]
+        return [x for x in self.layers if x.lowered_to in OPERATORS]
 
     def to_dict(self) -> dict[str, Any]:
         return {

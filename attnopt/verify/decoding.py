@@ -1,0 +1,55 @@
+"""A decoder with its past in another runtime: prompts from nothing, then token by token, beside the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.capture.with_past import WithPast, positions_of
+from attnopt.report import Check, Verdict
+from attnopt.verify.budget import computing_dtype, judge
+from attnopt.verify.compare import leaves
+from attnopt.verify.modules import double, float64_copy
+
+STEPS = 3
+"""Tokens that are decoded one by one after each prompt."""
+LENGTH = 7
+
+PADDINGS = {"a prompt, batch of one": (1, ()), "no padding": (2, ()), "left padding": (3, (slice(0, 3),)), "right padding": (3, (slice(LENGTH - 2, LENGTH),))}
+"""Batch, and the places of the first sequence's prompt that are padding."""
+
+
+def verify_decoding(original: WithPast, run: Callable[..., Any], ids: Tensor, past: Sequence[Tensor]) -> Verdict:
+    """Each prompt is run with an empty past and continued by ``STEPS`` tokens drawn from ``ids``, each run with its own past; all results of all steps are compared.
+
+    ``run`` takes the original's arguments and gives its results in their order; ``past`` are tensors of the shape of a past. A padded token of the prompt is hidden from
+    all later ones, whose positions go on after the tokens that are there.
+    """
+    exact, why = float64_copy(original)
+    checks: list[Check] = []
+    drawn = torch.Generator().manual_seed(5)
+    vocabulary = ids.flatten()
+    for name, (batch, padded) in PADDINGS.items():
+        tokens = vocabulary[torch.randint(0, vocabulary.numel(), (batch, LENGTH + STEPS), generator=drawn)]
+        mask = torch.ones_like(tokens)
+        for places in padded:
+            mask[0, places] = 0
+        mine = exactly = theirs = original.empty_past(past, batch)
+        exactly = double(exactly)
+        for step in range(STEPS + 1):
+            start, end = (0, LENGTH) if step == 0 else (LENGTH + step - 1, LENGTH + step)
+            call: dict[str, Any] = {"input_ids": tokens[:, start:end], "attention_mask": mask[:, :end]}
+            if original.takes_positions:
+                call["position_ids"] = positions_of(mask[:, :end])[:, start:]
+            with torch.no_grad():
+                expected = leaves(original(**call, past_key_values=mine))
+                truth = None if exact is None else leaves(exact(**call, past_key_values=exactly))
+            got = leaves(run(**call, past_key_values=theirs))
+            text = "decoding" if truth is not None else f"decoding, against the original at its own dtype ({why})"
+            checks.append(judge(f"{name}: {'prompt' if step == 0 else f'token {step}'}", got, expected, truth, computing_dtype(expected), detail=text))
+            mine, theirs = expected[1:], got[1:]
+            exactly = [] if truth is None else truth[1:]
+    return Verdict(all(c.passed for c in checks), checks)

@@ -1,0 +1,231 @@
+"""Exported files side by side on ONNX Runtime's CPU provider: attentions that are fused nodes, time, peak memory and error, attnopt's beside its peers'.
+
+Each model is exported once by everyone, with batch and length open. The files then run in turn in one process, a round after the other, and medians are
+taken, since other work may run on the machine; peak memory is that of a process of its own for each file. Rows are kept by model in one file of results.
+
+    python benchmarks/onnx_export.py llama bert [--length 2048] [--rounds 7] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from common import RESULTS, provenance, save, show, stored
+from onnx_models import HEADS, MODELS, WIDTH, Model
+from torch import nn
+
+import attnopt
+from attnopt.config import OptimizeConfig
+
+FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention"}
+BASE = "torch, eager"
+RESULT = RESULTS / "onnx_export.json"
+
+
+# ---- the exporters: each writes a file
+
+
+def by_torch(model: Model, path: Path, attention: str, opset: int) -> None:
+    """torch.onnx.export, with every axis of indices and the batch of everything else left open."""
+    inputs = model.example(2, 40)
+    auto = torch.export.Dim.DYNAMIC
+    shapes = {name: dict.fromkeys(range(1 if x.is_floating_point() else 2), auto) for name, x in inputs.items()}
+    module = _Plain(model.build(attention))
+    program = torch.export.export(module, (), {"inputs": inputs}, dynamic_shapes={"inputs": shapes}, strict=False)
+    torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=list(inputs), verbose=False, optimize=True).save(path)  # type: ignore[union-attr]
+
+
+class _Plain(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return _tensors(self.model(**inputs))
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    from torch.utils import _pytree as pytree
+
+    def plain(x: Any) -> Any:
+        return {k: plain(v) for k, v in x.items()} if hasattr(x, "items") else x
+
+    return [x for x in pytree.tree_leaves(plain(result)) if isinstance(x, torch.Tensor)]
+
+
+def by_ort_optimizer(model: Model, path: Path, eager: Path) -> None:
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    optimize_model(str(eager), model_type=model.optimizer, num_heads=HEADS, hidden_size=WIDTH, opt_level=0).save_model_to_file(str(path))
+
+
+def by_onnxscript(model: Model, path: Path, eager: Path) -> None:
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    optimized, _ = optimize_for_ort(ir.load(eager))
+    ir.save(optimized, path)
+
+
+def by_attnopt(model: Model, path: Path, target: str) -> None:
+    inputs = model.example(2, 40)
+    config = OptimizeConfig(backend="reference", verify=False, capture="export")
+    attnopt.optimize(model.build("eager"), kwargs=inputs, config=config).export_onnx(path, target=target)
+
+
+def exporters(model: Model, folder: Path) -> dict[str, Callable[[Path], None]]:
+    eager = folder / "0.onnx"
+    return {
+        BASE: lambda path: by_torch(model, path, "eager", 20),
+        "torch, sdpa, opset 24": lambda path: by_torch(model, path, "sdpa", 24),
+        "onnxruntime.transformers": lambda path: by_ort_optimizer(model, path, eager),
+        "onnxscript": lambda path: by_onnxscript(model, path, eager),
+        "attnopt onnx": lambda path: by_attnopt(model, path, "onnx"),
+        "attnopt ort": lambda path: by_attnopt(model, path, "ort"),
+    }
+
+
+# ---- what is measured
+
+
+def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def fed(runtime: onnxruntime.InferenceSession, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """The inputs by the file's own names, which exporters choose: by name where it is known, else by place."""
+    names = [i.name for i in runtime.get_inputs()]
+    order = names if set(names) <= set(inputs) else list(inputs)
+    return {name: inputs[key].numpy() for name, key in zip(names, order, strict=True)}
+
+
+def peak_of(path: Path, name: str, length: int, threads: int) -> float:
+    """MiB that one run takes beyond the loaded file, in a process of its own."""
+    command = [sys.executable, __file__, name, "--peak-of", str(path), "--length", str(length), "--threads", str(threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    return float(done.stdout.splitlines()[-1])
+
+
+def _status(field: str) -> float:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def print_peak(path: Path, model: Model, length: int, threads: int) -> None:
+    runtime = session(path, threads)
+    feed = fed(runtime, model.example(1, length))
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was loading
+    runtime.run(None, feed)
+    print(_status("VmHWM") - before)
+
+
+def error_of(got: list[Any], expected: list[torch.Tensor]) -> float:
+    """The largest relative distance of a result from PyTorch's."""
+    if len(got) != len(expected):
+        return math.inf
+    pairs = [(torch.from_numpy(np.asarray(g)).double(), e.double()) for g, e in zip(got, expected, strict=True)]
+    return max(float((g - e).norm() / e.norm()) if g.shape == e.shape else math.inf for g, e in pairs)
+
+
+def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str, Any]]:
+    model = MODELS[name]
+    inputs = model.example(1, length)
+    rows: list[dict[str, Any]] = []
+    runtimes: dict[str, tuple[onnxruntime.InferenceSession, Any]] = {}
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        for i, (who, export) in enumerate(exporters(model, folder).items()):
+            path = folder / f"{i}.onnx"
+            row: dict[str, Any] = {
+                "model": name,
+                "S": length,
+                "exporter": who,
+                "fused": None,
+                "of": model.sites,
+                "error": None,
+                "ms": None,
+                "faster": None,
+                "peak MiB": None,
+                "note": "",
+            }
+            rows.append(row)
+            try:
+                with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
+                    warnings.simplefilter("ignore")
+                    export(path)
+                nodes = onnx.load(path, load_external_data=False).graph.node
+                row["fused"] = sum(n.op_type in FUSED for n in nodes)
+                runtime = session(path, threads)
+                feed = fed(runtime, inputs)
+                got = runtime.run(None, feed)
+            except Exception as error:  # noqa: BLE001 - what a peer raises is the finding
+                row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+                continue
+            if i == 0:
+                with torch.no_grad():
+                    expected = _tensors(model.build("eager")(**inputs))
+            row["error"] = e if math.isfinite(e := error_of(got, expected)) else None
+            row["note"] = "" if row["error"] is not None and row["error"] < 1e-3 else "wrong results"
+            row["peak MiB"] = peak_of(path, name, length, threads)
+            runtimes[who] = (runtime, feed)
+        times: dict[str, list[float]] = {who: [] for who in runtimes}
+        for i in range(rounds):
+            turns = list(runtimes.items())
+            for who, (runtime, feed) in turns[i % len(turns) :] + turns[: i % len(turns)]:  # nobody is always first
+                start = time.perf_counter()
+                runtime.run(None, feed)
+                times[who].append(time.perf_counter() - start)
+    for row in rows:
+        if row["exporter"] in times:
+            row["ms"] = statistics.median(times[row["exporter"]]) * 1e3
+            row["faster"] = statistics.median(b / t for b, t in zip(times[BASE], times[row["exporter"]], strict=True)) if BASE in times else None
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak-of", type=Path, help="run this file of the model once, and print how much memory that took")
+    options = parser.parse_args()
+    logging.disable(logging.ERROR)
+    if options.peak_of is not None:
+        print_peak(options.peak_of, MODELS[options.models[0]], options.length, options.threads)
+        return
+    for name in options.models:
+        found = measure(name, options.length, options.rounds, options.threads)
+        about = {**provenance(), "threads": options.threads, "rounds": options.rounds, "onnxruntime": onnxruntime.__version__}
+        rows = [r for r in stored(RESULT) if (r["model"], r["S"]) != (name, options.length)] + [{**r, **about} for r in found]
+        order = {n: i for i, n in enumerate(MODELS)}
+        save(
+            RESULT,
+            sorted(rows, key=lambda r: (r["S"], order[r["model"]])),
+            note="ms: medians of interleaved rounds on a machine that other work shared; faster: median of the ratios to torch, eager, round by round",
+        )
+        show(f"{name}, batch 1, S={options.length}, {options.threads} thread(s)", [{k: v for k, v in r.items() if k not in ("model", "S")} for r in found])
+
+
+if __name__ == "__main__":
+    main()
