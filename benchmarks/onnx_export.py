@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import logging
 import math
 import os
@@ -85,9 +86,11 @@ def by_onnxscript(model: Model, path: Path, eager: Path) -> None:
 
 
 def by_attnopt(model: Model, path: Path, target: str) -> None:
-    inputs = model.example(2, 40)
+    module, inputs = model.build("eager"), dict[str, Any](model.example(2, 40))
+    if "use_cache" in inspect.signature(module.forward).parameters:
+        inputs["use_cache"] = False  # a cache among the results is no tensor
     config = OptimizeConfig(backend="reference", verify=False, capture="export")
-    attnopt.optimize(model.build("eager"), kwargs=inputs, config=config).export_onnx(path, target=target)
+    attnopt.optimize(module, kwargs=inputs, config=config).export_onnx(path, target=target)
 
 
 def exporters(model: Model, folder: Path) -> dict[str, Callable[[Path], None]]:
