@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import logging
 import math
 import os
@@ -85,9 +86,11 @@ def by_onnxscript(model: Model, path: Path, eager: Path) -> None:
 
 
 def by_attnopt(model: Model, path: Path, target: str) -> None:
-    inputs = model.example(2, 40)
+    module, inputs = model.build("eager"), dict[str, Any](model.example(2, 40))
+    if "use_cache" in inspect.signature(module.forward).parameters:
+        inputs["use_cache"] = False  # a cache among the results is no tensor
     config = OptimizeConfig(backend="reference", verify=False, capture="export")
-    attnopt.optimize(model.build("eager"), kwargs=inputs, config=config).export_onnx(path, target=target)
+    attnopt.optimize(module, kwargs=inputs, config=config).export_onnx(path, target=target)
 
 
 def exporters(model: Model, folder: Path) -> dict[str, Callable[[Path], None]]:
@@ -202,6 +205,26 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
     return rows
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """One line a model: the attentions that each exporter fused, and for attnopt's files speed and peak memory against torch's eager export."""
+    who = list(dict.fromkeys(r["exporter"] for r in rows))
+    lines = ["| model | attentions | " + " | ".join(who) + " |", "|" + "---|" * (len(who) + 2)]
+    for name in dict.fromkeys(r["model"] for r in rows):
+        found = {r["exporter"]: r for r in rows if r["model"] == name}
+        base, cells = found[BASE], []
+        for x in who:
+            r = found[x]
+            if r["ms"] is None:
+                cells.append("fails" if r["fused"] is None else f"{r['fused']}, does not run")
+            elif x == BASE:
+                cells.append(f"{r['fused']} ({r['ms']:.0f} ms, {r['peak MiB']:.0f} MiB)")
+            else:
+                wrong = f", {r['note']}" if r["note"] else ""
+                cells.append(f"{r['fused']} ({r['faster']:.2f}x, {r['peak MiB'] / base['peak MiB']:.2f} of the memory{wrong})")
+        lines.append(f"| {name} | {base['of']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", default=list(MODELS))
@@ -209,7 +232,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak-of", type=Path, help="run this file of the model once, and print how much memory that took")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing, and print the stored rows of this length as a table")
     options = parser.parse_args()
+    if options.markdown:
+        print(markdown([r for r in stored(RESULT) if r["S"] == options.length]))
+        return
     logging.disable(logging.ERROR)
     if options.peak_of is not None:
         print_peak(options.peak_of, MODELS[options.models[0]], options.length, options.threads)

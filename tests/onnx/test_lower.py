@@ -186,6 +186,14 @@ def _cases() -> list[Case]:
             ort_why="a sink differs between queries",
         ),
         case(
+            "causal, window, padding",
+            AttentionSpec(s, x, E.all_of(causal, window, spad), "uniform", loads=(padding,)),
+            "Attention",
+            "boolean mask",
+            GQA,
+            "local_window_size 3, attention_bias",
+        ),
+        case(
             "causal, window, padding, softcap",
             AttentionSpec(s, capped(2.0), E.all_of(causal, window, spad), "zero", loads=(padding,)),
             "standard ops",
@@ -261,6 +269,8 @@ def inputs(B: int, Sq: int, Skv: int, dtype: torch.dtype = torch.float32) -> tup
     padding = torch.ones(B, Skv, dtype=torch.bool)
     padding[0, :2] = False
     padding[-1] = False  # a row of the batch without any key
+    if B > 2:
+        padding[1, 1:4] = False  # a hole as wide as the window: query 3 sees nothing, between queries that do
     lengths = torch.tensor([Sq, 2, 0, Sq + 3][-B:])
     right = torch.arange(Skv)[None] < lengths[:, None]
     bias, slopes = torch.randn(1, HQ, 16, 16, generator=g, dtype=torch.float64).to(dtype), torch.rand(HQ, generator=g, dtype=torch.float64).to(dtype)

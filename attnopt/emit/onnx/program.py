@@ -166,6 +166,23 @@ def _where(p: Programs, e: Expr, args: list[Any]) -> Any:
     return p.op.Or(p.op.And(c, a), p.op.And(p.op.Not(c), b)) if e.kind == "bool" else p.op.Where(c, a, b)
 
 
+def _apart(compare: str) -> Callable[[Programs, Expr, list[Any]], Any]:
+    """An integer compared with zero as its terms in k with minus the others: no integer is made for each query and key."""
+
+    def write(p: Programs, e: Expr, args: list[Any]) -> Any:
+        x = e.args[0]
+        sides: tuple[list[Expr], list[Expr]] = ([], [])
+        for c, a in E.terms(x) if x.kind == "int" else ():
+            term = E.const(int(c)) if a is None else E.mul(E.const(int(c)), a)
+            sides[any(v.value == "k" for v in term.variables)].append(term)
+        if not all(sides):
+            return getattr(p.op, compare)(args[0], p.constant(0, x.kind))
+        others, of_keys = (E.add(E.ZERO, *side) for side in sides)
+        return getattr(p.op, compare)(p.write(of_keys), p.write(E.sub(E.ZERO, others)))
+
+    return write
+
+
 _SPECIAL: dict[str, Callable[[Programs, Expr, list[Any]], Any]] = {
     "floordiv": _floordiv,
     "mod": _mod,
@@ -173,8 +190,8 @@ _SPECIAL: dict[str, Callable[[Programs, Expr, list[Any]], Any]] = {
     "rsqrt": lambda p, e, args: p.op.Reciprocal(p.op.Sqrt(args[0])),
     "float": lambda p, e, args: p._cast(args[0], "float"),
     "trunc": lambda p, e, args: p._cast(args[0], "int"),
-    "ge0": lambda p, e, args: p.op.GreaterOrEqual(args[0], p.constant(0, e.args[0].kind)),
-    "eq0": lambda p, e, args: p.op.Equal(args[0], p.constant(0, e.args[0].kind)),
+    "ge0": _apart("GreaterOrEqual"),
+    "eq0": _apart("Equal"),
 }
 
 WRITTEN = {"const", "sym", "var", "score", "load", *_UNARY, *_BINARY, *_FOLDS, *_SPECIAL}
