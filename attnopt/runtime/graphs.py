@@ -6,6 +6,7 @@ launches with every address in it, so it may only be replayed while all of these
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -39,10 +40,11 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         with torch.cuda.device(self.device):
-            if self._pool is None:
+            if not self._graphs:  # a pool is gone with the last of its graphs, and its name must not be used again
                 self._pool = torch.cuda.graph_pool_handle()
             # what is made at the first call (compiled kernels, handles, workspaces) must not be made while it records
             stream = torch.cuda.Stream()
@@ -55,6 +57,7 @@ class CudaRecorder:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 out = function()
+            self._graphs.add(graph)
 
         def replay() -> Tensor:
             graph.replay()
