@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 import attnopt.kernels.ops  # noqa: F401 - registers the operator that the passes put into graphs
 from attnopt.capture.call import Args, CallForm, Kwargs
@@ -32,8 +31,8 @@ from attnopt.passes.pipeline import PipelineResult, passes, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 from attnopt.serving import rewrite, serve
-from attnopt.verify import DynamicDim, GraphPair, verify_and_repair, verify_modules
-from attnopt.verify import DynamicShapes as VariedShapes
+from attnopt.varied import varied_shapes
+from attnopt.verify import GraphPair, verify_and_repair, verify_modules
 from attnopt.verify.decoding import verify_decoding
 from attnopt.verify.exported import verify_exported
 from attnopt.verify.merged import verify_merged
@@ -151,7 +150,7 @@ def verify(
     dynamic = None
     if isinstance(optimized, OptimizedModule) and graph_variants(optimized):
         args, keywords = CallForm(original.forward).normalise(args, keywords)
-        dynamic = _shapes(graph_variants(optimized)[0].example)
+        dynamic = varied_shapes(graph_variants(optimized)[0].example)
     return verify_modules(original, optimized, args, keywords, dynamic, progress=_verify_progress(progress))
 
 
@@ -345,7 +344,7 @@ class _Builder:
         again.attnopt_capture(*CallForm(source.forward).spread(args, kwargs, 0 if with_past else module._attnopt.positional))
 
         def compare(file: Callable[..., Any], example: Example) -> Verdict:
-            verdict = verify_exported(source, file, example, _shapes(example), _verify_progress(self.progress))
+            verdict = verify_exported(source, file, example, varied_shapes(example), _verify_progress(self.progress))
             if decoder is None or not verdict.passed:
                 return verdict
             more = verify_decoding(decoder, file, kwargs["input_ids"], kwargs["past_key_values"])
@@ -363,20 +362,6 @@ class _Builder:
 
 def _unverified(reason: str) -> Remark:
     return Remark("AO304", f"Not compared with the original: {reason}.")
-
-
-def _shapes(example: Example) -> VariedShapes:
-    """Which sizes verification may vary, and together with which others."""
-    leaves = pytree.tree_leaves((example.args, example.kwargs))
-    dims: dict[int, dict[int, DynamicDim]] = {}
-    for d in example.dynamic:
-        dims.setdefault(d.leaf, {})[d.dim] = DynamicDim(d.symbol, d.lower, d.upper)
-    shapes = VariedShapes(dims)
-
-    def admits(values: Mapping[str, int]) -> bool:
-        return example.holds([torch.empty(shapes.shape(i, x, values), device="meta") if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)])
-
-    return VariedShapes(dims, admits)
 
 
 def _verify_progress(progress: Progress | None) -> Progress | None:
