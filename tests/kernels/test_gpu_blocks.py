@@ -94,11 +94,11 @@ def test_a_map_that_is_given_gives_the_same(name: str) -> None:
     spec = case.spec()
     own, _ = launch.attention(q, k, v, loads, [], spec)
     blocks = map_of(case, "cuda", *launch.block_sizes(spec, "cuda", q.dtype))
-    given, _ = launch.attention(q, k, v, loads, [], spec, blocks)
+    given, _ = launch.attention(q, k, v, loads, [], spec, blocks=blocks)
     assert torch.equal(own.nan_to_num(7.0), given.nan_to_num(7.0))
     # and it is read: without its blocks no key is seen
     nothing = BlockMap(torch.zeros_like(blocks.counts), blocks.indices, blocks.BLOCK_M, blocks.BLOCK_N)
-    assert not torch.equal(launch.attention(q, k, v, loads, [], spec, nothing)[0].nan_to_num(7.0), own.nan_to_num(7.0))
+    assert not torch.equal(launch.attention(q, k, v, loads, [], spec, blocks=nothing)[0].nan_to_num(7.0), own.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("case", OF_BOTH, ids=lambda c: c.name)
