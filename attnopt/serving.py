@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from attnopt.capture.call import Args, Kwargs
 from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.export import DynamicShapes, capture
+from attnopt.capture.run import device_of
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import GraphFunction, graph_function
 from attnopt.emit.pieces import Compiler, in_pieces
@@ -182,7 +183,7 @@ class ServingModel(nn.Module):
                 raise ServingError("The model computes its positions, so it does not say how long a request may become; a contiguous cache needs page_size, in tokens.")
             # a page that ends with its request holds nothing of the next, and is never dead before it ends
             options, window = {"prefix_sharing": False, **options, "contiguous": True}, None
-        place = next((x.device for x in (*self.parameters(), *self.buffers())), None)
+        place = device_of(self)
         size = _PAGE_SIZE if page_size is None else page_size
         caches = ModelCaches.of(self.layers, size, pages, size_bytes, place, self.encode, self.context_length, context_pages, self._context_page_size(size))
 

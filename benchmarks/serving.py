@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.runtime import DecodeGraphs, Engine, SamplingParams
+from attnopt.runtime.paged_cache import token_bytes
 from attnopt.serving import ServingModel
 
 DIFFERENT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -309,7 +310,7 @@ def heads_cell(options: argparse.Namespace) -> list[dict[str, Any]]:
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         row |= {
-            "cache_bytes_per_token": sum(x.Hkv * (x.D + x.Dv) * x.dtype.itemsize for x in serving.layers),
+            "cache_bytes_per_token": token_bytes(serving.layers),
             "requests": requests,
             "context": context,
             "new": options.new,

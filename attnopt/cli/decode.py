@@ -187,4 +187,6 @@ def _compared(
 def _device(model: nn.Module) -> torch.device:
     import torch
 
-    return next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    from attnopt.capture.run import device_of
+
+    return device_of(model) or torch.device("cpu")

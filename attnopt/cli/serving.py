@@ -18,23 +18,20 @@ if TYPE_CHECKING:
 
 
 def cache_facts(serving: ServingModel) -> dict[str, Any]:
-    """For JSON. Bytes are of one token of one request, over all layers that keep it."""
+    """For JSON. Bytes are of one token of one request, over all layers that keep it, scales included."""
+    from attnopt.runtime.paged_cache import token_bytes
+
     layers = [
-        {"name": x.name, "Hkv": x.Hkv, "D": x.D, "Dv": x.Dv, "window": x.window, "dtype": _dtype(x), "cross": x.cross, "bytes": token_bytes(x)}
+        {"name": x.name, "Hkv": x.Hkv, "D": x.D, "Dv": x.Dv, "window": x.window, "dtype": _dtype(x), "cross": x.cross, "bytes": token_bytes([x])}
         for x in serving.layers
     ]
     return {
         "layout": serving.plan.layout,
         "vocabulary": serving.vocabulary,
         "max_positions": serving.max_positions,
-        "bytes_per_token": sum(token_bytes(x) for x in serving.layers if not x.cross),
+        "bytes_per_token": token_bytes([x for x in serving.layers if not x.cross]),
         "layers": layers,
     }
-
-
-def token_bytes(layer: CacheLayer) -> int:
-    """What one layer keeps of a token."""
-    return layer.Hkv * (layer.D + layer.Dv) * layer.dtype.itemsize
 
 
 def _dtype(layer: CacheLayer) -> str:
@@ -43,6 +40,8 @@ def _dtype(layer: CacheLayer) -> str:
 
 def show_cache(out: Terminal, serving: ServingModel) -> None:
     """Layers that keep the same are one row, as in the table of attentions."""
+    from attnopt.runtime.paged_cache import token_bytes
+
     facts = cache_facts(serving)
     out.say(f"[bold]Cache[/] ({facts['layout']})")
     table = Table(header_style="bold")
@@ -55,7 +54,7 @@ def show_cache(out: Terminal, serving: ServingModel) -> None:
         one = group[0]
         of = "another sequence" if one.cross else "all tokens" if one.window is None else f"the last {one.window} tokens"
         table.add_row(
-            escape(joined([x.name for x in group])), f"{one.Hkv} x {one.D}", f"{one.Hkv} x {one.Dv}", _dtype(one), of, f"{token_bytes(one) * len(group):,}"
+            escape(joined([x.name for x in group])), f"{one.Hkv} x {one.D}", f"{one.Hkv} x {one.Dv}", _dtype(one), of, f"{token_bytes(group):,}"
         )
     out.print(table)
     longest = "as many tokens as the cache holds" if serving.max_positions is None else f"{serving.max_positions:,} tokens at most, prompt included"

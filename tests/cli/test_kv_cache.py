@@ -41,6 +41,12 @@ def test_the_report_in_json(decoder: str, capsys: pytest.CaptureFixture[str]) ->
     assert [(x["Hkv"], x["D"], x["Dv"], x["window"], x["dtype"], x["bytes"]) for x in cache["layers"]] == [(2, 8, 8, None, "float32", 128)] * 2
 
 
+def test_scales_are_counted(decoder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["optimize", f"{decoder}:model", "--kv-cache", "paged", "--kv-cache-dtype", "int8", "--no-verify", "--no-benchmark", "--json"]) == 0
+    cache = json.loads(capsys.readouterr().out)["cache"]
+    assert [(x["dtype"], x["bytes"]) for x in cache["layers"]] == [("int8", 2 * (8 + 8 + 2 * 4))] * 2 and cache["bytes_per_token"] == 96
+
+
 def test_inspect_and_explain_take_it_too(decoder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", f"{decoder}:model", "--kv-cache", "paged"]) == 0
     assert "AO104" in (text := capsys.readouterr().out) and "attnopt optimize decoder.py:model --kv-cache paged" in text
