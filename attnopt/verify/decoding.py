@@ -37,8 +37,8 @@ def verify_decoding(original: WithPast, run: Callable[..., Any], ids: Tensor, pa
         mask = torch.ones_like(tokens)
         for places in padded:
             mask[0, places] = 0
-        mine = exactly = theirs = original.empty_past(past, batch)
-        exactly = double(exactly)
+        mine = theirs = original.empty_past(past, batch)
+        exactly = double(mine)
         for step in range(STEPS + 1):
             start, end = (0, LENGTH) if step == 0 else (LENGTH + step - 1, LENGTH + step)
             call: dict[str, Any] = {"input_ids": tokens[:, start:end], "attention_mask": mask[:, :end]}
