@@ -9,7 +9,8 @@ and 2**-8 for float16, which callers multiply back; subnormal numbers come out r
 int8: bits are put below those of a power of two, which is then subtracted: exact in both dtypes.
 """
 
-PACKED = ("fp8", "int8")
+HALF = {"fp8-half": "_halves_cvt", "int8-half": "_halves_int8"}
+PACKED = ("fp8", "int8", *HALF)
 
 # In each: w [..] int16 -> (lower, higher). With ASM two words at a time, in PTX of sm_90; without, the same steps in Triton, for the interpreter.
 HALVES = '''
@@ -98,4 +99,26 @@ def _halves_int8(w, WIDE: tl.constexpr, ASM: tl.constexpr):
         higher = w.to(tl.int32) >> 8
         lower = (w.to(tl.int32) << 24) >> 24
         return lower.to(tl.float32).to(WIDE), higher.to(tl.float32).to(WIDE)
+
+
+@triton.jit
+def _halves_cvt(w, WIDE: tl.constexpr, ASM: tl.constexpr):
+    tl.static_assert(WIDE == tl.float16)
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 a;
+                .reg .b16 l, h;
+                prmt.b32 a, $2, 0, 0x3120;
+                mov.b32 {l, h}, a;
+                cvt.rn.f16x2.e4m3x2 $0, l;
+                cvt.rn.f16x2.e4m3x2 $1, h;
+            }
+            """,
+            "=&r,=&r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )
+    else:
+        lower, higher = _halves_fp8(w, WIDE, ASM)
+        return (lower.to(tl.float32) * 256.0).to(WIDE), (higher.to(tl.float32) * 256.0).to(WIDE)
 '''

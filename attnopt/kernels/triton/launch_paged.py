@@ -118,6 +118,12 @@ class Config:
     num_stages: int
     one_query: bool = False
     """A tile is of one token, though more of them had room: then tokens and tiles are one, where every request has one token."""
+    warm: int = 0
+    """Blocks of keys that a program asks L2 for while the kernel in front of it ends (sm_90, tiles of one token)."""
+    ahead: int = 0
+    """Turns after the first whose page numbers are put in L1 before the loop (sm_90)."""
+    half: bool = False
+    """Whether words of two numbers of a quantized cache become float16, whatever the dtype of the query."""
 
     @property
     def BLOCK_Q(self) -> int:
@@ -298,6 +304,7 @@ class Plan:
         one_load = shares(k_cache, v_cache)
         c = chosen or config(D, Dv, groups, -(-T // R), q.dtype, memory, one_load)
         cache = packing(q.dtype, k_cache, v_cache, one_load) if quantized else ""
+        cache += "-half" if c.half and cache in PACKED else ""
         words = as_words(k_cache, v_cache) if cache in PACKED else {}
         kernel = kernel_for(spec, cache)
         BLOCK_Q, lanes = c.BLOCK_Q, Hkv * -(-groups // c.HEADS)
@@ -313,7 +320,7 @@ class Plan:
         shape = {"b": R, "h": Hq, "q": capacity, "k": capacity}
         arguments = bind(kernel.source, spec, tensors | words, load_tensors(kernel.source.parts, shape, loads, values, q.device), len(loads))
         arguments |= {f"size{i}": values[name] for i, name in enumerate(kernel.source.sizes)}
-        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "STEP": num_splits * c.BLOCK_N, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity}
+        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "STEP": num_splits * c.BLOCK_N, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity, "PAGES": k_cache.shape[0]}
         arguments |= {"O_s0": Hq * Dv, "O_s1": Dv, "O_s2": 1}
         fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl)
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **early}
@@ -321,7 +328,7 @@ class Plan:
         reduction = None
         if split:
             names = ("PART", "LSE", "O", "O_s0", "O_s1", "O_s2", "Hq", "SPLITS")
-            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl)
+            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl, c.warm > 0)
             options = {"num_warps": 4, **early}
             reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, options, (T * Hq,))
         return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction)
@@ -385,14 +392,14 @@ def constants(
     BLOCK_R = max(128, power_of_two(R + 1))
     parts = head_parts(D)
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, asm, precision)
+    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, asm, precision, c.warm, c.ahead)
     return dict(zip(CONSTEXPRS, values, strict=True))
 
 
-def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool) -> dict[str, Any]:
+def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool, early: bool = False) -> dict[str, Any]:
     """Of ``paged_reduce``: as many splits at once as there are, up to what registers hold."""
     width = power_of_two(Dv)
-    return {"DV": Dv, "BLOCK_DV": width, "BLOCK_S": max(1, min(power_of_two(num_splits), 4096 // width)), "FOLDED": folded, "PDL": pdl}
+    return {"DV": Dv, "BLOCK_DV": width, "BLOCK_S": max(1, min(power_of_two(num_splits), 4096 // width)), "FOLDED": folded, "PDL": pdl, "EARLY": early}
 
 
 def bind(source: Source, spec: AttentionSpec, tensors: dict[str, Tensor], read: Sequence[Tensor], given: int) -> dict[str, Any]:
