@@ -97,7 +97,7 @@ def compile_backward(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> 
     return out
 
 
-PAGED_TYPES = {"TABLE": "*i32", "STARTS": "*i32", "LENGTHS": "*i32", "PART": "*fp32", "LSE": "*fp32", "K_SCALE": "*fp32", "V_SCALE": "*fp32"}
+PAGED_TYPES = {"COUNT": "*i32", "TABLE": "*i32", "STARTS": "*i32", "LENGTHS": "*i32", "PART": "*fp32", "LSE": "*fp32", "K_SCALE": "*fp32", "V_SCALE": "*fp32"}
 CACHES = {"int8": (torch.int8, "*i8"), "fp8": (torch.float8_e4m3fn, "*fp8e4nv")}
 
 
