@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from running import message
 from torch import Tensor
 from variants import WINDOW
 
-from attnopt.kernels.triton.launch import SHARED_MEMORY_SM90
+from attnopt.kernels.triton.launch import SHARED_MEMORY_SM90, power_of_two
 from attnopt.kernels.triton.launch_paged import config
 
 FIELDS = {"N": "BLOCK_N", "W": "num_warps", "S": "num_stages", "warm": "warm", "ahead": "ahead"}
@@ -65,11 +64,13 @@ NARROW = (
     *("N16 x32 warm2", "N16 x64 warm1", "N128 W8 x8", "N128 W8 x8 warm1", "once", "x16 once", "x16 warm1 once", "x8 warm2 ahead1 once", "N32 x32 warm1 once"),
 )
 LARGE = (
-    *("", "warm1", "warm2", "warm2 ahead2", "x1", "x2", "x3", "x6", "S4 x1", "S5 x1", "S6 x1", "N128 W8 x1", "N128 W8 S4 x1", "N128 W8 x2", "N128 W4 x1", "N128 W4 S4 x1", "W8 S4 x1", "N32 S6 x3"),
+    *("", "warm1", "warm2", "warm2 ahead2", "x1", "x2", "x3", "x6", "S4 x1", "S5 x1", "S6 x1", "N128 W8 x1", "N128 W8 S4 x1", "N128 W8 x2", "N128 W4 x1", "N128 W4 S2 x1", "N128 W4 S2 x2", "W8 S4 x1", "N32 S6 x3"),
     *("x1 warm2 ahead2", "S5 x1 warm4 ahead2", "N128 W8 x1 warm2 ahead2", "N128 W8 S4 x1 warm2 ahead2", "N128 W8 S4 x1 warm3", "S4 x2 warm2", "once", "warm2 ahead2 once"),
 )
 BYTES = (
-    *("", "by head", "half", "half by head", "half by head S4", "half by head S5", "N128 W8", "half N128 W8", "half by head N128 W8", "half by head N128 W8 S4", "half by head N128 W4 S2"),
+    *("", "by head", "half", "half by head", "half by head S4", "half by head S5", "N128 W8", "half N128 W8", "half by head N128 W8", "half by head N128 W8 S4"),
+    *("N128 W4", "half N128 W4", "half by head N128 W4", "half by head N128 W4 S2", "half by head N128 W4 x1", "half by head N128 W4 S4 x1", "half by head N128 W4 x2"),
+    *("half by head N128 W4 x32", "half by head N128 W4 x32 warm2 ahead1", "half N128 W4 x32 warm2 ahead1", "half by head N128 W4 x16 warm4 ahead3"),
     *("half by head x1", "half by head N128 W8 x1", "half by head N128 W8 S4 x1", "half warm2 ahead2", "half by head warm2 ahead2", "half by head warm3 ahead2"),
     *("half by head N128 W8 warm2 ahead2", "half by head x16 warm4 ahead2", "half by head x32 warm3 ahead2", "half by head warm2 ahead2 once"),
 )
@@ -274,7 +275,7 @@ def main() -> None:
             c = every[i]
             for setting in c.settings:
                 # one compilation serves all shapes and numbers of splits
-                what = (re.sub(r"\bx\d+", "x", setting) if " x1" not in f" {setting} " else setting, c.layout, c.variant, c.shape.ctx if c.layout == "contiguous" else 0)
+                what = (re.sub(r"\bx(\d+)", lambda m: f"x{min(power_of_two(int(m[1])), 32)}", setting), c.layout, c.variant, c.shape.ctx if c.layout == "contiguous" else 0)
                 if re.search(options.settings, setting) and what not in known:
                     known.add(what)
                     jobs.append((i, setting, options))

@@ -22,7 +22,8 @@ from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import HELPERS, Emitter, literal
 from attnopt.kernels.materialise import QUERIES
-from attnopt.kernels.triton.flash_forward import LOG2E, Source, Writer
+from attnopt.kernels.programs import LOG2E
+from attnopt.kernels.triton.flash_forward import Source, Writer
 from attnopt.kernels.triton.halves import HALF, HALVES, PACKED
 
 TENSORS = ("Q", "K", "V", "O", "PART", "LSE", "COUNT", "TABLE", "STARTS", "LENGTHS")
@@ -55,7 +56,7 @@ def lengths_of(spec: AttentionSpec) -> frozenset[str]:
 @lru_cache(maxsize=1024)
 def generate(spec: AttentionSpec, cache: str = "") -> Source:
     """The kernel for one spec, for any sizes, strides, page sizes and dtypes. ``cache`` is ``scaled`` where the caches have scales, of ``PACKED`` where they are
-    read as words of two numbers besides, and empty where they are of the dtype of the query."""
+    read as words of two numbers besides (of ``HALF`` in float16), and empty where they are of the dtype of the query."""
     spec = request_spec(spec)
     writer = HalfWriter if cache in HALF else PackedWriter if cache in PACKED else PagedWriter
     return writer(spec, cache).source()
@@ -458,7 +459,7 @@ class HalfWriter(PackedWriter):
     """Words are taken apart into float16, whatever the dtype of the query: every number of the cache is one there, and conversions are fewest.
 
     So that products stay in its range, a row of a bfloat16 query is divided by a power of two, and what is subtracted from scores counts the size of the value's scale too: no weight
-    times scale is more than one.
+    times scale is more than one. That holds for values from 1e-16 to 1e16.
     """
 
     up = " * q_up[:, None]"
@@ -471,6 +472,8 @@ class HalfWriter(PackedWriter):
             "# [BLOCK_M, BLOCK_D // 2]: features with even numbers, and those with odd ones",
             "b_q = tl.load(p_q + 2 * offs_w[None, :] * Q_s2, mask=row_inside & (offs_w[None, :] < D // 2), other=0.0)",
             "b_q2 = tl.load(p_q + (2 * offs_w[None, :] + 1) * Q_s2, mask=row_inside & (offs_w[None, :] < D // 2), other=0.0)",
+            "# to base 2: what a scale of zero counts as, and a sink, which has no value; far from overflow as the inverse of a weight, and from being lost beside the largest",
+            "LEAST: tl.constexpr = -64",
             "q_up = tl.full((BLOCK_M,), 1.0, tl.float32)",
             "if Q.dtype.element_ty == tl.bfloat16:",
             "    top = tl.max(tl.maximum(tl.abs(b_q.to(tl.float32)), tl.abs(b_q2.to(tl.float32))), 1)",
@@ -484,7 +487,7 @@ class HalfWriter(PackedWriter):
     def first_weight(self) -> list[str]:
         """A sink is a key whose value is zero: its scale is the least."""
         lines = super().first_weight()
-        return lines and [*lines, f"m_i = m_i - 100.0{'' if self.folded else f' * {1 / LOG2E}'}", "l_i = l_i * 2.0**100"]
+        return lines and [*lines, f"m_i = m_i + LEAST{'' if self.folded else f' * {1 / LOG2E}'}", "l_i = l_i * 2.0 ** -LEAST"]
 
     def halves(self, of: str) -> str:
         return f"b_{of}, b_{of}2 = {HALF[self.cache]}(w_{of}, tl.float16, ASM)"
@@ -495,7 +498,7 @@ class HalfWriter(PackedWriter):
         return [
             f"v_up = {self.scale('p_vs', 'V', tail)}",
             "# the power of two above a scale, from its bits; values that are all zero have a scale of zero, and one of NaN is NaN in the weight",
-            f"above = tl.maximum((v_up.to(tl.int32, bitcast=True) >> 23) - 126, -100).to(tl.float32){natural}",
+            f"above = tl.maximum((v_up.to(tl.int32, bitcast=True) >> 23) - 126, LEAST).to(tl.float32){natural}",
             "m_new = tl.maximum(m_i, tl.max(s + above, 1))",
             'm_use = tl.where(m_new == float("-inf"), 0.0, m_new)',
             f"p = tl.exp2((s - m_use[:, None]){scale})",
