@@ -6,7 +6,7 @@ timed in turn, beside the copy, a kernel that only reads as many bytes (``read``
 ``us``: of a call in a CUDA graph of calls behind one another, where a kernel may be put in place while the one before it ends.
 ``alone``: of a call behind a kernel of PyTorch that writes its query, in a graph; the time of that kernel by itself is taken off.
 GB/s are bytes of keys, values and scales over ``us``. Settings are named by what differs from the usual ones: N, W, S and x are BLOCK_N, warps, stages and splits,
-``warm``, ``ahead``, ``once`` and ``half`` those of ``launch_paged.Config``, and ``by head`` is a layout of scales (``decode_ways.own``).
+R the warps of the reduction, ``warm``, ``ahead``, ``once`` and ``half`` those of ``launch_paged.Config``, and ``by head`` is a layout of scales (``decode_ways.own``).
 
     python benchmarks/decode_probe.py [--only REGEX] [--settings REGEX] [--seconds 3] [--jobs 12] [--output FILE]
     TRITON_INTERPRET=1 python benchmarks/decode_probe.py --device cpu --quick
@@ -37,7 +37,7 @@ from variants import WINDOW
 from attnopt.kernels.triton.launch import SHARED_MEMORY_SM90, power_of_two
 from attnopt.kernels.triton.launch_paged import config
 
-FIELDS = {"N": "BLOCK_N", "W": "num_warps", "S": "num_stages", "warm": "warm", "ahead": "ahead"}
+FIELDS = {"N": "BLOCK_N", "W": "num_warps", "S": "num_stages", "warm": "warm", "ahead": "ahead", "R": "reduce_warps"}
 FLAGS = ("half", "once")
 
 
@@ -55,7 +55,7 @@ class Cell:
 
 USUAL = ("", "ahead2", "warm1", "warm2", "warm3", "warm1 ahead2", "warm2 ahead2", "warm3 ahead2")
 SMALL = (
-    *("x16", "x22", "x32", "x43", "x64", "N128 W8 x16", "N128 W8 x32", "N128 W4 S2 x32", "N32 x43", "N32 x64", "N32 S5 x64", "N64 S4 x32", "N64 S5 x16", "N64 W8 S4 x32"),
+    *("R8", "R8 warm2 ahead2", "R8 x64 warm2 ahead2", "x16", "x22", "x32", "x43", "x64", "N128 W8 x16", "N128 W8 x32", "N128 W4 S2 x32", "N32 x43", "N32 x64", "N32 S5 x64", "N64 S4 x32", "N64 S5 x16", "N64 W8 S4 x32"),
     *("x22 warm3 ahead3", "x32 warm4 ahead3", "x64 warm2 ahead2", "N128 W8 x16 warm2 ahead2", "N128 W8 x32 warm2 ahead2", "N32 x64 warm2 ahead2", "N64 S4 x32 warm4 ahead3"),
     *("once", "x16 once", "x32 once", "warm2 ahead2 once", "warm3 ahead2 once", "x16 warm4 ahead3 once", "x32 warm3 ahead3 once", "N64 S4 x32 warm4 ahead3 once", "x64 warm2 once"),
 )
@@ -66,6 +66,10 @@ NARROW = (
 LARGE = (
     *("", "warm1", "warm2", "warm2 ahead2", "x1", "x2", "x3", "x6", "S4 x1", "S5 x1", "S6 x1", "N128 W8 x1", "N128 W8 S4 x1", "N128 W8 x2", "N128 W4 x1", "N128 W4 S2 x1", "N128 W4 S2 x2", "W8 S4 x1", "N32 S6 x3"),
     *("x1 warm2 ahead2", "S5 x1 warm4 ahead2", "N128 W8 x1 warm2 ahead2", "N128 W8 S4 x1 warm2 ahead2", "N128 W8 S4 x1 warm3", "S4 x2 warm2", "once", "warm2 ahead2 once"),
+)
+LONG = (
+    *("", "warm2", "warm2 ahead2", "x16", "S4 x16", "S5 x16", "S6 x16", "S4 x32", "N128 W8 x16", "N128 W8 S4 x16", "N128 W4 x16", "N128 W4 S2 x32", "x49", "x98", "W8 S4 x16", "once"),
+    *("N128 W8 x16 warm2 ahead2", "N128 W8 S4 x16 warm3 ahead2", "S4 x32 warm3 ahead2", "N128 W8 x16 once", "N128 W8 x16 warm2 ahead2 once"),
 )
 BYTES = (
     *("", "by head", "half", "half by head", "half by head S4", "half by head S5", "N128 W8", "half N128 W8", "half by head N128 W8", "half by head N128 W8 S4"),
@@ -83,7 +87,7 @@ CELLS = [
     *(Cell(f"b1 8k {x}", ONE, "pages of 16", x, BYTES) for x in DTYPES),
     Cell("b16 8k", MANY, "contiguous", "plain", LARGE),
     Cell("b16 8k, pages", MANY, "pages of 16", "plain", LARGE),
-    Cell("b1 128k", Shape(1, 131072), "contiguous", "plain", LARGE),
+    Cell("b1 128k", Shape(1, 131072), "contiguous", "plain", LONG),
     Cell("b64 8k", MOST, "contiguous", "plain", LARGE),
     *(Cell(f"b64 8k {x}", MOST, "pages of 16", x, BYTES) for x in DTYPES),
 ]

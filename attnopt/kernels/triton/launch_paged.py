@@ -125,6 +125,8 @@ class Config:
     once: bool = False
     """Whether the last of the programs that share a token's keys joins what they leave, by a counter, instead of a kernel behind. For trials: calls of one shape share the counters,
     and must not run at the same time."""
+    reduce_warps: int = 4
+    """Of the kernel that joins the splits: each holds 1024 numbers of them at once."""
     half: bool = False
     """Whether words of two numbers of a quantized cache become float16, whatever the dtype of the query."""
 
@@ -328,14 +330,14 @@ class Plan:
         arguments |= {f"size{i}": values[name] for i, name in enumerate(kernel.source.sizes)}
         arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "STEP": num_splits * c.BLOCK_N, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity, "PAGES": k_cache.shape[0]}
         arguments |= {"O_s0": Hq * Dv, "O_s1": Dv, "O_s2": 1}
-        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl, at_once(Dv, num_splits) if once else 0)
+        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl, at_once(Dv, num_splits, c.num_warps) if once else 0)
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **early}
         forward = Launch(kernel.module.paged_forward, kernel.source.arguments, arguments, fixed, options, (tiles * lanes * num_splits,))
         reduction = None
         if split and not once:
             names = ("PART", "LSE", "O", "O_s0", "O_s1", "O_s2", "Hq", "SPLITS")
-            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl, c.warm > 0)
-            options = {"num_warps": 4, **early}
+            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl, c.warm > 0, c.reduce_warps)
+            options = {"num_warps": c.reduce_warps, **early}
             reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, options, (T * Hq,))
         return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction, torch.zeros(tiles * lanes, dtype=torch.int32, device=q.device) if once else None)
 
@@ -402,14 +404,14 @@ def constants(
     return dict(zip(CONSTEXPRS, values, strict=True))
 
 
-def at_once(Dv: int, num_splits: int) -> int:
-    """As many splits as there are, up to what registers hold."""
-    return max(1, min(power_of_two(num_splits), 4096 // power_of_two(Dv)))
+def at_once(Dv: int, num_splits: int, warps: int) -> int:
+    """As many splits as there are, up to what the registers of so many warps hold."""
+    return max(1, min(power_of_two(num_splits), 1024 * warps // power_of_two(Dv)))
 
 
-def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool, early: bool = False) -> dict[str, Any]:
+def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool, early: bool = False, warps: int = 4) -> dict[str, Any]:
     """Of ``paged_reduce``."""
-    return {"DV": Dv, "BLOCK_DV": power_of_two(Dv), "BLOCK_S": at_once(Dv, num_splits), "FOLDED": folded, "PDL": pdl, "EARLY": early}
+    return {"DV": Dv, "BLOCK_DV": power_of_two(Dv), "BLOCK_S": at_once(Dv, num_splits, warps), "FOLDED": folded, "PDL": pdl, "EARLY": early}
 
 
 def bind(source: Source, spec: AttentionSpec, tensors: dict[str, Tensor], read: Sequence[Tensor], given: int) -> dict[str, Any]:

@@ -213,7 +213,7 @@ class PagedWriter(Writer):
             "begin_w = split * BLOCK_N",
         ]
         if not self.from_the_first:
-            lines.append('last_w = tl.maximum(tl.load(LENGTHS + r_w, cache_modifier=".cg") - 1, 0)')
+            lines.append('last_w = tl.maximum(tl.minimum(tl.load(LENGTHS + r_w, cache_modifier=".cg"), POSITIONS) - 1, 0)')
             lines.append(f"lo_w = {'tl.maximum(last_w - LEFT, 0)' if self.left else '0'}")
             lines += [f"lo_w = tl.maximum(lo_w, last_w // {self.chunk} * {self.chunk})"] if self.chunk else []
             lines.append("begin_w += lo_w // BLOCK_N * BLOCK_N")
