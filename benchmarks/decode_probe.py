@@ -57,11 +57,11 @@ USUAL = ("", "ahead2", "warm1", "warm2", "warm3", "warm1 ahead2", "warm2 ahead2"
 SMALL = (
     *("R8", "R8 warm2 ahead2", "R8 x64 warm2 ahead2", "x16", "x22", "x32", "x43", "x64", "N128 W8 x16", "N128 W8 x32", "N128 W4 S2 x32", "N32 x43", "N32 x64", "N32 S5 x64", "N64 S4 x32", "N64 S5 x16", "N64 W8 S4 x32"),
     *("x22 warm3 ahead3", "x32 warm4 ahead3", "x64 warm2 ahead2", "N128 W8 x16 warm2 ahead2", "N128 W8 x32 warm2 ahead2", "N32 x64 warm2 ahead2", "N64 S4 x32 warm4 ahead3"),
-    *("once", "x16 once", "x32 once", "warm2 ahead2 once", "warm3 ahead2 once", "x16 warm4 ahead3 once", "x32 warm3 ahead3 once", "N64 S4 x32 warm4 ahead3 once", "x64 warm2 once"),
+    *("once", "x16 once", "x32 once", "warm2 ahead2 once", "warm3 ahead2 once", "x16 warm4 ahead3 once", "x32 warm3 ahead3 once", "N64 S4 x32 warm4 ahead3 once", "x64 warm2 once", "W8 S4 x32 warm3 ahead3"),
 )
 NARROW = (
     *("", "warm1", "warm2", "warm2 ahead1", "x8", "x16", "x16 warm1", "x4 warm4", "x8 warm2 ahead1", "N32 x16", "N32 x16 warm2", "N32 x32", "N32 x32 warm1"),
-    *("N16 x32 warm2", "N16 x64 warm1", "N128 W8 x8", "N128 W8 x8 warm1", "once", "x16 once", "x16 warm1 once", "x8 warm2 ahead1 once", "N32 x32 warm1 once"),
+    *("N16 x32 warm2", "N16 x64 warm1", "N128 W8 x8", "N128 W8 x8 warm1", "W8 x16", "W8 x16 warm1", "once", "x16 once", "x16 warm1 once", "x8 warm2 ahead1 once", "N32 x32 warm1 once"),
 )
 LARGE = (
     *("", "warm1", "warm2", "warm2 ahead2", "x1", "x2", "x3", "x6", "S4 x1", "S5 x1", "S6 x1", "N128 W8 x1", "N128 W8 S4 x1", "N128 W8 x2", "N128 W4 x1", "N128 W4 S2 x1", "N128 W4 S2 x2", "W8 S4 x1", "N32 S6 x3"),
