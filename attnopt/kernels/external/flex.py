@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_HEAD_DIM = 16
 KEPT_MASKS = 32
+MASK_BLOCK = 128  # queries of a block of a block mask, as create_block_mask has it
 
 
 def available() -> str | None:
@@ -199,7 +200,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     mask = block_mask(spec, q, k, loads, values, dtype)
     run = _compiled_attention(f, q.device.type)
-    o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(), dtype, *f.reads(q, k, loads, values))
+    o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(_is_decoding(q, k)), dtype, *f.reads(q, k, loads, values))
     lse = aux.lse + f.source.shift if f.source.shift else aux.lse
     if may_be_huge(spec.score):
         lse = torch.where((lse > -torch.inf) & (lse < LEAST / 1.01), torch.finfo(torch.float32).min, lse)
@@ -208,11 +209,20 @@ def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict
     return (o, lse) if spec.sink is None else with_sink(o, lse, loads, values, spec)
 
 
-@lru_cache(maxsize=1)
-def _options() -> dict[str, Any]:
+def _is_decoding(q: Tensor, k: Tensor) -> bool:
+    """Whether the queries of a group of heads fit in one block of a block mask.
+
+    FlexAttention has a kernel for less than 128 queries that puts the queries of all heads of a group in one block, and there is no such block
+    beyond that: Inductor then fails with "No choices to select".
+    """
+    return q.shape[2] * (q.shape[1] // k.shape[1]) <= MASK_BLOCK
+
+
+@lru_cache(maxsize=2)
+def _options(decoding: bool) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import AuxRequest
 
-    return {"return_aux": AuxRequest(lse=True)}
+    return {"return_aux": AuxRequest(lse=True), "kernel_options": None if decoding else {"FORCE_USE_FLEX_ATTENTION": True}}
 
 
 def _set_empty_rows(o: Tensor, lse: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
