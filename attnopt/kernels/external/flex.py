@@ -100,8 +100,8 @@ class Functions:
 
 
 @lru_cache(maxsize=1024)
-def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False) -> Functions:
-    """The functions of a spec for q, k and v of ``dtype``, ``grad`` for a call that is differentiated.
+def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False, form: tuple[Any, ...] = ()) -> Functions:
+    """The functions of a spec for q, k and v of ``dtype`` and of one ``form_of``, ``grad`` for a call that is differentiated.
 
     They are code of their own for each: torch.compile recompiles one function a few times only, and lengths and batches take those.
     """
@@ -109,6 +109,13 @@ def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False) -> Fu
     scope: dict[str, Any] = {}
     exec(compile(source.text, "<attnopt FlexAttention program>", "exec"), scope)
     return Functions(source, scope["attention"], scope["make_mask"], scope["make_block_mask"])
+
+
+def form_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """What a model's attention keeps from call to call: heads, head sizes, the order of the axes in memory, and which of FlexAttention's kernels it takes."""
+    sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    orders = tuple(tuple(sorted(range(4), key=lambda d, x=x: (-x.stride(d), d))) for x in (q, k, v))
+    return (*sizes, orders, _is_decoding(q, k))
 
 
 @lru_cache(maxsize=1024)
@@ -196,7 +203,7 @@ def forward(
 
 def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict[str, int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o in any layout, and lse; differentiable in grad mode."""
-    f = functions(spec, q.dtype, torch.is_grad_enabled())
+    f = functions(spec, q.dtype, torch.is_grad_enabled(), form_of(q, k, v))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     mask = block_mask(spec, q, k, loads, values, dtype)
     run = _compiled_attention(f, q.device.type)
