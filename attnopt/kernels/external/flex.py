@@ -114,8 +114,12 @@ def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False, form:
 def form_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
     """What a model's attention keeps from call to call: heads, head sizes, the order of the axes in memory, and which of FlexAttention's kernels it takes."""
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-    orders = tuple(tuple(sorted(range(4), key=lambda d, x=x: (-x.stride(d), d))) for x in (q, k, v))
+    orders = tuple(_order(x) for x in (q, k, v))
     return (*sizes, orders, _is_decoding(q, k))
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(range(x.dim()), key=lambda d: (-x.stride()[d], d)))
 
 
 @lru_cache(maxsize=1024)
