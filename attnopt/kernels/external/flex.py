@@ -6,11 +6,13 @@ Compiling takes seconds for each program, and on the CPU all scores are in memor
 
 from __future__ import annotations
 
+import linecache
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,8 +108,11 @@ def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False, form:
     They are code of their own for each: torch.compile recompiles one function a few times only, and lengths and batches take those.
     """
     source = generate(spec)
-    scope: dict[str, Any] = {}
-    exec(compile(source.text, "<attnopt FlexAttention program>", "exec"), scope)
+    scope: dict[str, Any] = {"__name__": __name__}
+    # torch.compile wraps a function whose source Python cannot find, all in one and the same wrapper, and counts the recompilations of that
+    name = f"<attnopt FlexAttention program {sha256(source.text.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = (len(source.text), None, source.text.splitlines(keepends=True), name)
+    exec(compile(source.text, name, "exec"), scope)
     return Functions(source, scope["attention"], scope["make_mask"], scope["make_block_mask"])
 
 

@@ -1,6 +1,6 @@
 """FlexAttention from specs, eager on the CPU, against attention written out in float64. The compiled kernels: ``test_external_gpu.py``."""
 
-from __future__ import annotations
+from __future__ import inspect
 
 import math
 from dataclasses import replace
@@ -150,6 +150,13 @@ def test_the_source_of_a_program() -> None:
     assert padded.batched and not padded.per_head
     # a bucket is decided by torch's own rounding, and reaches the kernel as a table over distances
     assert [p.axes for p in generate(BY_NAME["relative-buckets"].spec()).parts] == ["hd"]
+
+
+def test_python_finds_the_source_of_a_program() -> None:
+    """torch.compile would count the compilations of all programs as those of one function otherwise, and stop at eight."""
+    for name in ("causal-GQA", "window-causal"):
+        made = flex.functions(BY_NAME[name].spec(), torch.float32)
+        assert inspect.getsource(made.attention) in made.source.text
 
 
 def test_what_it_refuses() -> None:
