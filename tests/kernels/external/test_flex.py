@@ -1,7 +1,8 @@
 """FlexAttention from specs, eager on the CPU, against attention written out in float64. The compiled kernels: ``test_external_gpu.py``."""
 
-from __future__ import inspect
+from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 
