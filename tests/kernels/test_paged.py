@@ -119,17 +119,20 @@ def test_what_does_not_fit_is_named() -> None:
 
 def test_splits_fill_the_device() -> None:
     launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
-    room = 132 * 3
-    for programs, blocks in ((8, 2048), (8, 128), (128, 128), (200, 32), (300, 32), (512, 128), (1024, 32), (1, 1), (1, 100_000), (3, 17)):
-        n = launch_paged.splits(programs, blocks, room)
+    processors, room = 132, 132 * 3
+    for programs, blocks in ((8, 2048), (8, 256), (128, 128), (200, 32), (300, 32), (512, 128), (1024, 32), (1, 1), (1, 100_000), (3, 17)):
+        n = launch_paged.splits(programs, blocks, room, processors)
         each = -(-blocks // n)
         assert 1 <= n <= max(1, blocks // 2)
         assert (n - 1) * each < blocks, "a split without a block"
         # nobody waits for a last round that is nearly empty, as far as whole blocks allow
         assert programs * n / room / -(-programs * n // room) >= 0.85 or programs >= 2 * room or each <= 3, (programs, blocks, n)
-    assert launch_paged.splits(1024, 128, room) == 1
-    assert launch_paged.splits(128, 128, room) == 3
-    assert launch_paged.splits(8, 128, room) == 43
+    assert launch_paged.splits(1024, 128, room, processors) == 1
+    assert launch_paged.splits(128, 128, room, processors) == 3
+    # little for each: one program on each multiprocessor, and less to join
+    assert launch_paged.splits(8, 128, room, processors) == 16
+    assert launch_paged.splits(8, 16, room, processors) == 8
+    assert launch_paged.splits(128, 8, room, processors) == 1
 
 
 def test_room_for_programs() -> None:
