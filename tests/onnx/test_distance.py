@@ -156,6 +156,12 @@ def test_the_largest_value() -> None:
         assert found(unknown, math.inf) == math.inf
     for function in ("log", "exp", "sqrt"):
         assert found(E.function(function, held)) == math.inf
+    whole = E.load(1, (d.b, d.k), "int")
+    assert found(E.as_float(E.mul(whole, whole, whole)), math.inf) == 2.0**63, "an integer is one of 64 bits"
+    half = E.power(E.const(0.5), E.as_float(E.add(d.h, E.ONE)))
+    assert found(E.mul(half, E.as_float(whole)), math.inf) == 2.0**63
+    for power in (E.power(E.const(0.5), E.as_float(E.sub(d.h, E.ONE))), E.power(E.const(2.0), E.as_float(d.h)), E.power(E.const(0.5), held)):
+        assert found(power) == math.inf, power
     assert greatest(torch.tensor([1.0, -2.0])) == 2.0
     assert greatest(torch.tensor([1.0, math.nan])) == greatest(torch.tensor([1.0, -math.inf])) == math.inf
     assert greatest(torch.empty(0)) == 0.0

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import torch
 
-from attnopt.ir.expr import Expr
+from attnopt.ir.bounds import nonnegative
+from attnopt.ir.expr import Expr, terms
 
 _SIZE = 2.0**31
 """No index and no size is as large."""
+_INT64 = 2.0**63
 _WITHIN_ONE = {"tanh", "sigmoid", "sin", "cos", "erf"}
 _KEPT = {"abs", "float", "trunc"}
 
@@ -29,7 +31,7 @@ def largest(root: Expr, of_load: Callable[[Expr], float]) -> float:
 
     def visit(e: Expr) -> float:
         if e not in known:
-            known[e] = _of(e, of_load, visit)
+            known[e] = min(_of(e, of_load, visit), _INT64) if e.kind == "int" else _of(e, of_load, visit)
         return known[e]
 
     return visit(root)
@@ -51,4 +53,13 @@ def _of(e: Expr, of_load: Callable[[Expr], float], visit: Callable[[Expr], float
     if e.op in ("add", "mul"):
         parts = [visit(a) for a in e.args]
         return math.inf if math.inf in parts else sum(parts) if e.op == "add" else math.prod(parts)
+    if e.op == "pow" and e.args[0].is_const and 0 < e.args[0].value <= 1 and _is_nonnegative(e.args[1]):
+        return 1.0
     return math.inf
+
+
+def _is_nonnegative(e: Expr) -> bool:
+    """Whether an integer, or one as a float with a positive number added, is proven to be no less than zero."""
+    if e.kind == "int":
+        return nonnegative(e)
+    return all(a is None or (a.op == "float" and nonnegative(a.args[0])) for _, a in terms(e)) and all(c >= 0 for c, _ in terms(e))

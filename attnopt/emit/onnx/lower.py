@@ -76,11 +76,14 @@ class Lowering:
             o = self._operator(form, None if rest is E.TRUE else self.programs.write(rest))
             return self._with_empty_rows(o, self._empty()) if self._may_be_empty() else o
         low = self._float(-np.inf)
-        x = self._full(self._float(0.0)) if form.bias is None else self._written(form.bias)
+        bias = E.FZERO if form.bias is None else form.bias
         if self._may_overflow() or by_program:
+            x = self._written(bias)
             x = x if self.visible is None else op.Where(self.visible, x, low)
         else:  # a sum is faster than a choice, and the operator hides its part by itself
-            x = self._hidden(x, self.spec.mask if self.plan.rest is None else self.plan.rest)
+            rest = self.spec.mask if self.plan.rest is None else self.plan.rest
+            x = self._hidden(self.programs.write(bias), rest)
+            x = x if _is_full(bias, rest) else self._full(x)
         if by_program:
             assert self.spec.empty_score is not None
             # Not affine()'s bias: a constant that is the same for every key matters here, where scores are lost beside it.
@@ -268,7 +271,7 @@ class Lowering:
         """``x`` where ``mask`` holds, else -inf: ``x`` itself is finite."""
         if mask is E.TRUE:
             return x
-        return self.op.Add(x, self.op.Where(self._written(mask), self._float(0.0), self._float(-np.inf)))
+        return self.op.Add(x, self.op.Where(self.programs.write(mask), self._float(0.0), self._float(-np.inf)))
 
     def _float(self, value: float) -> Any:
         return self.programs.constant(value, "float")
@@ -279,7 +282,7 @@ class Lowering:
     def _written(self, e: E.Expr) -> Any:
         """The value of an expression with its last two axes at [Sq, Skv]."""
         x = self.programs.write(e)
-        return x if {"q", "k"} <= {v.value for v in e.variables} else self._full(x)
+        return x if _is_full(e) else self._full(x)
 
     def _full(self, x: Any) -> Any:
         """With its last two axes at [Sq, Skv]: ONNX Runtime broadcasts batch and heads, and not these."""
@@ -290,3 +293,8 @@ class Lowering:
 
     def _ones(self) -> Any:
         return self.op.Expand(self._float(1.0), self._box())
+
+
+def _is_full(*parts: E.Expr) -> bool:
+    """Whether what is made of these expressions has its last two axes at [Sq, Skv]: an axis on which nothing depends is 1."""
+    return {"q", "k"} <= {v.value for e in parts for v in e.variables}
