@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from attnopt.capture.call import CallForm
 from attnopt.capture.export import quiet
 from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.onnx.bounds import greatest
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
@@ -59,20 +60,49 @@ class Lowered:
     packed: Any
 
 
+class _WithSizes:
+    """The operators of an opset. The size of an axis is read from the first tensor that was seen to have it, so that attentions
+    of equal sizes share what is computed from them.
+    """
+
+    def __init__(self, opset: Any) -> None:
+        self.opset = opset
+        self.known: dict[str, Any] = {}
+
+    def __getattr__(self, op_type: str) -> Any:
+        return getattr(self.opset, op_type)
+
+    def Shape(self, x: Any, start: int = 0, end: int | None = None) -> Any:
+        name = x.shape[start].value if end == start + 1 and x.shape is not None and not isinstance(x.shape[start], int) else None
+        if name is None:
+            return self.opset.Shape(x, start=start, end=end)
+        if name not in self.known:
+            self.known[name] = self.opset.Shape(x, start=start, end=end)
+        return self.known[name]
+
+
 @dataclass
 class Translation:
     """The translation table's entry for ``attnopt::attention``: called once for each attention, in the order of the graph."""
 
     opset: int
     target: Target
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Those of the program, by the names of its inputs."""
     done: list[Lowered] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.op = _WithSizes(OPSETS[self.opset])
+
+    def _greatest(self, x: Any) -> float | None:
+        return None if x.name not in self.weights else greatest(self.weights[x.name])
 
     def table(self) -> dict[Any, Any]:
         def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = ()):  # type: ignore[no-untyped-def]
             parsed = AttentionSpec.from_json(spec)
             dtype = str(ir.DataType(q.dtype).numpy())
             form = plan(parsed, self.target, dtype)
-            lowering = Lowering(OPSETS[self.opset], q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype)
+            lowering = Lowering(self.op, q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype, [self._greatest(x) for x in loads or ()])
             result = lowering.build(form)
             self.done.append(Lowered(parsed, form, result, lowering.as_packed(result)))
             return result
@@ -95,7 +125,7 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_met
         program = export_optimized(optimized)
         inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
         outputs = output_names(plain(optimized(*args, **kwargs)), inputs)
-    translation = Translation(opset, target)
+    translation = Translation(opset, target, weights_of(program))
     model = _exported(program, opset, translation, outputs)
     attach_functions(model, opset)
     restore_input_names(model, inputs)
@@ -107,6 +137,13 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_met
     if not strip_metadata:
         record(model, layers, target)
     return model, layers
+
+
+def weights_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and constants by the names of the inputs that stand for them."""
+    s = program.graph_signature
+    held = {**dict(program.named_parameters()), **dict(program.named_buffers()), **{n: x for n, x in program.constants.items() if isinstance(x, torch.Tensor)}}
+    return {n: held[t] for names in (s.inputs_to_parameters, s.inputs_to_buffers, s.inputs_to_lifted_tensor_constants) for n, t in names.items() if t in held}
 
 
 def record(model: ir.Model, layers: Sequence[Layer], target: Target) -> None:
