@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from onnxscript import onnx_opset
 from torch.utils import _pytree as pytree
 
-from attnopt.capture.call import CallForm
+from attnopt.capture.call import Args, CallForm, Kwargs
 from attnopt.capture.export import quiet
 from attnopt.emit.module import OptimizedModule, graph_variants
 from attnopt.emit.onnx.contrib import attach_functions
@@ -80,8 +80,21 @@ class Translation:
         return {torch.ops.attnopt.attention.default: attention}
 
 
-def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_metadata: bool = False) -> tuple[ir.Model, list[Layer]]:
-    """The model and its attentions. ``optimized`` holds a captured graph with every attention as ``attnopt::attention``.
+@dataclass
+class Draft:
+    """A model that is to be written, and the call of a module that it was made of: ``run(*args, **kwargs)``."""
+
+    model: ir.Model
+    layers: list[Layer]
+    run: Callable[..., Any]
+    args: Args
+    kwargs: Kwargs
+    beside: dict[str, str] = field(default_factory=dict)
+    """Texts of the files that belong beside it, by name."""
+
+
+def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_metadata: bool = False) -> Draft:
+    """``optimized`` holds a captured graph with every attention as ``attnopt::attention``.
 
     What torch.onnx says of nodes (source lines, text of the graph) is dropped; a node that gives the result of an attention names it as ``attnopt.site``.
     ``strip_metadata``: no metadata at all.
@@ -93,20 +106,26 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_met
     args, kwargs = CallForm(optimized.forward).spread(example.args, example.kwargs, optimized._attnopt.positional)
     with torch.no_grad(), quiet():
         program = export_optimized(optimized)
-        inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
-        outputs = output_names(plain(optimized(*args, **kwargs)), inputs)
+        results = plain(optimized(*args, **kwargs))
     translation = Translation(opset, target)
-    model = _exported(program, opset, translation, outputs)
-    attach_functions(model, opset)
+    model = translated(program, translation, results)
+    layers = _layers(optimized, translation)
+    if not strip_metadata:
+        record(model, layers, target)
+    return Draft(model, layers, optimized, example.args, example.kwargs)
+
+
+def translated(program: torch.export.ExportedProgram, translation: Translation, results: Any) -> ir.Model:
+    """``program`` in ONNX, with readable names and without metadata. ``results`` are some of its results, with their names."""
+    inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
+    model = _exported(program, translation.opset, translation, output_names(results, inputs))
+    attach_functions(model, translation.opset)
     restore_input_names(model, inputs)
     rename_dimensions(model, dimension_names(list(model.graph.inputs)))
     model.ir_version = IR_VERSION
-    layers = _layers(optimized, translation)
     model.producer_name, model.producer_version = "attnopt", version("attnopt")
     _clear(model)
-    if not strip_metadata:
-        record(model, layers, target)
-    return model, layers
+    return model
 
 
 def record(model: ir.Model, layers: Sequence[Layer], target: Target) -> None:
