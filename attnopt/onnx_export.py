@@ -45,11 +45,13 @@ def export_captured(
     if isinstance(original, WithPast):
         finish(draft, original, path)
 
+    window = max((x.spec.window[0] + 1 for x in draft.layers if x.spec is not None and x.spec.window[0] is not None), default=0)
+
     def compare(file: Callable[..., Any]) -> Verdict:
-        verdict = verify_exported(original, file, example, varied_shapes(example), progress)
+        verdict = verify_exported(original, file, example, varied_shapes(example), progress, draft.one_row)
         if not isinstance(original, WithPast) or not verdict.passed:
             return verdict
-        more = verify_decoding(original, file, example.kwargs["input_ids"], example.kwargs["past_key_values"])
+        more = verify_decoding(original, file, example.kwargs["input_ids"], example.kwargs["past_key_values"], window)
         return Verdict(more.passed, [*verdict.checks, *more.checks])
 
     return write_onnx(draft, path, opset, target, compare)

@@ -22,6 +22,7 @@ from attnopt.emit.module import OptimizedModule, graph_variants
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
+from attnopt.emit.onnx.past import Past, PastLowering, join
 from attnopt.emit.onnx.plan import Plan, Target, plan
 from attnopt.emit.pt2 import export_optimized
 from attnopt.errors import AttnoptError, CaptureError
@@ -66,13 +67,20 @@ class Translation:
     opset: int
     target: Target
     done: list[Lowered] = field(default_factory=list)
+    joins: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    """Values of the graph that an operator gives too."""
 
     def table(self) -> dict[Any, Any]:
         def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = ()):  # type: ignore[no-untyped-def]
             parsed = AttentionSpec.from_json(spec)
             dtype = str(ir.DataType(q.dtype).numpy())
-            form = plan(parsed, self.target, dtype)
-            lowering = Lowering(OPSETS[self.opset], q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype)
+            past = Past.of(q, k, v)
+            form = plan(parsed, self.target, dtype, past is not None)
+            given = (list(loads or ()), list(sizes or ()), parsed, dtype)
+            if form.past and past is not None:
+                lowering: Lowering = PastLowering(OPSETS[self.opset], q, past.new_key, past.new_value, *given, past=past, joins=self.joins)
+            else:
+                lowering = Lowering(OPSETS[self.opset], q, k, v, *given)
             result = lowering.build(form)
             self.done.append(Lowered(parsed, form, result, lowering.as_packed(result)))
             return result
@@ -89,6 +97,8 @@ class Draft:
     run: Callable[..., Any]
     args: Args
     kwargs: Kwargs
+    one_row: bool = False
+    """Several new tokens after a past are taken with a batch of one only."""
     beside: dict[str, str] = field(default_factory=dict)
     """Texts of the files that belong beside it, by name."""
 
@@ -112,13 +122,16 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_met
     layers = _layers(optimized, translation)
     if not strip_metadata:
         record(model, layers, target)
-    return Draft(model, layers, optimized, example.args, example.kwargs)
+    one_row = any(x.plan.past for x in translation.done)
+    args, kwargs = (example.one_row() if one_row else None) or (example.args, example.kwargs)
+    return Draft(model, layers, optimized, args, kwargs, one_row)
 
 
 def translated(program: torch.export.ExportedProgram, translation: Translation, results: Any) -> ir.Model:
     """``program`` in ONNX, with readable names and without metadata. ``results`` are some of its results, with their names."""
     inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
     model = _exported(program, translation.opset, translation, output_names(results, inputs))
+    join(model, translation.joins)
     attach_functions(model, translation.opset)
     restore_input_names(model, inputs)
     rename_dimensions(model, dimension_names(list(model.graph.inputs)))
