@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from attnopt.emit.onnx.contrib import operator
+from attnopt.emit.onnx.lost import bias_of
 from attnopt.emit.onnx.plan import Plan, band, causal_part, window_of
 from attnopt.emit.onnx.program import Programs
 from attnopt.ir import expr as E
@@ -79,11 +80,9 @@ class Lowering:
             x = op.Where(self.visible, x, low)
         if by_program:
             assert self.spec.empty_score is not None
-            # Not affine()'s bias: a constant that is the same for every key matters here, where scores are lost beside it.
-            rest = E.add(
-                E.FZERO, *(E.const(float(c)) if a is None else E.mul(E.const(float(c)), a) for c, a in E.terms(self.spec.empty_score) if a is not E.score())
-            )
-            x = op.Where(self._empty(), self._full(self.programs.write(rest)), x)
+            empty = bias_of(self.spec.empty_score, form.scale)
+            assert empty is not None
+            x = op.Where(self._empty(), self._full(self.programs.write(empty)), x)
         x = self._full(x)
         if by_program or self._reads():
             x = self._raised(x)

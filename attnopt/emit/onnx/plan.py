@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from attnopt.emit.onnx.lost import bias_of
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec, Dims
 from attnopt.kernels.affine import affine, capped
@@ -102,8 +103,7 @@ def refusal(spec: AttentionSpec, dtype: str) -> str | None:
     if dtype == "float64":
         return "ONNX Runtime has no Attention in float64"
     if spec.empty_rows == "program" and spec.rows_may_be_empty():
-        other = None if spec.empty_score is None else affine(spec.empty_score)
-        if other is None or other.scale != form.scale:
+        if spec.empty_score is None or bias_of(spec.empty_score, form.scale) is None:
             return "rows without a visible key have a score of another form"
     return None
 
