@@ -12,7 +12,7 @@ from attnopt.capture.with_past import WithPast, positions_of
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import computing_dtype, judge
 from attnopt.verify.compare import leaves
-from attnopt.verify.modules import double, float64_copy
+from attnopt.verify.modules import double, float64_copy, in_float64
 from attnopt.verify.packed import LONG
 
 STEPS = 3
@@ -48,7 +48,10 @@ def verify_decoding(original: WithPast, run: Callable[..., Any], ids: Tensor, pa
                 call["position_ids"] = positions_of(mask[:, :end])[:, start:]
             with torch.no_grad():
                 expected = leaves(original(**call, past_key_values=mine))
-                truth = None if exact is None else leaves(exact(**call, past_key_values=exactly))
+                truth: list[Any] | None = None
+                if exact is not None:
+                    found, why = in_float64(exact, **call, past_key_values=exactly)
+                    truth, exact = (None, None) if why else (leaves(found), exact)
             got = leaves(run(**call, past_key_values=theirs))
             text = "decoding" if truth is not None else f"decoding, against the original at its own dtype ({why})"
             checks.append(judge(f"{name}: {'prompt' if step == 0 else f'token {step}'}", got, expected, truth, computing_dtype(expected), detail=text))

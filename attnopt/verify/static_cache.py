@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import judge
 from attnopt.verify.end_to_end import Progress
-from attnopt.verify.modules import double, float64_copy
-from attnopt.verify.packed import LONG, Alone, computed_alone
+from attnopt.verify.modules import double, float64_copy, in_float64
+from attnopt.verify.packed import LONG, Alone, Call, computed_alone
 
 PROMPT = 7
 BATCHES = (1, 3)
@@ -34,7 +34,6 @@ def verify_static(
     chunk and, where a cache is not long, as many as fill it. ``alone`` and ``logits`` as in ``verify_packed``. Slots that a call does not write have to stay as they were.
     """
     exact, why = float64_copy(original)
-    detail = "" if exact is not None else f"against the original at its own dtype ({why})"
     checks: list[Check] = []
     drawn = torch.Generator().manual_seed(23)
     seen = tokens.flatten()
@@ -53,14 +52,23 @@ def verify_static(
             out = run(given, starts, state)
             done = [d + n for d, n in zip(done, counts, strict=True)]
             with torch.no_grad():
-                alone_calls = [alone(ids[b : b + 1, :d], 0) for b, d in enumerate(done)]
-                expected = [computed_alone(original, c, logits)[-n:] for c, n in zip(alone_calls, counts, strict=True)]
-                truth = None if exact is None else [computed_alone(exact, double(c), logits)[-n:] for c, n in zip(alone_calls, counts, strict=True)]
+                rows = [alone(ids[b : b + 1, :d], 0) for b, d in enumerate(done)]
+                expected = _of_rows(original, rows, counts, logits)
+                truth: list[Tensor] | None = None
+                if exact is not None:
+                    truth, why = in_float64(_of_rows, exact, double(rows), counts, logits)
+                    exact = None if why else exact
+            detail = "" if truth is not None else f"against the original at its own dtype ({why})"
             got = [out[0][b, n - len(e) : n] for b, (e, n) in enumerate(zip(expected, counts, strict=True))]
             label = f"static cache of {max_length}, rows at {', '.join(map(str, done))}: {name}"
             checks += [judge(label, got, expected, truth, expected[0].dtype, detail=detail), _kept(label, state, out[1:], starts, width)]
             state = list(out[1:])
     return Verdict(all(c.passed for c in checks), checks)
+
+
+def _of_rows(model: nn.Module, rows: Sequence[Call], counts: Sequence[int], logits: Callable[[object], Tensor]) -> list[Tensor]:
+    """Logits of the last tokens of each row by itself."""
+    return [computed_alone(model, call, logits)[-n:] for call, n in zip(rows, counts, strict=True)]
 
 
 def schedule(batch: int, max_length: int, window: int) -> list[tuple[str, list[int]]]:

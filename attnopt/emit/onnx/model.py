@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from attnopt.capture.call import Args, CallForm, Kwargs
 from attnopt.capture.export import quiet
 from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.onnx import experts
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
@@ -85,7 +86,7 @@ class Translation:
             self.done.append(Lowered(parsed, form, result, lowering.as_packed(result)))
             return result
 
-        return {torch.ops.attnopt.attention.default: attention}
+        return {torch.ops.attnopt.attention.default: attention, **experts.table(OPSETS[self.opset])}
 
 
 @dataclass
@@ -182,11 +183,8 @@ def _exported(program: torch.export.ExportedProgram, opset: int, translation: Tr
         unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
         if unknown is None:
             raise AttnoptError(f"torch.onnx cannot export this model: {text}") from error
-        name, hint = (
-            unknown.group(1),
-            "Choose an implementation of that part of the model in basic operators; of a Hugging Face mixture of experts: model.set_experts_implementation('batched_mm').",
-        )
-        raise AttnoptError(f"torch.onnx cannot export this model: it has no translation of the operator {name}.", hint) from error
+        hint = "Choose an implementation of that part of the model in basic operators."
+        raise AttnoptError(f"torch.onnx cannot export this model: it has no translation of the operator {unknown.group(1)}.", hint) from error
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
