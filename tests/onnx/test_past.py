@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.model import IR_VERSION, Translation
-from attnopt.emit.onnx.past import join
+from attnopt.emit.onnx.past import Past, join
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec, Dims, Load
 from attnopt.kernels import reference
@@ -126,37 +126,45 @@ def test_every_spec_computes_what_the_reference_does(tmp_path: Path, dtype: torc
         onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, given)
 
 
-class Joined(nn.Module):
-    """Keys and values that are no past and new ones of the queries, in the way that ``form`` says."""
+_HEAD = '<ir_version: 10, opset_import: ["": 24]> g (float[B, 4, S, 8] q, float[B, {h}, P, 8] past, float[B, {h}, {n}, 8] new) => (float[B, {h}, T, 8] k) <{shapes}> {{ {body} }}'
+JOINED = {
+    "as it is": (2, "S", "", "k = Concat<axis = 2>(past, new)"),
+    "axis from the end": (2, "S", "", "k = Concat<axis = -2>(past, new)"),
+    "the same again": (2, "S", "float[B, 2, P, 8] p, float[B, 2, T, 8] c", "p = Identity(past) c = Concat<axis = 2>(p, new) k = Identity(c)"),
+    "there and back": (2, "S", "float[B, 2, T, 8] c, float[B, 2, 8, T] t", "c = Concat<axis = 2>(past, new) t = Transpose<perm = [0, 1, 3, 2]>(c) k = Transpose<perm = [0, 1, 3, 2]>(t)"),
+    "one head, taken out and put back": (
+        1, "S", "float[B, 1, T, 8] c, float[B, 1, 8, T] t, float[B, 8, T] s, float[B, T, 8] u",
+        "c = Concat<axis = 2>(past, new) t = Transpose<perm = [0, 1, 3, 2]>(c) zero = Constant<value = int64 {0}>() s = Gather<axis = 1>(t, zero) u = Transpose<perm = [0, 2, 1]>(s) "
+        "shape = Shape(c) k = Reshape(u, shape)",
+    ),
+}  # fmt: skip
+APART = {
+    "new tokens first": (2, "S", "", "k = Concat<axis = 2>(new, past)"),
+    "a past that is changed": (2, "S", "float[B, 2, P, 8] p", "p = Neg(past) k = Concat<axis = 2>(p, new)"),
+    "three parts": (2, "S", "", "k = Concat<axis = 2>(past, new, new)"),
+    "other features": (2, "S", "", "k = Concat<axis = 3>(past, new)"),
+    "more keys than queries": (2, "N", "", "k = Concat<axis = 2>(past, new)"),
+    "keys of unknown number": (2, "", "", "k = Concat<axis = 2>(past, new)"),
+    "changed afterwards": (2, "S", "float[B, 2, T, 8] c", "c = Concat<axis = 2>(past, new) k = Neg(c)"),
+    "turned": (2, "S", "float[B, T, 2, 8] c", "p = Transpose<perm = [0, 2, 1, 3]>(past) n = Transpose<perm = [0, 2, 1, 3]>(new) c = Concat<axis = 1>(p, n) k = Transpose<perm = [0, 2, 1, 3]>(c)"),
+    "turned once": (2, "S", "float[B, 2, T, 8] c", "c = Concat<axis = 2>(past, new) k = Transpose<perm = [0, 1, 3, 2]>(c)"),
+    "one of two heads": (2, "S", "float[B, 2, T, 8] c, float[B, T, 8] s", "c = Concat<axis = 2>(past, new) zero = Constant<value = int64 {0}>() s = Gather<axis = 1>(c, zero) two = Shape(c) k = Reshape(s, two)"),
+    "read in another order": (2, "S", "float[B, 2, T, 8] c, float[B, T, 2, 8] t", "c = Concat<axis = 2>(past, new) t = Transpose<perm = [0, 2, 1, 3]>(c) shape = Shape(c) k = Reshape(t, shape)"),
+}  # fmt: skip
 
-    def __init__(self, form: str) -> None:
-        super().__init__()
-        self.form = form
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
-        if self.form == "behind":
-            keys, values = torch.cat([k, past_k], 2), torch.cat([v, past_v], 2)
-        elif self.form == "changed":
-            keys, values = torch.cat([past_k * 2, k], 2), torch.cat([past_v, v], 2)
-        elif self.form == "longer":
-            keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-            q = q[:, :, 1:]
-        else:
-            keys, values = torch.cat([past_k, k, k], 2), torch.cat([past_v, v, v], 2)
-        spec = SPECS["causal"][0]
-        return torch.ops.attnopt.attention(q, keys, values, [], [q.shape[2], keys.shape[2]], spec.to_json(), "reference")
-
-
-@pytest.mark.parametrize("form", ["behind", "changed", "longer", "thrice"])
-def test_what_is_no_past_is_not_taken_for_one(form: str) -> None:
-    translation = Translation(24, "ort")
-    example = inputs(2, 3, 5)[:5]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(Joined(form), example, dynamic_shapes=({2: torch.export.Dim.AUTO},) * 5)
-        torch.onnx.export(program, dynamo=True, opset_version=24, custom_translation_table=translation.table(), verbose=False, optimize=False)
-    (done,) = translation.done
-    assert not done.plan.past and "as many queries as keys is not proven" in done.plan.why and not translation.joins
+@pytest.mark.parametrize("name", [*JOINED, *APART])
+def test_a_past_is_an_input_with_one_new_key_for_each_query_behind_it(name: str) -> None:
+    heads, new, shapes, body = {**JOINED, **APART}[name]
+    text = _HEAD.format(h=heads, n=new or "?", shapes=shapes, body=body)
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    q, past, _ = model.graph.inputs
+    (k,) = model.graph.outputs
+    found = Past.of(q, k, k)
+    assert (found is not None) == (name in JOINED)
+    if found is not None:
+        producer = found.keys.producer()
+        assert found.key is past and found.new_key.name == "new" and producer is not None and producer.op_type == "Concat"
 
 
 def test_nothing_is_joined_outside_of_the_operator(tmp_path: Path) -> None:

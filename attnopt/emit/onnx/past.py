@@ -26,35 +26,57 @@ class Past:
     def of(q: ir.Value, k: ir.Value, v: ir.Value) -> Past | None:
         """Of an attention's operands [B, H, S, D]; None where keys and values are not an input and, behind it, one of each query."""
         keys, values = _joined(k), _joined(v)
-        if keys is None or values is None or any(x.shape is None or x.shape[2] != q.shape[2] for x in (keys[1], values[1])):
+        if keys is None or values is None or not _known(q) or any(not _known(x) or x.shape[2] != q.shape[2] for x in (keys[1], values[1])):
             return None
         return Past(keys[0], values[0], keys[1], values[1], keys[2], values[2])
 
 
 def _joined(x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """An input, what is put behind it along the tokens, and the whole; ``x`` is the whole, or a transposition there and back of it."""
-    order, node = [0, 1, 2, 3], x.producer()
-    while node is not None and node.op_type in ("Transpose", "Identity"):
-        if node.op_type == "Transpose":
-            perm = node.attributes["perm"].as_ints()
-            if len(perm) != 4:
-                return None
-            order = [perm[i] for i in order]
-        x, node = _first(node), _first(node).producer()
-    if node is None or node.op_type != "Concat" or order != [0, 1, 2, 3] or len(node.inputs) != 2 or node.attributes["axis"].as_int() not in (2, -2):
+    """An input, what is put behind it along the tokens, and the whole, which ``x`` is too: through views that keep the order of all axes but those of size 1."""
+    whole = _whole(x)
+    node = None if whole is None else whole.producer()
+    if whole is None or node is None or len(node.inputs) != 2 or node.attributes["axis"].as_int() not in (2, -2):
         return None
     before, new = node.inputs
     while before is not None and (p := before.producer()) is not None and p.op_type == "Identity":
         before = p.inputs[0]
     if before is None or new is None or not before.is_graph_input():
         return None
-    return before, new, x
+    return before, new, whole
 
 
-def _first(node: ir.Node) -> ir.Value:
-    (x,) = node.inputs
-    assert x is not None
-    return x
+def _whole(x: ir.Value) -> ir.Value | None:
+    """The result of a Concat that ``x`` [B, H, S, D] is a view of, with its own shape and order; None where there is none."""
+    wanted, order = x.shape, _wide(x)
+    while (node := x.producer()) is not None and node.op_type != "Concat":
+        source = node.inputs[0] if node.inputs else None
+        if source is None or not (_known(source) and _known(x)):
+            return None
+        if node.op_type == "Transpose":
+            perm = node.attributes["perm"].as_ints()
+            from_axis = dict(zip((perm[d] for d in _wide(x)), order, strict=True))
+            order = [from_axis[d] for d in _wide(source)]
+        elif node.op_type == "Reshape":  # to and from axes of size 1
+            if [source.shape[d] for d in _wide(source)] != [x.shape[d] for d in _wide(x)]:
+                return None
+        elif node.op_type == "Gather":  # of the only place on an axis
+            if source.shape[node.attributes["axis"].as_int()] != 1 or len(x.shape) != len(source.shape) - 1:
+                return None
+        elif node.op_type != "Identity":
+            return None
+        x = source
+    return x if node is not None and x.shape == wanted and order == _wide(x) else None
+
+
+def _known(x: ir.Value) -> bool:
+    """Whether all sizes have a number or a name: those without are equal to none."""
+    return x.shape is not None and all(isinstance(d, int) or d.value is not None for d in x.shape)
+
+
+def _wide(x: ir.Value) -> list[int]:
+    """The axes that are not of size 1."""
+    assert x.shape is not None
+    return [d for d, n in enumerate(x.shape) if n != 1]
 
 
 @dataclass

@@ -159,11 +159,12 @@ def _group_query(spec: AttentionSpec, dtype: str, past: bool) -> Plan | str:
     rest = E.all_of(*(p for p in parts if p not in held))
     words = {
         "causal over as many queries as keys, proven": not past,
-        "causal from the end of the past, proven; several new tokens after a past in a batch of one only": past,
+        "causal from the end of the past, proven": past,
         f"local_window_size {window}": window is not None,
         "seqlens_k": lengths is not None,
         "head_sink": spec.sinks,
         "attention_bias": rest is not E.TRUE or form.bias is not None,
+        "several new tokens after a past with a batch of one only": past,
     }
     return Plan("GroupQueryAttention", ", ".join(w for w, said in words.items() if said), True, window, lengths, rest, past)
 
