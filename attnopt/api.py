@@ -340,7 +340,7 @@ class _Builder:
         if with_past == "static":
             assert max_length is not None
             call = CallForm(reference.forward).spread(args, kwargs, module._attnopt.positional)
-            return export_static(reference, *call, self.dynamic_shapes, path, opset, form, max_length, strip_metadata, told)
+            return export_static(reference, *call, self.dynamic_shapes, self.config.disable_passes, path, opset, form, max_length, strip_metadata, told)
         off = dict.fromkeys((*self.config.disable_passes, "merge-projections", "share-block-maps"))
         config = replace(self.config, backend="reference", autotune=False, verify=True, capture="export", disable_passes=tuple(off))
         builder = replace(self, config=config, lazy=None)

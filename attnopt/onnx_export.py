@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from attnopt.errors import AttnoptError
 from attnopt.original_call import ExampleCall
 from attnopt.passes.insert_kv_cache import PLAN
 from attnopt.passes.insert_static_cache import InsertStaticCache
-from attnopt.passes.pipeline import run_pipeline
+from attnopt.passes.pipeline import SERVING_NAMES, run_pipeline
 from attnopt.report import Report, Verdict
 from attnopt.varied import varied_shapes
 from attnopt.verify.decoding import verify_decoding
@@ -58,9 +58,19 @@ def export_captured(
 
 
 def export_static(
-    model: nn.Module, args: Args, kwargs: Kwargs, shapes: DynamicShapes, path: str | os.PathLike[str], opset: int, target: Target, max_length: int, strip_metadata: bool, progress: Progress | None
+    model: nn.Module,
+    args: Args,
+    kwargs: Kwargs,
+    shapes: DynamicShapes,
+    disabled: Sequence[str],
+    path: str | os.PathLike[str],
+    opset: int,
+    target: Target,
+    max_length: int,
+    strip_metadata: bool,
+    progress: Progress | None,
 ) -> OnnxReport:
-    """Write and verify the model over caches of ``max_length`` tokens; ``args`` and ``kwargs`` are a call of ``model`` without a cache.
+    """Write and verify the model over caches of ``max_length`` tokens; ``args`` and ``kwargs`` are a call of ``model`` without a cache, ``disabled`` passes that are left out.
 
     Raises AttnoptError where the model has no such form, or fewer positions.
     """
@@ -69,7 +79,7 @@ def export_static(
 
     captured = capture(model, args, kwargs, shapes)
     call = ExampleCall.of(captured)
-    config = OptimizeConfig(kv_cache="contiguous", disable_passes=_LEFT_OUT)
+    config = OptimizeConfig(kv_cache="contiguous", disable_passes=tuple(n for n in dict.fromkeys((*disabled, *_LEFT_OUT)) if n in SERVING_NAMES))
     result = run_pipeline(captured.graph_module, config, cache=InsertStaticCache(call.form.positions(), call.form.output, max_length))
     plan = result.graph_module.meta.get(PLAN)
     if plan is None:

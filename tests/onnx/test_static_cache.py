@@ -150,13 +150,28 @@ def test_what_is_no_static_cache_is_refused_in_a_sentence(tmp_path: Path, capsys
     assert [p.name for p in tmp_path.iterdir()] == ["decoder.py"]
 
 
-def test_a_file_of_the_command_line_refuses_what_does_not_fit_its_cache(tmp_path: Path) -> None:
+def test_a_file_of_the_command_line_writes_in_place_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
     source, path = tmp_path / "decoder.py", tmp_path / "decoder.onnx"
     source.write_text(DECODER)
     assert run(["export", f"{source}:model", "-o", str(path), "--static-cache", "6"]) == 0
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     caches = {i.name: np.zeros((1, *i.shape[1:]), np.float32) for i in session.get_inputs()[2:]}
     assert len(caches) == 4 and caches["past_key_values.1.value"].shape == (1, 2, 6, 8)
+    rng, held = np.random.default_rng(0), {n: onnxruntime.OrtValue.ortvalue_from_numpy(x) for n, x in caches.items()}
+    past, start = caches, 0
+    for tokens in (3, 1, 2):  # with one memory for past and present, and with two
+        ids = rng.integers(0, 64, (1, tokens))
+        results = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"input_ids": ids, "write_indices": np.array([start]), **past}), strict=True))
+        binding = session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("write_indices", np.array([start]))
+        binding.bind_output("logits")
+        for name, cache in held.items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+        session.run_with_iobinding(binding)
+        past, start = {n: results[n.replace("past_key_values", "present")] for n in caches}, start + tokens
+        assert np.array_equal(binding.get_outputs()[0].numpy(), results["logits"]) and all(np.array_equal(held[n].numpy(), past[n]) for n in caches)
     for tokens, start, fits in ((6, 0, True), (7, 0, False), (2, 4, True), (2, 5, False), (1, -1, False)):
         feed = {"input_ids": np.ones((1, tokens), np.int64), "write_indices": np.array([start]), **caches}
         if fits:
