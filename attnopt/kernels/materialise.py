@@ -24,7 +24,7 @@ from attnopt.kernels.evaluate import Env, Value, as_tensor, evaluate
 QUERIES = E.sym("@Sq", 0)
 """The number of queries, as a kernel knows it."""
 
-_DISTANCE = E.load("@distance", (), "int")
+DISTANCE = E.load("@distance", (), "int")
 """k - q as an integer of which nothing is known: a variable would be taken for non-negative."""
 
 _DECISIONS = {"trunc", "floor", "ceil", "round", "le", "lt", "eq"}
@@ -38,19 +38,19 @@ class Part:
     """One part evaluated beforehand. ``axes`` are the variables that it has; ``d`` stands for the distance k - q."""
 
     expr: Expr
-    """In terms of ``_DISTANCE`` where ``axes`` has ``d``."""
+    """In terms of ``DISTANCE`` where ``axes`` has ``d``."""
     axes: str
     kind: E.Kind
 
     @property
     def constant(self) -> bool:
         """Whether it is the same for all tensors: it reads none."""
-        return not any(x.op == "load" and x is not _DISTANCE for x in self.expr.leaves)
+        return not any(x.op == "load" and x is not DISTANCE for x in self.expr.leaves)
 
     @property
     def levels(self) -> bool:
         """Whether the distance reaches it through values that may be the same for many distances, as bucket numbers are (``runs``)."""
-        return "d" in self.axes and _DISTANCE not in _fixed(self.expr)
+        return "d" in self.axes and DISTANCE not in _fixed(self.expr)
 
     def index(self, variables: Mapping[str, Expr]) -> tuple[Expr, ...]:
         """How the kernel indexes its tensor."""
@@ -61,7 +61,7 @@ class Part:
         ranges = {name: (0, n) for name, n in shape.items() if "d" not in self.axes or name in "bh"}
         env = Env(ranges, loads, sizes, torch.float32, device)
         if "d" in self.axes:
-            env.known = {_DISTANCE: torch.arange(1 - shape["q"], shape["k"], device=device).view(1, 1, 1, -1)}
+            env.known = {DISTANCE: torch.arange(1 - shape["q"], shape["k"], device=device).view(1, 1, 1, -1)}
         return env
 
     def tensor(
@@ -141,9 +141,9 @@ def _runs(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> Tenso
 @lru_cache(maxsize=1024)
 def _fixed(expr: Expr) -> tuple[Expr, ...]:
     """The largest parts of ``expr`` that read the distance and no tensor."""
-    if not any(x is _DISTANCE for x in expr.leaves):
+    if not any(x is DISTANCE for x in expr.leaves):
         return ()
-    if all(x.op != "load" or x is _DISTANCE for x in E.postorder(expr)) and not expr.variables:
+    if all(x.op != "load" or x is DISTANCE for x in E.postorder(expr)) and not expr.variables:
         return (expr,)
     return tuple(dict.fromkeys(f for a in expr.args for f in _fixed(a)))
 
@@ -209,6 +209,6 @@ def by_distance(e: Expr) -> Part | None:
     names = {v.value: v for v in e.variables}
     if not {"q", "k"} <= set(names):
         return None
-    moved = E.substitute(e, {names["k"]: E.add(names["q"], _DISTANCE)})
+    moved = E.substitute(e, {names["k"]: E.add(names["q"], DISTANCE)})
     left = {v.value for v in moved.variables}
     return None if left & {"b", "q", "k"} else Part(moved, ("h" if "h" in left else "") + "d", e.kind)

@@ -16,8 +16,8 @@ plus a band for the roundings in which two right computations differ::
 * The worst row of a tensor may be at ``2 * K`` instead, and so may a gradient of fewer than 16 elements: the largest of many errors scatters
   more than their mean does, and so does the mean of a few.
 
-An output of a single number is judged with ``APART * eps`` in the place of the band (docs/decisions/0033-outputs-of-one-number.md): its error is one draw, which
-in the original may happen to be none at all, and there is no norm of others beside it where it cancels.
+The original's own error is that of this very run. Where an output of fewer than 16 numbers is beyond its budget, that one draw is joined by others, and the budget is made of
+the root mean square of all (``scatter.py``, docs/decisions/0033-outputs-of-few-numbers.md).
 
 Where a float64 run of the whole model is out of reach, the two results are compared with each other: their distance may be at most
 ``APART * eps``, 8 in half precision and 256 in float32 (about 6%, 0.8% and 3e-5 for bfloat16, float16 and float32): what the
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from attnopt.report import Check
 from attnopt.verify.compare import Distance, distance
+from attnopt.verify.scatter import ENOUGH, OwnErrors
 
 _HALF = (torch.float16, torch.bfloat16)
 ROW = 2.0
@@ -62,10 +63,6 @@ def apart(dtype: torch.dtype) -> float:
     return (8.0 if dtype in _HALF else 256.0) * torch.finfo(dtype).eps
 
 
-def _band(truth: Any, dtype: torch.dtype, gradient: bool) -> float:
-    return apart(dtype) if not gradient and isinstance(truth, Tensor) and truth.numel() == 1 and truth.is_floating_point() else band(dtype)
-
-
 def computing_dtype(values: Sequence[Any]) -> torch.dtype:
     """The coarsest floating dtype among tensors; float32 when there is none."""
     found = [x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()]
@@ -81,6 +78,7 @@ def judge(
     *,
     gradient: bool = False,
     stated: bool = False,
+    own_errors: OwnErrors | None = None,
     detail: str = "",
 ) -> Check:
     """Compare the leaves of two outputs (in order), with the truth or, where ``truth`` is None, with each other.
@@ -88,7 +86,7 @@ def judge(
     The check holds the leaf that used the largest part of its budget. ``gradient``: a gradient is measured against at least 1% of the
     root mean square of all gradients together (some are zero but for rounding: softmax does not see a shift of all keys), over whole
     tensors, and not where the truth is NaN, since nothing can be learnt there. ``stated``: ``original`` has the error that an approximate computation is stated
-    to have, by the same many roundings, so K is ``STATED`` in every dtype.
+    to have, by the same many roundings, so K is ``STATED`` in every dtype. ``own_errors``: further draws of the original's error, for outputs of few numbers.
     """
     times = STATED if stated else factor(dtype)
     if len(optimized) != len(original):
@@ -103,7 +101,12 @@ def judge(
             if truth is not None and _TRUTH_LOST not in notes:
                 notes.append(_TRUTH_LOST)
         else:
-            got, base = distance(o, t, floor=floor, ignore_nan_truth=gradient), _band(t, dtype, gradient)
+            got, base = distance(o, t, floor=floor, ignore_nan_truth=gradient), band(dtype)
+            over = got.norm > times * own.norm + base or got.row > ROW * times * own.row + base
+            if over and own_errors is not None and _few(t):
+                more, draws = own_errors.of(i, own, t.numel())
+                own = Distance(max(own.norm, more.norm), max(own.row, more.row))
+                notes.append(f"of output {i} the original's own error was measured {draws} times")
         scatter = ROW if gradient and isinstance(t, Tensor) and t.numel() < FEW else 1.0
         found = [(got.norm, scatter * times * own.norm + base)]
         if not gradient and base == band(dtype):
@@ -122,6 +125,10 @@ def judge(
 
 _ORIGINAL_LOST = "the original itself is not finite where the truth is"
 _TRUTH_LOST = "against the original at its own dtype, which is finite where its float64 run is not"
+
+
+def _few(truth: Any) -> bool:
+    return isinstance(truth, Tensor) and truth.is_floating_point() and 0 < truth.numel() < ENOUGH
 
 
 def _lost(truth: Any, original: Any, gradient: bool) -> bool:

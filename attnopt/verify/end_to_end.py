@@ -19,6 +19,7 @@ from attnopt.verify.dynamic import flatten, from_graph
 from attnopt.verify.inputs import variants
 from attnopt.verify.oracle import Float64Interpreter, GraphInterpreter
 from attnopt.verify.regions import Outputs, site_regions
+from attnopt.verify.scatter import OwnErrors, moved
 from attnopt.verify.sites import SiteChecker
 
 SMALL = 256 * 2**20
@@ -175,7 +176,22 @@ class _Runner:
                         exact = output_leaves(Float64Interpreter(self.reference, root=self.root).run_leaves(leaves)[0])
                 except RuntimeError as error:
                     why = f", since it does not run in float64 ({str(error).splitlines()[0][:160]})"
-        return judge(name, got, expected, exact, dtype, detail="" if exact is not None else f"against the original at its own dtype{why}")
+        errors = None if exact is None else OwnErrors(lambda n: self._moved(n, leaves))
+        return judge(name, got, expected, exact, dtype, own_errors=errors, detail="" if exact is not None else f"against the original at its own dtype{why}")
+
+    def _moved(self, n: int, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Results of the original whose weights are moved for the n-th time, at its own dtype and in float64."""
+        holder = self.root if self.root is not None else self.reference
+        held = dict(holder.named_parameters(remove_duplicate=False))
+        unique = list({id(p): p for p in held.values()}.values())
+        near = dict(zip(map(id, unique), moved(unique, n), strict=True))
+        at = {name: near[id(p)] for name, p in held.items()}
+        exactly = {name: x.double() if x.is_floating_point() else x for name, x in at.items()}
+        found = []
+        for interpreter in (GraphInterpreter(self.reference, root=self.root, attributes=at), Float64Interpreter(self.reference, root=self.root, attributes=exactly)):
+            with torch.no_grad(), seeded():
+                found.append(output_leaves(interpreter.run_leaves(leaves)[0]))
+        return found[0], found[1]
 
     def gradients(self, name: str, leaves: Sequence[Any], lost: Sequence[str]) -> Check:
         """Gradients of the parameters for a random cotangent of every floating output. ``lost``: sites with rows whose scores are lost."""

@@ -18,6 +18,7 @@ from attnopt.verify.compare import leaves as output_leaves
 from attnopt.verify.dynamic import DynamicShapes
 from attnopt.verify.end_to_end import SMALL, Progress, seeded
 from attnopt.verify.inputs import variants
+from attnopt.verify.scatter import Draw, OwnErrors, moved
 
 
 def verify_modules(
@@ -64,7 +65,8 @@ def verify_modules(
                 found, why = in_float64(_run, exact, *double((v.args, v.kwargs)))
                 truth = None if why else output_leaves(found)
             detail = "" if truth is not None else f"against the original at its own dtype ({why or 'long input'})"
-            checks.append(_check(f"whole model: {v.name}", optimized, v.args, v.kwargs, expected, truth, detail))
+            errors = None if truth is None else OwnErrors(_draw(original, v.args, v.kwargs))
+            checks.append(_check(f"whole model: {v.name}", optimized, v.args, v.kwargs, expected, truth, detail, errors))
             if i == 0:
                 checks[0].detail = "; ".join(x for x in (checks[0].detail, *notes) if x)
         checks += _gradients(original, optimized, exact, sets[0].args, sets[0].kwargs)
@@ -73,7 +75,29 @@ def verify_modules(
     return Verdict(all(c.passed for c in checks), checks)
 
 
-def _check(name: str, optimized: Callable[..., Any], args: Any, kwargs: Any, expected: list[Any], truth: list[Any] | None, detail: str) -> Check:
+def _draw(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draw:
+    def draw(n: int) -> tuple[list[Any], list[Any]]:
+        near = copy.deepcopy(original)
+        assert isinstance(near, nn.Module)
+        with torch.no_grad():
+            for p, x in zip(near.parameters(), moved(near.parameters(), n), strict=True):
+                p.copy_(x)
+        results = output_leaves(_run(near, args, kwargs))
+        return results, output_leaves(_run(near.double(), *double((args, kwargs))))
+
+    return draw
+
+
+def _check(
+    name: str,
+    optimized: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    expected: list[Any],
+    truth: list[Any] | None,
+    detail: str,
+    errors: OwnErrors | None,
+) -> Check:
     dtype = computing_dtype(expected)
     try:
         got = output_leaves(_run(optimized, args, kwargs))
@@ -81,7 +105,7 @@ def _check(name: str, optimized: Callable[..., Any], args: Any, kwargs: Any, exp
         return Check(
             name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
         )
-    return judge(name, got, expected, truth, dtype, detail=detail)
+    return judge(name, got, expected, truth, dtype, own_errors=errors, detail=detail)
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

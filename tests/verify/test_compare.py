@@ -10,6 +10,7 @@ import torch
 
 from attnopt.verify.budget import apart, band, computing_dtype, factor, judge
 from attnopt.verify.compare import FAR, Distance, distance
+from attnopt.verify.scatter import OwnErrors
 
 T = torch.tensor
 NAN, INF = math.nan, math.inf
@@ -137,11 +138,28 @@ class TestJudge:
         assert not judge("x", [self.off(1e-10)], [self.truth], [self.truth], torch.float64).passed
         assert not judge("x", [self.truth.float().double()], [self.truth], [self.truth], torch.float64).passed
 
-    def test_of_a_single_number_the_error_is_one_draw(self) -> None:
-        """Such as a similarity that cancels: the original may happen to have no error at all."""
-        for truth, error, passed in ((torch.ones(1, 1), 2e-5, True), (torch.ones(1, 1), 4e-5, False), (torch.ones(1, 2), 2e-5, False)):
-            check = judge("x", [truth * (1 + error)], [truth], [truth.double()], torch.float32)
-            assert check.passed is passed
+    def test_an_output_of_few_numbers_is_judged_by_several_errors_of_the_original(self) -> None:
+        """The original that was seen may happen to have no error at all."""
+        def off(n: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            return [torch.full((1, 1), 1 + 1e-5 * (-1) ** n, dtype=torch.float64)], [torch.ones(1, 1)]
+
+        for shape, error, draw, passed in (
+            ((1, 1), 2e-5, off, True),
+            ((1, 1), 5e-5, off, False),  # K times 1e-5 and the band are less
+            ((1, 1), 2e-5, lambda n: ([torch.ones(1, 1)], [torch.ones(1, 1)]), False),  # another original has no error
+            ((1, 1), 2e-5, None, False),
+            ((4, 4), 2e-5, off, False),  # sixteen numbers say enough
+        ):
+            truth = torch.ones(shape)
+            check = judge("x", [truth * (1 + error)], [truth], [truth.double()], torch.float32, own_errors=None if draw is None else OwnErrors(draw))
+            assert check.passed is passed, (shape, error, check)
+
+    def test_further_errors_never_make_a_budget_smaller(self) -> None:
+        """Roundings before the attention are the same on both sides: where the original was unlucky there, so is the optimized model."""
+        none = OwnErrors(lambda n: ([torch.ones(1)], [torch.ones(1)]))
+        truth = torch.ones(1)
+        for error, passed in ((3e-5, True), (5e-5, False)):
+            assert judge("x", [truth * (1 + error)], [truth * (1 + 1e-5)], [truth.double()], torch.float32, own_errors=none).passed is passed
 
     @pytest.mark.parametrize(("n", "passed"), [(4, True), (64, False)])
     def test_a_gradient_of_few_elements_scatters_like_a_row(self, n: int, passed: bool) -> None:

@@ -5,6 +5,7 @@ What a row without a visible key gives is set here from the spec, whatever a run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from attnopt.emit.onnx.bounds import largest
 from attnopt.emit.onnx.contrib import operator
 from attnopt.emit.onnx.lost import bias_of
 from attnopt.emit.onnx.plan import Plan, band, causal_part, window_of
@@ -27,7 +29,10 @@ _INT32 = 6
 
 @dataclass
 class Lowering:
-    """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], all of ``dtype``: o [B, Hq, Sq, Dv]."""
+    """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], all of ``dtype``: o [B, Hq, Sq, Dv].
+
+    ``weights``: the greatest magnitude in the tensor of each load that is a weight of the file, None for one that is computed or an input.
+    """
 
     op: Any
     q: Any
@@ -37,6 +42,7 @@ class Lowering:
     sizes: Sequence[Any]
     spec: AttentionSpec
     dtype: str
+    weights: Sequence[float | None]
 
     def __post_init__(self) -> None:
         op = self.op
@@ -48,7 +54,7 @@ class Lowering:
         extents = {name: op.Squeeze(x) for name, x in one.items()}
         sizes = {name: scalar(x) if isinstance(x, int) else op.Squeeze(x) for name, x in zip(self.spec.sizes, self.sizes, strict=True)}
         self.programs = Programs(op, extents, self.loads, sizes, self.computed)
-        self.visible = None if self.spec.mask is E.TRUE else self._full(self.programs.write(self.spec.mask))
+        self.visible = None if self.spec.mask is E.TRUE else self._written(self.spec.mask)
 
     def _keys(self) -> Any:
         """How many keys there are, [1]."""
@@ -74,23 +80,27 @@ class Lowering:
             rest = self.spec.mask if self.plan.rest is None else self.plan.rest
             o = self._operator(form, None if rest is E.TRUE else self.programs.write(rest))
             return self._with_empty_rows(o, self._empty()) if self._may_be_empty() else o
-        zero, low = self._float(0.0), self._float(-np.inf)
-        x = zero if form.bias is None else self._full(self.programs.write(form.bias))
-        if self.visible is not None:
-            x = op.Where(self.visible, x, low)
+        low = self._float(-np.inf)
+        bias = E.FZERO if form.bias is None else form.bias
+        if self._may_overflow() or by_program:
+            x = self._written(bias)
+            x = x if self.visible is None else op.Where(self.visible, x, low)
+        else:  # a sum is faster than a choice, and the operator hides its part by itself
+            rest = self.spec.mask if self.plan.rest is None else self.plan.rest
+            x = self._hidden(self.programs.write(bias), rest)
+            x = x if _is_full(bias, rest) else self._full(x)
         if by_program:
             assert self.spec.empty_score is not None
             empty = bias_of(self.spec.empty_score, form.scale)
             assert empty is not None
-            x = op.Where(self._empty(), self._full(self.programs.write(empty)), x)
-        x = self._full(x)
-        if by_program or self._reads():
+            x = op.Where(self._empty(), self._written(empty), x)
+        if by_program or self._may_overflow():
             x = self._raised(x)
         if columns:  # a row has its sink at least
             return self._with_sink_column(form, x)
         o = self._operator(form, x, additive=True)
-        if not (self._may_be_empty() or self._reads()):
-            return o
+        if not (by_program or self._may_overflow()):
+            return self._with_empty_rows(o, self._empty()) if self._may_be_empty() else o
         weightless = op.Equal(op.ReduceMax(x, self.programs.constant([-1]), keepdims=1), low)
         o = op.Where(weightless, self._as(o, 0.0 if self.spec.zero_without_weight else np.nan), o)
         return o if by_program or not self._may_be_empty() else self._with_empty_rows(o, self._empty())
@@ -114,7 +124,7 @@ class Lowering:
         """
         op = self.op
         deep = op.Less(op.ReduceMax(x, self.programs.constant([-1]), keepdims=1), self._float(_DEEP))
-        return op.Where(deep, op.Mul(x, self._float(2.0**-20)), x)
+        return op.Mul(x, op.Where(deep, self._float(2.0**-20), self._float(1.0)))
 
     def _operator(self, form: Affine, mask: Any, additive: bool = False) -> Any:
         """The planned operator, with a mask of booleans that broadcasts, or an ``additive`` one [.., Sq, Skv], in half precision of float32, so that the bias keeps its digits."""
@@ -188,10 +198,10 @@ class Lowering:
         self.programs.score = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
         low = self._float(-np.inf)
         x = self.programs.write(spec.score)
-        if self.visible is not None and self._reads():
+        if self.visible is not None and self._may_overflow():
             x = op.Where(self.visible, x, low)  # a score that is not finite may be hidden
-        elif self.visible is not None:
-            x = op.Add(x, op.Where(self.visible, self._float(0.0), low))  # in place, where the choice would take as much memory again
+        else:
+            x = self._hidden(x, spec.mask)  # in place, where the choice would take as much memory again
         empty = self._empty() if self._may_be_empty() else None
         if empty is not None and spec.empty_rows == "program":
             assert spec.empty_score is not None
@@ -199,7 +209,7 @@ class Lowering:
         if E.score() not in spec.score.leaves:
             x = op.Add(x, op.Mul(self._float(0.0), self._ones()))  # such a score may have fewer axes
         last = self.programs.constant([-1])
-        if spec.sink is None and spec.empty_rows != "program" and not self._reads():
+        if spec.sink is None and spec.empty_rows != "program" and not self._may_overflow():
             o = op.MatMul(op.Softmax(x, axis=-1), v)
             o = op.CastLike(o, self.v) if self.half else o
             return o if empty is None else self._with_empty_rows(o, empty)
@@ -232,11 +242,9 @@ class Lowering:
     def _may_be_empty(self) -> bool:
         return self.visible is not None and self.spec.rows_may_be_empty()
 
-    def _reads(self) -> bool:
-        """Whether the score holds something that may be -inf on a whole row."""
-        return any(
-            x.op in ("load", "log", "div", "pow") or (x.is_const and x.kind == "float" and not np.isfinite(x.value)) for x in E.postorder(self.spec.score)
-        )
+    def _may_overflow(self) -> bool:
+        """Whether the score may be so low that it hides, or not finite, by what is added to the product of query and key."""
+        return largest(self.spec.score, lambda x: math.inf if (w := self.weights[x.value]) is None else w) >= -_DEEP
 
     def _empty(self) -> Any:
         """Where a row has no visible key, with a last axis of 1."""
@@ -274,11 +282,22 @@ class Lowering:
 
     # ---- helpers
 
+    def _hidden(self, x: Any, mask: E.Expr) -> Any:
+        """``x`` where ``mask`` holds, else -inf: ``x`` itself is finite."""
+        if mask is E.TRUE:
+            return x
+        return self.op.Add(x, self.op.Where(self.programs.write(mask), self._float(0.0), self._float(-np.inf)))
+
     def _float(self, value: float) -> Any:
         return self.programs.constant(value, "float")
 
     def _as(self, like: Any, value: float) -> Any:
         return self.op.CastLike(self._float(value), like)
+
+    def _written(self, e: E.Expr) -> Any:
+        """The value of an expression with its last two axes at [Sq, Skv]."""
+        x = self.programs.write(e)
+        return x if _is_full(e) else self._full(x)
 
     def _full(self, x: Any) -> Any:
         """With its last two axes at [Sq, Skv]: ONNX Runtime broadcasts batch and heads, and not these."""
@@ -289,3 +308,8 @@ class Lowering:
 
     def _ones(self) -> Any:
         return self.op.Expand(self._float(1.0), self._box())
+
+
+def _is_full(*parts: E.Expr) -> bool:
+    """Whether what is made of these expressions has its last two axes at [Sq, Skv]: an axis on which nothing depends is 1."""
+    return {"q", "k"} <= {v.value for e in parts for v in e.variables}

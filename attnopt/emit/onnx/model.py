@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +20,7 @@ from attnopt.capture.call import Args, CallForm, Kwargs
 from attnopt.capture.export import quiet
 from attnopt.emit.module import OptimizedModule, graph_variants
 from attnopt.emit.onnx import experts
+from attnopt.emit.onnx.bounds import greatest
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
@@ -61,15 +62,44 @@ class Lowered:
     packed: Any
 
 
+class _WithSizes:
+    """The operators of an opset. The size of an axis is read from the first tensor that was seen to have it, so that attentions
+    of equal sizes share what is computed from them.
+    """
+
+    def __init__(self, opset: Any) -> None:
+        self.opset = opset
+        self.known: dict[str, Any] = {}
+
+    def __getattr__(self, op_type: str) -> Any:
+        return getattr(self.opset, op_type)
+
+    def Shape(self, x: Any, start: int = 0, end: int | None = None) -> Any:
+        name = x.shape[start].value if end == start + 1 and x.shape is not None and not isinstance(x.shape[start], int) else None
+        if name is None:
+            return self.opset.Shape(x, start=start, end=end)
+        if name not in self.known:
+            self.known[name] = self.opset.Shape(x, start=start, end=end)
+        return self.known[name]
+
+
 @dataclass
 class Translation:
     """The translation table's entry for ``attnopt::attention``: called once for each attention, in the order of the graph."""
 
     opset: int
     target: Target
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Those of the program, by the names of its inputs."""
     done: list[Lowered] = field(default_factory=list)
     joins: dict[ir.Value, ir.Value] = field(default_factory=dict)
     """Values of the graph that an operator gives too."""
+
+    def __post_init__(self) -> None:
+        self.op = _WithSizes(OPSETS[self.opset])
+
+    def _greatest(self, x: Any) -> float | None:
+        return None if x.name not in self.weights else greatest(self.weights[x.name])
 
     def table(self) -> dict[Any, Any]:
         def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = ()):  # type: ignore[no-untyped-def]
@@ -77,11 +107,11 @@ class Translation:
             dtype = str(ir.DataType(q.dtype).numpy())
             past = Past.of(q, k, v)
             form = plan(parsed, self.target, dtype, past is not None)
-            given = (list(loads or ()), list(sizes or ()), parsed, dtype)
+            given = (list(loads or ()), list(sizes or ()), parsed, dtype, [self._greatest(x) for x in loads or ()])
             if form.past and past is not None:
-                lowering: Lowering = PastLowering(OPSETS[self.opset], q, past.new_key, past.new_value, *given, past=past, joins=self.joins)
+                lowering: Lowering = PastLowering(self.op, q, past.new_key, past.new_value, *given, past=past, joins=self.joins)
             else:
-                lowering = Lowering(OPSETS[self.opset], q, k, v, *given)
+                lowering = Lowering(self.op, q, k, v, *given)
             result = lowering.build(form)
             self.done.append(Lowered(parsed, form, result, lowering.as_packed(result)))
             return result
@@ -118,7 +148,7 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_met
     with torch.no_grad(), quiet():
         program = export_optimized(optimized)
         results = plain(optimized(*args, **kwargs))
-    translation = Translation(opset, target)
+    translation = Translation(opset, target, weights_of(program))
     model = translated(program, translation, results)
     layers = _layers(optimized, translation)
     if not strip_metadata:
@@ -140,6 +170,13 @@ def translated(program: torch.export.ExportedProgram, translation: Translation, 
     model.producer_name, model.producer_version = "attnopt", version("attnopt")
     _clear(model)
     return model
+
+
+def weights_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and constants by the names of the inputs that stand for them."""
+    s = program.graph_signature
+    held = {**dict(program.named_parameters()), **dict(program.named_buffers()), **{n: x for n, x in program.constants.items() if isinstance(x, torch.Tensor)}}
+    return {n: held[t] for names in (s.inputs_to_parameters, s.inputs_to_buffers, s.inputs_to_lifted_tensor_constants) for n, t in names.items() if t in held}
 
 
 def record(model: ir.Model, layers: Sequence[Layer], target: Target) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from attnopt.emit.onnx.distance import Diagonals, read_by_distance
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.kernels.materialise import DISTANCE, Part
 
 AXES = {"b": 0, "h": 1, "q": 2, "k": 3}
 
@@ -68,9 +70,12 @@ class Programs:
 
     def write(self, root: Expr) -> Any:
         """The value of ``root``: a scalar, or four axes of which those that it does not depend on are 1."""
-        for e in E.postorder(root):
-            if e not in self.table:
-                self.table[e] = self._node(e)
+        if root not in self.table:
+            part = read_by_distance(root)
+            if part is None:
+                for a in root.args:
+                    self.write(a)
+            self.table[root] = self._node(root) if part is None else self._by_distance(part)
         return self.table[root]
 
     def index(self, name: str) -> Any:
@@ -101,6 +106,12 @@ class Programs:
         if e.op in _BINARY:
             return getattr(op, _BINARY[e.op])(*args)
         return _SPECIAL[e.op](self, e, args)
+
+    def _by_distance(self, part: Part) -> Any:
+        diagonals = Diagonals(self.op, self.extents["q"], self.extents["k"], self.constant)
+        if DISTANCE not in self.table:
+            self.table[DISTANCE] = diagonals.distances()
+        return diagonals.spread(self.write(part.expr))
 
     def _on_axis(self, x: Any, axis: int) -> Any:
         return self.op.Unsqueeze(x, self.constant([a for a in range(4) if a != axis]))

@@ -15,6 +15,7 @@ from torch import fx
 
 from attnopt.analysis import nodes as N
 from attnopt.capture.onnx.translate import ONNX
+from attnopt.emit.onnx.bounds import greatest
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.model import Layer
 from attnopt.emit.onnx.plan import Plan, Target, plan
@@ -91,7 +92,7 @@ def _replace(
     q, k, v = (writer.operand(_node(x)) for x in node.args[:3])
     loads, sizes = ([writer.value(x) if isinstance(x, fx.Node) else x for x in _list(node.args[i])] for i in (3, 4))
     with evaluator.default_as(_Recorder(tape)):
-        writer.known[node] = Lowering(tape, q, k, v, loads, sizes, spec, dtype).build(form)
+        writer.known[node] = Lowering(tape, q, k, v, loads, sizes, spec, dtype, [_greatest(x) for x in loads]).build(form)
     new = writer.value(out)
     new.type, new.shape = old.type, old.shape
     for i, made in enumerate(tape.nodes):
@@ -107,6 +108,10 @@ def _replace(
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     writer.replaced[old] = new
     return name, new
+
+
+def _greatest(x: ir.Value) -> float | None:
+    return None if x.const_value is None or x.is_graph_input() else greatest(torch.from_numpy(x.const_value.numpy()))
 
 
 def _node(x: Any) -> fx.Node:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from attnopt.capture.export import quiet
 from attnopt.emit.onnx.decoder import name_past
 from attnopt.emit.onnx.lower import Lowering
-from attnopt.emit.onnx.model import OPSETS, Draft, Layer, Lowered, Translation, record, translated
+from attnopt.emit.onnx.model import Draft, Layer, Lowered, Translation, record, translated, weights_of
 from attnopt.emit.onnx.plan import Plan, Target, plan
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec, Dims, Load
@@ -60,7 +60,7 @@ def static_model(decoder: StaticDecoder, ids: Tensor, opset: int, target: Target
         shapes = {"input_ids": {0: auto, 1: auto}, "write_indices": {0: auto}, "past_key_values": [{0: auto} for _ in call["past_key_values"]]}
         program = torch.export.export(decoder, (), call, dynamic_shapes=shapes, strict=False)
         results = decoder(**call)
-    translation = StaticTranslation(opset, target)
+    translation = StaticTranslation(opset, target, weights_of(program))
     model = translated(program, translation, results)
     name_past(model)
     layers = [
@@ -76,13 +76,14 @@ class StaticTranslation(Translation):
     """The table's entries for ``attnopt::static_attention`` and ``attnopt::cache_update``."""
 
     def table(self) -> dict[Any, Any]:
-        op = OPSETS[self.opset]
+        op = self.op
 
         def attention(q, k, v, write_indices, loads, spec: str):  # type: ignore[no-untyped-def]
             parsed = AttentionSpec.from_json(spec)
             dtype = str(ir.DataType(q.dtype).numpy())
             form = static_plan(parsed, self.target, dtype)
-            result = StaticLowering(op, q, k, v, [*(loads or ()), write_indices], (), shifted(parsed), dtype, write_indices, parsed.rows_may_be_empty()).build(form)
+            weights = [*(self._greatest(x) for x in loads or ()), None]
+            result = StaticLowering(op, q, k, v, [*(loads or ()), write_indices], (), shifted(parsed), dtype, weights, write_indices, parsed.rows_may_be_empty()).build(form)
             self.done.append(Lowered(parsed, form, result, None))
             return result
 
