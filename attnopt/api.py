@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import attnopt.kernels.ops  # noqa: F401 - registers the operator that the passes put into graphs
 from attnopt.capture.call import Args, CallForm, Kwargs
-from attnopt.capture.captured import Captured, Example, ModelError
+from attnopt.capture.captured import Captured, ModelError
 from attnopt.capture.clone import clone_tree, tensors_of
 from attnopt.capture.dynamo import Frames, compile_frame
 from attnopt.capture.export import DynamicShapes, capture
@@ -24,17 +24,16 @@ from attnopt.capture.with_past import WithPast
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import graph_function, is_state
 from attnopt.emit.module import OptimizedModule, graph_variants, optimized_module
-from attnopt.emit.onnx import check_request
+from attnopt.emit.onnx import WithPastForm, check_past, check_request
 from attnopt.emit.variant import CompiledVariant, GraphVariant, Variant
 from attnopt.errors import AttnoptError, CaptureError, VerificationError
+from attnopt.onnx_export import export_captured, export_static
 from attnopt.passes.pipeline import PipelineResult, passes, run_pipeline
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 from attnopt.serving import rewrite, serve
 from attnopt.varied import varied_shapes
 from attnopt.verify import GraphPair, verify_and_repair, verify_modules
-from attnopt.verify.decoding import verify_decoding
-from attnopt.verify.exported import verify_exported
 from attnopt.verify.merged import verify_merged
 
 if TYPE_CHECKING:
@@ -318,39 +317,41 @@ class _Builder:
         _relate(result, captured)
         return result, Report(result.sites, [*captured.remarks, *result.remarks, *remarks], verdict, seconds)
 
-    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str, with_past: bool, strip_metadata: bool) -> OnnxReport:
+    def export_onnx(
+        self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str, with_past: WithPastForm, max_length: int | None, strip_metadata: bool
+    ) -> OnnxReport:
         """Capture again with every attention as one node of the graph, whatever its kernel, write that, and compare it with the original."""
         assert isinstance(module, OptimizedModule)
         reference = module.attnopt_reference
         check_request(reference, path, opset, target)
-        from attnopt.emit.onnx.write import write_onnx
+        check_past(with_past, max_length, opset, target)
+        from attnopt.emit.onnx.model import tensors
+        from attnopt.emit.onnx.write import refuse_bfloat16
 
         variant = next(reversed(graph_variants(module)), None)
         if variant is None:
             raise CaptureError(f"{type(reference).__name__} holds no captured graph to export; torch.export has to take the model for that.")
         if self.config.merge_kv_heads:
             raise AttnoptError(f"merge_kv_heads is {self.config.merge_kv_heads}, and an exported file is compared with the original; supported is None.")
+        args, kwargs = variant.example.args, variant.example.kwargs
+        refuse_bfloat16([x.dtype for x in tensors((args, kwargs))], "an input")
+        form = cast("Target", target)
+        told = _verify_progress(self.progress)
+        if with_past == "static":
+            assert max_length is not None
+            call = CallForm(reference.forward).spread(args, kwargs, module._attnopt.positional)
+            return export_static(reference, *call, self.dynamic_shapes, self.config.disable_passes, path, opset, form, max_length, strip_metadata, told)
         off = dict.fromkeys((*self.config.disable_passes, "merge-projections", "share-block-maps"))
         config = replace(self.config, backend="reference", autotune=False, verify=True, capture="export", disable_passes=tuple(off))
         builder = replace(self, config=config, lazy=None)
-        args, kwargs = variant.example.args, variant.example.kwargs
-        decoder = None
+        source, positional = reference, module._attnopt.positional
         if with_past:
-            decoder = WithPast(reference)
-            args, kwargs = (), decoder.example(kwargs.get("input_ids"))
+            source = decoder = WithPast(reference)
+            args, kwargs, positional = (), decoder.example(kwargs.get("input_ids")), 0
             builder.dynamic_shapes = "auto"  # the user's are for another call
-        source: nn.Module = decoder or reference
         again = optimized_module(source, builder, self.config.max_variants)
-        again.attnopt_capture(*CallForm(source.forward).spread(args, kwargs, 0 if with_past else module._attnopt.positional))
-
-        def compare(file: Callable[..., Any], example: Example) -> Verdict:
-            verdict = verify_exported(source, file, example, varied_shapes(example), _verify_progress(self.progress))
-            if decoder is None or not verdict.passed:
-                return verdict
-            more = verify_decoding(decoder, file, kwargs["input_ids"], kwargs["past_key_values"])
-            return Verdict(more.passed, [*verdict.checks, *more.checks])
-
-        return write_onnx(again, path, opset, cast("Target", target), compare, decoder, strip_metadata)
+        again.attnopt_capture(*CallForm(source.forward).spread(args, kwargs, positional))
+        return export_captured(again, source, path, opset, form, strip_metadata, told)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from attnopt.capture.call import Args, Kwargs, Leaf
 from attnopt.capture.relations import Relation
@@ -49,6 +50,15 @@ class Example:
     leaves: tuple[Leaf, ...]
     dynamic: tuple[DynamicDim, ...]
     holds: Callable[[Sequence[Any]], bool]
+
+    def one_row(self) -> tuple[Args, Kwargs] | None:
+        """The call with a batch of one; None where the first axis is not open."""
+        first = {d.leaf for d in self.dynamic if d.dim == 0 and d.lower <= 1}
+        if not first:
+            return None
+        leaves, form = pytree.tree_flatten((self.args, self.kwargs))
+        leaves = [x[:1] if i in first else x for i, x in enumerate(leaves)]
+        return cast("tuple[Args, Kwargs]", pytree.tree_unflatten(leaves, form)) if self.holds(leaves) else None
 
 
 @dataclass

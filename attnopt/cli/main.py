@@ -258,6 +258,7 @@ def bench(context: click.Context, /, **options: Any) -> int:
 @click.option("--target", "form", type=click.Choice(["onnx", "ort", "decomposed"]), default="onnx", show_default=True, help="onnx: the standard operator Attention where it is exact. ort: GroupQueryAttention and MultiHeadAttention of ONNX Runtime where they are, with a function of standard operators for other runtimes. decomposed: every attention in basic operators.")
 @click.option("--opset", type=int, default=24, show_default=True, help="Version of the ONNX operators: 23 or 24.")
 @click.option("--with-past", is_flag=True, help="A decoder with its KV cache as inputs and outputs, as onnxruntime-genai expects it, and genai_config.json beside it.")
+@click.option("--static-cache", "max_length", type=click.IntRange(1), metavar="N", help="A decoder with caches of N tokens as inputs and outputs in place of a past that grows, written by TensorScatter at an index for each row.")
 @click.option("--strip-metadata", is_flag=True, help="Leave specs, names of modules and versions out of the file.")
 @_output_options
 def export(**options: Any) -> int:
@@ -267,6 +268,8 @@ def export(**options: Any) -> int:
     """
     from attnopt.cli.onnx import export_command
 
+    if options["with_past"] and options["max_length"] is not None:
+        raise click.UsageError("--with-past is for a past that grows, and --static-cache for one of a fixed length; give one of them.")
     return export_command(**options)
 
 

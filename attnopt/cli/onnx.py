@@ -18,14 +18,17 @@ from attnopt.report.source import shown_path
 if TYPE_CHECKING:
     from attnopt.cli.render import Terminal
     from attnopt.emit.module import OptimizedModule
+    from attnopt.emit.onnx import WithPastForm
     from attnopt.emit.onnx.report import OnnxReport
 
 
-def export_command(target: str, *, output: str, form: str, opset: int, with_past: bool, strip_metadata: bool, as_json: bool, train: bool, **options: Any) -> int:
+def export_command(target: str, *, output: str, form: str, opset: int, with_past: bool, max_length: int | None, strip_metadata: bool, as_json: bool, train: bool, **options: Any) -> int:
     from attnopt import api
-    from attnopt.emit.onnx import check_request
+    from attnopt.emit.onnx import check_past, check_request
 
     out, err = render.console(), render.console(stderr=True)
+    past: WithPastForm = with_past if max_length is None else "static"
+    check_past(past, max_length, opset, form)
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=train, **options)
         if not as_json:
@@ -34,7 +37,7 @@ def export_command(target: str, *, output: str, form: str, opset: int, with_past
         config = OptimizeConfig(backend="reference", verify=False, capture="export")  # the file is what is compared
         optimized = api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages)
         stages("write")
-        report = cast("OptimizedModule", optimized).export_onnx(output, opset=opset, target=form, with_past=with_past, strip_metadata=strip_metadata)
+        report = cast("OptimizedModule", optimized).export_onnx(output, opset=opset, target=form, with_past=past, max_length=max_length, strip_metadata=strip_metadata)
     if as_json:
         click.echo(json.dumps({"model": loaded.name, **report.to_dict(), "exit_code": 0}, indent=2))
         return 0

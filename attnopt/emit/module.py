@@ -32,6 +32,7 @@ from attnopt.remarks import Remark
 from attnopt.report import Report
 
 if TYPE_CHECKING:
+    from attnopt.emit.onnx import WithPastForm
     from attnopt.emit.onnx.report import OnnxReport
 
 log = logging.getLogger("attnopt")
@@ -102,16 +103,18 @@ class OptimizedModule(nn.Module):
         leaves, key = _key(state, args, kwargs)
         return next((v for v in state.variants.get(key, ()) if v.holds(leaves) and v.current(self)), None) or _build(self, key, args, kwargs)
 
-    def export_onnx(self, path: str | os.PathLike[str], *, opset: int = 24, target: str = "onnx", with_past: bool = False, strip_metadata: bool = False) -> OnnxReport:
+    def export_onnx(
+        self, path: str | os.PathLike[str], *, opset: int = 24, target: str = "onnx", with_past: WithPastForm = False, max_length: int | None = None, strip_metadata: bool = False
+    ) -> OnnxReport:
         """Write the model as ONNX, each attention as a fused node, and compare the file with the original in ONNX Runtime.
 
         The call that was captured last is exported, with the same dimensions open. ``opset`` is 23 or 24; ``target`` is ``onnx``
         (the standard operator ``Attention`` where it is exact), ``ort`` (operators of ONNX Runtime where they are) or ``decomposed``. ``with_past``: a decoder
         with keys and values of earlier tokens as inputs, and those of all as outputs, under the names that onnxruntime-genai expects, and its
-        ``genai_config.json`` beside the file. ``strip_metadata``: without specs, names of modules and versions in it. Nothing is written when the comparison fails
+        ``genai_config.json`` beside the file; ``"static"``: with caches of ``max_length`` tokens in their place, written at an index for each row. ``strip_metadata``: without specs, names of modules and versions in it. Nothing is written when the comparison fails
         (VerificationError) or the request cannot be met (AttnoptError). See docs/onnx.md.
         """
-        return self._attnopt.builder.export_onnx(self, path, opset, target, with_past, strip_metadata)
+        return self._attnopt.builder.export_onnx(self, path, opset, target, with_past, max_length, strip_metadata)
 
     # ---- nn.Module's own life
 

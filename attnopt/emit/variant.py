@@ -18,6 +18,7 @@ from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 
 if TYPE_CHECKING:
+    from attnopt.emit.onnx import WithPastForm
     from attnopt.emit.onnx.report import OnnxReport
 
 
@@ -101,6 +102,6 @@ class Builder(Protocol):
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, why: Remark | None) -> Variant: ...
 
-    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str, with_past: bool, strip_metadata: bool) -> OnnxReport:
+    def export_onnx(self, module: nn.Module, path: str | os.PathLike[str], opset: int, target: str, with_past: WithPastForm, max_length: int | None, strip_metadata: bool) -> OnnxReport:
         """Write ``module`` as a verified ONNX file; see ``OptimizedModule.export_onnx``."""
         ...

@@ -72,7 +72,7 @@ class PackedPlan:
     context: tuple[str, ...] = ()
     """The captured graph's inputs that another sequence is made of, by the module at ``CONTEXT``: its k and v for each layer that is ``cross``."""
     layout: str = "paged"
-    """``contiguous``: each request has one page, so ``block_table`` has one column; ``paged``: as many as it needs."""
+    """``contiguous``: each request has one page, so ``block_table`` has one column; ``paged``: as many as it needs. ``static``: see ``InsertStaticCache``."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class InsertKVCache:
         graph = module.graph
         drop_unread(graph)
         try:
-            tokens, flow = _flow(module)
+            tokens, flow = tokens_and_flow(module)
             logits = logits_of(flow, graph, self.output)
             places = last_places(flow, logits)
             served = [n for n in attentions(graph) if n in flow.needed]
@@ -110,7 +110,7 @@ class InsertKVCache:
         prefix = max((seen_by_all(without_shifts(spec_of(n))) or 0 for n in served if n not in crossing), default=0)
         layers = [self._cached(graph, node, inputs, node in crossing, result) for node in served]
         for node, source in flow.sources.items():
-            _redirected(graph, node, source, inputs.positions)
+            redirected(graph, node, source, inputs.positions)
             text = f"{N.said(node)} is {_formula(source)}; it is computed from the positions of the packed tokens."
             result.remarks.append(Remark("AO106", text, source=N.source(node)))
         packed_logits(flow, graph, logits, places, inputs.rows)
@@ -158,7 +158,7 @@ class InsertKVCache:
         return layer
 
 
-def _flow(module: fx.GraphModule) -> tuple[fx.Node, TokenFlow]:
+def tokens_and_flow(module: fx.GraphModule) -> tuple[fx.Node, TokenFlow]:
     """The input that holds the ids, and the proof for it; of several that could, the one that has a proof. Raises Refusal."""
     graph = module.graph
     used = [n for n in graph.find_nodes(op="placeholder") if N.is_tensor(n) and any(N.op_name(u) != "aten::sym_size" for u in n.users)]
@@ -188,7 +188,7 @@ def _formula(source: Source) -> str:
     return position if source.table is None else f"the entry at {position} of {N.said(source.table)}"
 
 
-def _redirected(graph: fx.Graph, node: fx.Node, source: Source, positions: fx.Node) -> None:
+def redirected(graph: fx.Graph, node: fx.Node, source: Source, positions: fx.Node) -> None:
     """The same values from the ``positions`` [T] of the packed tokens, in place of the axis that they run along."""
     edit = Editor(graph, node)
     at = positions

@@ -21,6 +21,7 @@ from attnopt.passes.cleanup import Cleanup
 from attnopt.passes.edit import ORIGINAL
 from attnopt.passes.group_heads import GroupHeads, site_name
 from attnopt.passes.insert_kv_cache import InsertKVCache
+from attnopt.passes.insert_static_cache import InsertStaticCache
 from attnopt.passes.join_products import JoinProducts
 from attnopt.passes.known_inputs import KnownInputs
 from attnopt.passes.lower import Lower
@@ -33,6 +34,7 @@ from attnopt.passes.share_block_maps import ShareBlockMaps
 from attnopt.remarks import Remark
 from attnopt.report import Site
 
+CachePass = InsertKVCache | InsertStaticCache
 NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
 """Every pass, in order."""
 SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "cleanup")
@@ -59,7 +61,7 @@ class PipelineResult:
     """Buffers whose values became part of a spec: the graph holds only as long as they keep them."""
 
 
-def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cache: InsertKVCache | None = None) -> list[Pass]:
+def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cache: CachePass | None = None) -> list[Pass]:
     """The passes that ``config`` asks for, in order. ``cache`` is the pass that ``kv_cache`` asks for, with what it knows of the model's call."""
     names, required = (SERVING_NAMES, _REQUIRED_TO_SERVE) if config.kv_cache else (NAMES, _REQUIRED)
     approximate: list[Pass] = [] if config.merge_kv_heads is None else [MergeKVHeads(config.merge_kv_heads)]
@@ -81,7 +83,7 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
     return [p for p in everything if p.name not in config.disable_passes]
 
 
-def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: frozenset[str] = frozenset(), cache: InsertKVCache | None = None) -> PipelineResult:
+def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: frozenset[str] = frozenset(), cache: CachePass | None = None) -> PipelineResult:
     """Rewrite a captured graph. ``gm`` itself is not changed; ``skip_sites`` are left in their original form.
 
     Raises PassError, naming the pass, when one raises or leaves an invalid graph, and AttnoptError for a bad option.
@@ -108,7 +110,7 @@ def _no_new_guards(gm: fx.GraphModule) -> Iterator[None]:
         yield
 
 
-def _run(module: fx.GraphModule, config: OptimizeConfig, skip_sites: frozenset[str], cache: InsertKVCache | None) -> PipelineResult:
+def _run(module: fx.GraphModule, config: OptimizeConfig, skip_sites: frozenset[str], cache: CachePass | None) -> PipelineResult:
     reference, merged = module, None
     sites: list[Site] = []
     remarks: list[Remark] = []

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from attnopt.capture.call import Args, Kwargs
 from attnopt.capture.captured import Example
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import computing_dtype, judge
@@ -22,23 +20,21 @@ FURTHEST = 2048
 """The largest size that is tried only to see what the original makes of it."""
 
 
-def verify_exported(original: nn.Module, run: Callable[..., Any], example: Example, dynamic: DynamicShapes, progress: Progress | None = None) -> Verdict:
-    """``verify_modules`` on the example and, where its first axis is open, again on a batch of one. ``run`` takes the original's arguments."""
+def verify_exported(
+    original: nn.Module, run: Callable[..., Any], example: Example, dynamic: DynamicShapes, progress: Progress | None = None, one_row: bool = False
+) -> Verdict:
+    """``verify_modules`` on the example and, where its first axis is open, again on a batch of one. ``run`` takes the original's arguments. ``one_row``: on a batch of one alone."""
+    single = example.one_row()
+    if one_row and single is not None:
+        batch = {dims[0].symbol for dims in dynamic.dims.values() if 0 in dims}
+        ones, admits = dict.fromkeys(batch, 1), dynamic.admits
+        dims = {leaf: {d: x for d, x in found.items() if x.symbol not in batch} for leaf, found in dynamic.dims.items()}
+        dynamic = DynamicShapes(dims, lambda sizes: admits({**ones, **sizes}))
+        return _of_one(verify_modules(original, run, *single, dynamic, progress=progress))
     verdict = verify_modules(original, run, example.args, example.kwargs, dynamic, progress=progress)
-    single = _one_sample(example)
     if single is None:
         return verdict
     return _joined(verdict, _of_one(verify_modules(original, run, *single)))
-
-
-def _one_sample(example: Example) -> tuple[Args, Kwargs] | None:
-    """The example with a batch of one; None where the first axis is not open."""
-    first = {d.leaf for d in example.dynamic if d.dim == 0 and d.lower <= 1}
-    if not first:
-        return None
-    leaves, form = pytree.tree_flatten((example.args, example.kwargs))
-    leaves = [x[:1] if i in first else x for i, x in enumerate(leaves)]
-    return cast("tuple[Args, Kwargs]", pytree.tree_unflatten(leaves, form)) if example.holds(leaves) else None
 
 
 def verify_files(

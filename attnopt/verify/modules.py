@@ -62,10 +62,8 @@ def verify_modules(
             expected = output_leaves(_run(original, v.args, v.kwargs))
             truth: list[Any] | None = None
             if exact is not None and not v.light:
-                try:
-                    truth = output_leaves(_run(exact, *double((v.args, v.kwargs))))
-                except RuntimeError as error:
-                    why = f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
+                found, why = in_float64(_run, exact, *double((v.args, v.kwargs)))
+                truth = None if why else output_leaves(found)
             detail = "" if truth is not None else f"against the original at its own dtype ({why or 'long input'})"
             errors = None if truth is None else OwnErrors(_draw(original, v.args, v.kwargs))
             checks.append(_check(f"whole model: {v.name}", optimized, v.args, v.kwargs, expected, truth, detail, errors))
@@ -113,6 +111,14 @@ def _check(
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch.no_grad(), seeded():
         return function(*args, **kwargs)
+
+
+def in_float64(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
+    """What a float64 copy computes, and why there is nothing where it does not run."""
+    try:
+        return run(*args, **kwargs), ""
+    except RuntimeError as error:
+        return None, f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
 
 
 def float64_copy(original: Callable[..., Any]) -> tuple[nn.Module | None, str]:

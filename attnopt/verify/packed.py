@@ -118,11 +118,11 @@ def verify_packed(
     ids = [seen[torch.randint(len(seen), (n,), generator=generator).to(seen.device)] for n in lengths]
     exact, why = float64_copy(original)
     with torch.no_grad():
-        expected = [_alone(original, alone(x[None], r), logits) for r, x in enumerate(ids)]
+        expected = [computed_alone(original, alone(x[None], r), logits) for r, x in enumerate(ids)]
         truth: list[Tensor] | None = None
         if exact is not None:
             try:
-                truth = [_alone(exact, double(alone(x[None], r)), logits) for r, x in enumerate(ids)]
+                truth = [computed_alone(exact, double(alone(x[None], r)), logits) for r, x in enumerate(ids)]
             except RuntimeError as error:
                 why = f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
         detail = "" if truth is not None else f"against the original at its own dtype ({why})"
@@ -142,6 +142,6 @@ def verify_packed(
     return Verdict(all(c.passed for c in checks), checks)
 
 
-def _alone(model: nn.Module, call: Call, logits: Callable[[object], Tensor]) -> Tensor:
+def computed_alone(model: nn.Module, call: Call, logits: Callable[[object], Tensor]) -> Tensor:
     args, kwargs = call
     return logits(model(*args, **kwargs))[0]

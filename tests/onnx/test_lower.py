@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.emit.onnx.contrib import attach_functions
+from attnopt.emit.onnx.lost import bias_of
 from attnopt.emit.onnx.model import IR_VERSION, Translation
 from attnopt.emit.onnx.plan import plan
 from attnopt.emit.onnx.program import WRITTEN
@@ -99,6 +100,23 @@ def _cases() -> list[Case]:
         case("padding, empty rows by the lowest number", AttentionSpec(r, x, pad, "program", E.add(x, low), loads=(padding,)), why="additive mask"),
         case("a bias of the lowest number", AttentionSpec(r, E.add(x, E.where(pad, E.FZERO, low)), loads=(padding,)), why="additive mask"),
         case("padding, empty rows by another scale", AttentionSpec(r, x, pad, "program", E.score(), loads=(padding,)), "standard ops", "another form"),
+        case(
+            "causal padding, empty rows by a choice of the lowest number, filled again",
+            AttentionSpec(s, x, E.all_of(causal, spad), "program", E.add(E.where(causal, x, low), low), loads=(padding,)),
+            why="additive mask",
+            ort_why="rows without a visible key see keys behind the query",
+        ),
+        case(
+            "slopes and padding, empty rows by a choice of the lowest number",
+            AttentionSpec(r, E.add(x, E.mul(slope, E.as_float(r.k))), pad, "program", E.where(pad, low, E.add(x, E.mul(slope, E.as_float(r.k)))), loads=(padding, slopes)),
+            why="additive mask",
+        ),
+        case(
+            "padding, empty rows by a choice of a number that scores count beside",
+            AttentionSpec(r, x, pad, "program", E.where(pad, E.const(-1e9), x), loads=(padding,)),
+            "standard ops",
+            "another form",
+        ),
         case("bias of one load", AttentionSpec(r, E.add(x, E.load(0, (E.ZERO, r.h, r.q, r.k), "float")), loads=(bias,)), why="additive mask"),
         case(
             "bias by distance",
@@ -360,6 +378,29 @@ def test_only_a_square_is_causal_by_the_attribute() -> None:
     for mask in (E.le(d.q, d.k), E.lt(d.k, d.q), E.le(d.k, E.add(d.q, E.ONE)), E.all_of(E.le(d.k, d.q), E.lt(E.sub(d.q, d.k), E.const(4))), E.TRUE):
         assert not plan(AttentionSpec(d, x, mask), "onnx", "float32").causal
     assert not plan(AttentionSpec(d, E.add(x, E.as_float(d.k)), E.le(d.k, d.q)), "onnx", "float32").causal
+
+
+def test_a_fill_is_a_bias_only_where_every_score_is_lost_beside_it() -> None:
+    d, s = dims(True), E.score()
+    x, seen, bias = E.mul(E.const(0.25), s), E.le(d.k, d.q), E.as_float(d.k)
+    deep, low = E.const(-(2.0**121)), E.const(float(torch.finfo(torch.float32).min))
+    assert bias_of(E.add(x, bias, E.const(3.0)), 0.25) is E.add(bias, E.const(3.0))
+    assert bias_of(E.where(seen, E.add(x, bias), deep), 0.25) is E.where(seen, bias, deep)
+    assert bias_of(E.add(E.where(seen, low, x), bias), 0.25) is E.add(E.where(seen, low, E.FZERO), bias)
+    assert bias_of(E.where(seen, E.where(E.lt(d.k, E.const(2)), x, low), E.const(-math.inf)), 0.25) is not None
+    for wrong in (
+        E.where(seen, x, E.const(-(2.0**100))),  # scores count beside it
+        E.where(seen, x, E.const(-65504.0)),
+        E.where(seen, x, E.const(2.0**121)),
+        E.where(seen, x, E.mul(E.const(-(2.0**121)), bias)),  # zero for the first key
+        E.where(E.le(s, E.FZERO), x, low),  # chosen by the score
+        E.mul(E.const(0.5), E.where(seen, x, low)),
+        E.add(E.where(seen, x, low), E.where(seen, low, x)),
+        E.add(x, E.where(seen, x, low)),
+        E.where(seen, s, low),
+        E.function("tanh", x),
+    ):
+        assert bias_of(wrong, 0.25) is None, wrong
 
 
 def test_every_operation_of_expressions_can_be_written() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from exported import SITES, inputs, model_of, operators, run
 from onnx import TensorProto, helper
 
 import attnopt
+from attnopt.capture.export import quiet
 from attnopt.cli.main import run as command
 
 pytest.importorskip("transformers", reason="the files are exported from models of transformers")
@@ -196,9 +199,6 @@ def test_a_changed_file_keeps_its_meaning(kind: str, name: str, tmp_path: Path) 
         assert not report.fused and not (tmp_path / "out.onnx").exists()
         assert {r.code for s in report.analysis.sites for r in s.remarks} == {"AO205"}
         return
-    if name == "far_keys_filled" and kind != "whisper":  # on a row of nothing but padding the fills differ, which Attention cannot say
-        assert not report.fused and all("another form" in x.why for x in report.layers)
-        return
     assert len(report.fused) == SITES[kind]
     if kind == "llama" and name in WORDS:
         assert all(WORDS[name] in x.words for x in report.layers), [x.words for x in report.layers]
@@ -217,3 +217,29 @@ def test_attentions_become_operators_of_the_runtime_when_asked(kind: str, operat
     for batch, length in ((1, 7), (3, 61)):
         given = inputs(kind, batch, length)
         assert same(run(str(path), given), run(original, given)), (batch, length)
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_rows_that_are_filled_twice_are_fused_too(name: str, target: Any) -> None:
+    """A query without a key then averages keys before it: the library chooses a fill behind the query, and adds or chooses another for padding."""
+    from zoo.models import CASES
+
+    class Called(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = CASES[name].build("eager")
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
+
+    given = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    sizes = {0: "batch", 1: "sequence"}
+    with warnings.catch_warnings(), torch.no_grad(), quiet():
+        warnings.simplefilter("ignore")
+        names = {"input_names": ["input_ids", "attention_mask"], "verbose": False}
+        program = torch.onnx.export(Called().eval(), (given, torch.ones_like(given)), dynamo=True, opset_version=20, dynamic_shapes=(sizes, sizes), **names)  # type: ignore[arg-type]
+    assert program is not None
+    report = attnopt.optimize_onnx(program.model_proto, target=target)
+    assert [x.lowered_to for x in report.layers] == ["Attention" if target == "onnx" else "MultiHeadAttention"] * 2 and report.verdict.passed

@@ -82,9 +82,15 @@ class _Form:
         body = _Body(_ATTRIBUTES[name], {x: ir.val(x) for x in _INPUTS[name]})
         grouped = name == "GroupQueryAttention"
         heads = {"q_num_heads": body.given("num_heads"), "kv_num_heads": body.given("kv_num_heads" if grouped else "num_heads"), "scale": body.given("scale")}
-        outputs = [self._grouped(body, heads) if grouped else body.attention(self._bias(body), heads)]
         if grouped:
-            outputs += [body.heads_first(x, "kv_num_heads") for x in ("key", "value")]
+            present = [body.heads_first(x, "kv_num_heads") for x in ("key", "value")]
+            if "past_key" in self.inputs:
+                present = [body.op("Concat", body.inputs[f"past_{x}"], new, axis=2) for x, new in zip(("key", "value"), present, strict=True)]
+                for x, whole in zip(("key", "value"), present, strict=True):
+                    body.whole[x] = body.op("Reshape", body.op("Transpose", whole, perm=[0, 2, 1, 3]), body.ints([0, 0, -1]))
+            outputs = [self._grouped(body, heads), *present]
+        else:
+            outputs = [body.attention(self._bias(body), heads)]
         for x, value in zip(_OUTPUTS[name], outputs, strict=True):
             value.name = x
         graph = ir.Graph(list(body.inputs.values()), outputs, nodes=body.tape.nodes, opset_imports={"": opset}, name=name)
@@ -98,6 +104,8 @@ class _Form:
         """One mask of all that hides a key; a sink is one more key of zeros, whose additive mask is its logit."""
         op, bias = body.op, self._bias(body)
         rows, columns = op("Unsqueeze", body.positions("query"), body.ints([1])), op("Unsqueeze", body.positions("key"), body.ints([0]))
+        if "past_key" in self.inputs:
+            rows = op("Add", rows, op("Shape", body.inputs["past_key"], start=2, end=3))
         seen = op("LessOrEqual", columns, rows)  # [Sq, Skv]
         if "local_window_size" in self.attributes:
             seen = op("And", seen, op("Less", op("Sub", rows, columns), op("Constant", value_int=body.given("local_window_size"))))
@@ -112,9 +120,9 @@ class _Form:
     def _with_sink(self, body: _Body, mask: ir.Value) -> ir.Value:
         op, sink = body.op, body.inputs["head_sink"]
         batch, rows = (op("Shape", body.inputs["query"], start=i, end=i + 1) for i in range(2))
-        heads, columns = op("Shape", sink), op("Shape", body.inputs["key"], start=1, end=2)
+        heads, columns = op("Shape", sink), op("Shape", body.operand("key"), start=1, end=2)
         for x in ("key", "value"):
-            body.padded[x] = op("Pad", body.inputs[x], body.ints([0, 0, 0, 0, 1, 0]))
+            body.whole[x] = op("Pad", body.operand(x), body.ints([0, 0, 0, 0, 1, 0]))
         mask = op("Expand", mask, op("Concat", batch, heads, rows, columns, axis=0))
         column = op("Expand", op("Unsqueeze", sink, body.ints([0, 2, 3])), op("Concat", batch, heads, rows, body.ints([1]), axis=0))
         return op("Concat", mask, column, axis=3)
@@ -127,7 +135,11 @@ class _Body:
     attributes: dict[str, str]
     inputs: dict[str, ir.Value]
     tape: tape.Tape = field(default_factory=tape.Tape)
-    padded: dict[str, ir.Value] = field(default_factory=dict)
+    whole: dict[str, ir.Value] = field(default_factory=dict)
+    """Keys and values of all, [B, S, H * D], where these are more than the inputs."""
+
+    def operand(self, name: str) -> ir.Value:
+        return self.whole.get(name, self.inputs[name])
 
     def op(self, name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         given = {n: ir.RefAttr(n, a.ref_attr_name, a.type) if isinstance(a, ir.Attr) else a for n, a in attributes.items()}
@@ -141,8 +153,8 @@ class _Body:
         return self.op("Constant", value_ints=list(x))
 
     def positions(self, name: str) -> ir.Value:
-        """0, 1, ... for the tokens of the input [B, S, H * D]."""
-        length = self.op("Squeeze", self.op("Shape", self.inputs[name], start=1, end=2))
+        """0, 1, ... for the tokens of the operand [B, S, H * D]."""
+        length = self.op("Squeeze", self.op("Shape", self.operand(name), start=1, end=2))
         return self.op("Range", self.op("Constant", value_int=0), length, self.op("Constant", value_int=1))
 
     def heads_first(self, name: str, heads: str) -> ir.Value:
@@ -153,5 +165,5 @@ class _Body:
         return self.op("Transpose", split, perm=[0, 2, 1, 3])
 
     def attention(self, mask: ir.Value | None, attributes: dict[str, Any]) -> ir.Value:
-        q, k, v = (self.padded.get(x, self.inputs[x]) for x in ("query", "key", "value"))
+        q, k, v = (self.operand(x) for x in ("query", "key", "value"))
         return self.op("Attention", q, k, v, *(() if mask is None else (mask,)), **attributes)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from attnopt.capture.with_past import WithPast
+from attnopt.emit.onnx.model import Draft
 from attnopt.emit.onnx.names import rename_dimensions
 from attnopt.errors import AttnoptError
 from attnopt.ir.spec import AttentionSpec
@@ -16,18 +19,28 @@ CONFIG = "genai_config.json"
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
-def finish(model: ir.Model, decoder: WithPast, specs: list[AttentionSpec], file: str) -> dict[str, str]:
-    """Name the past in ``model``, to be written as ``file``, and its lengths ``past`` and ``total``; the files that belong beside it, by name.
+def finish(draft: Draft, decoder: WithPast, path: str | os.PathLike[str]) -> None:
+    """Name the past in the model, to be written to ``path``, and its lengths ``past`` and ``total``, and set the files that belong beside it.
 
     Raises AttnoptError where the configuration of the decoder lacks what onnxruntime-genai needs.
     """
-    past = [v for v in model.graph.inputs if v.name and v.name.startswith("past_key_values_")]
+    model = draft.model
+    past = name_past(model)
     totals = [v for v in model.graph.inputs if v.name == "attention_mask"]
     lengths = [(v.shape[axis], name) for values, axis, name in ((past, 2, "past"), (totals, 1, "total")) for v in values if v.shape is not None]
+    rename_dimensions(model, {d.value: name for d, name in lengths if isinstance(d, ir.SymbolicDim) and d.value is not None and d.value.isidentifier()})
+    specs = [x.spec for x in draft.layers if x.spec is not None]
+    draft.beside[CONFIG] = _genai_config(model, decoder, specs, Path(path).name, len(past) // 2)
+    for layer in draft.layers:
+        layer.name = layer.name.removeprefix("decoder.")
+
+
+def name_past(model: ir.Model) -> list[ir.Value]:
+    """Give the inputs that are elements of ``past_key_values``, key and value of each layer in turn, the names that runtimes know."""
+    past = [v for v in model.graph.inputs if v.name and v.name.startswith("past_key_values_")]
     for i, value in enumerate(past):
         value.name = f"past_key_values.{i // 2}.{'value' if i % 2 else 'key'}"
-    rename_dimensions(model, {d.value: name for d, name in lengths if isinstance(d, ir.SymbolicDim) and d.value is not None and d.value.isidentifier()})
-    return {CONFIG: _genai_config(model, decoder, specs, file, len(past) // 2)}
+    return past
 
 
 def _genai_config(model: ir.Model, decoder: WithPast, specs: list[AttentionSpec], file: str, layers: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import onnx_ir as ir
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnopt.emit.module import OptimizedModule
-from attnopt.emit.onnx.model import Layer
+from attnopt.capture.call import CallForm
+from attnopt.emit.onnx.model import Draft
 from attnopt.emit.onnx.run import OnnxFile
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the result of every ``attnopt::attention``, in the order of the calls."""
+    """Keeps the result of every attention, in the order of the calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,16 +24,17 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.attnopt.attention.default:
+        if str(func) in ("attnopt.attention.default", "attnopt.static_attention.default"):
             self.found.append(result)
         return result
 
 
-def measure(model: ir.Model, layers: Sequence[Layer], optimized: OptimizedModule, folder: Path, args: Any, kwargs: Any) -> None:
-    """Set ``error`` of each layer whose result still stands in ``model``, which gets further outputs by this. Call it after the model was saved."""
+def measure(draft: Draft, folder: Path, form: CallForm) -> None:
+    """Set ``error`` of each layer whose result still stands in the model, which gets further outputs by this. Call it after the model was saved."""
+    model, layers = draft.model, draft.layers
     have = {id(v) for node in model.graph for v in node.outputs}
     with torch.no_grad(), _Recorder() as recorder:
-        optimized(*args, **kwargs)
+        draft.run(*draft.args, **draft.kwargs)
     lowered = [x for x in layers if x.spec is not None]
     if len(lowered) != len(recorder.found):
         return  # results cannot be told apart: a call whose result nobody reads was left out of the file
@@ -51,7 +51,7 @@ def measure(model: ir.Model, layers: Sequence[Layer], optimized: OptimizedModule
     where = {id(v): i for i, v in enumerate(model.graph.outputs)}
     path = folder / "layers.onnx"
     ir.save(model, path, external_data="layers.data")
-    results = OnnxFile(path, optimized._attnopt.form)(*args, **kwargs)
+    results = OnnxFile(path, form)(*draft.args, **draft.kwargs)
     assert len(results) == before + len(added)
     for layer in lowered:
         if id(layer) in expected:

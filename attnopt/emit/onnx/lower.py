@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from attnopt.emit.onnx.bounds import largest
 from attnopt.emit.onnx.contrib import operator
-from attnopt.emit.onnx.plan import Plan, band, window_of
+from attnopt.emit.onnx.lost import bias_of
+from attnopt.emit.onnx.plan import Plan, band, causal_part, window_of
 from attnopt.emit.onnx.program import Programs
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
@@ -48,12 +49,16 @@ class Lowering:
         self.computed = np.dtype("float64" if self.dtype == "float64" else "float32")
         scalar = Programs(op, {}, (), {}, self.computed).constant
         self.half = self.dtype not in ("float32", "float64")
-        self.Sq, self.Skv = op.Shape(self.q, start=2, end=3), op.Shape(self.k, start=2, end=3)
+        self.Sq, self.Skv = op.Shape(self.q, start=2, end=3), self._keys()
         one = {"b": op.Shape(self.q, start=0, end=1), "h": op.Shape(self.q, start=1, end=2), "q": self.Sq, "k": self.Skv}
         extents = {name: op.Squeeze(x) for name, x in one.items()}
         sizes = {name: scalar(x) if isinstance(x, int) else op.Squeeze(x) for name, x in zip(self.spec.sizes, self.sizes, strict=True)}
         self.programs = Programs(op, extents, self.loads, sizes, self.computed)
         self.visible = None if self.spec.mask is E.TRUE else self._written(self.spec.mask)
+
+    def _keys(self) -> Any:
+        """How many keys there are, [1]."""
+        return self.op.Shape(self.k, start=2, end=3)
 
     def build(self, plan: Plan) -> Any:
         self.plan = plan
@@ -86,11 +91,9 @@ class Lowering:
             x = x if _is_full(bias, rest) else self._full(x)
         if by_program:
             assert self.spec.empty_score is not None
-            # Not affine()'s bias: a constant that is the same for every key matters here, where scores are lost beside it.
-            rest = E.add(
-                E.FZERO, *(E.const(float(c)) if a is None else E.mul(E.const(float(c)), a) for c, a in E.terms(self.spec.empty_score) if a is not E.score())
-            )
-            x = op.Where(self._empty(), self._written(rest), x)
+            empty = bias_of(self.spec.empty_score, form.scale)
+            assert empty is not None
+            x = op.Where(self._empty(), self._written(empty), x)
         if by_program or self._may_overflow():
             x = self._raised(x)
         if columns:  # a row has its sink at least
@@ -145,6 +148,7 @@ class Lowering:
             op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), c([0, 0, h.value * n.value])) for x, h, n in ((q, d.Hq, d.D), (k, d.Hkv, d.D), (v, d.Hkv, d.Dv))
         ]
         call: dict[str, Any] = {"num_heads": d.Hq.value, "scale": form.scale}
+        present: list[Any] = []
         if self.plan.operator == "MultiHeadAttention":
             o = operator("MultiHeadAttention")(*packed, *(() if bias is None else (None, None, bias)), **call)
         else:
@@ -154,11 +158,20 @@ class Lowering:
             further = [None, None, None, bias, None if spec.sink is None else self._head_sink(q)]
             while further and further[-1] is None:
                 further.pop()
-            o, *_present = operator("GroupQueryAttention")(*packed, None, None, self._seqlens(), op.Cast(self.Skv, to=_INT32), *further, **call)
+            o, *present = operator("GroupQueryAttention")(*packed, *self._past(), self._seqlens(), op.Cast(self.Skv, to=_INT32), *further, **call)
         o.dtype, o.shape = self.v.dtype if v is self.v else ir.DataType.FLOAT, ir.Shape([self.q.shape[0], self.q.shape[2], d.Hq.value * d.Dv.value])
         out = op.Transpose(op.Reshape(o, c([0, 0, d.Hq.value, d.Dv.value])), perm=[0, 2, 1, 3])
         self.packed[id(out)] = o
+        if present:
+            self._present(*present)
         return out
+
+    def _past(self) -> tuple[Any, Any]:
+        """Keys and values before those of the queries, where the operator takes them."""
+        return None, None
+
+    def _present(self, key: Any, value: Any) -> None:
+        """What the operator gives as keys and values of all."""
 
     def _seqlens(self) -> Any:
         """[B] int32: the place of the last key that is there."""
@@ -246,16 +259,18 @@ class Lowering:
         """How many keys a row sees, [.., Sq, 1]; None where that takes the whole mask: it is causal, with or without a window, and what else hides a key is the same for all queries."""
         op, d, c = self.op, self.spec.dims, self.programs.constant
         window = window_of(self.spec)
-        held = [E.le(d.k, d.q), *([] if window is None else [band(d, window)])]
+        held = [causal_part(d), *([] if window is None else [band(d, window)])]
         parts = E.conjuncts(self.spec.mask)
         rest = E.all_of(*(p for p in parts if p not in held))
-        if d.Sq is not d.Skv or held[0] not in parts or not set(rest.variables) <= {d.b, d.k}:
+        if held[0] not in parts or not set(rest.variables) <= {d.b, d.k}:
             return None
         there = op.Expand(op.Cast(self.programs.write(rest), to=7), op.Concat(c([1, 1, 1]), self.Skv, axis=0))
         seen = op.CumSum(there, c(3))
         if window is not None:
             before = op.Slice(op.Pad(seen, c([0, 0, 0, window, 0, 0, 0, 0])), c([0]), self.Skv, c([3]))
             seen = op.Sub(seen, before)
+        if d.Sq is not d.Skv:  # those of the queries are the last
+            seen = op.Slice(seen, op.Sub(self.Skv, self.Sq), self.Skv, c([3]))
         return op.Transpose(seen, perm=[0, 1, 3, 2])
 
     def _with_empty_rows(self, o: Any, empty: Any) -> Any:

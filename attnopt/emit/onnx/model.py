@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,13 +16,15 @@ import torch
 from onnxscript import onnx_opset
 from torch.utils import _pytree as pytree
 
-from attnopt.capture.call import CallForm
+from attnopt.capture.call import Args, CallForm, Kwargs
 from attnopt.capture.export import quiet
 from attnopt.emit.module import OptimizedModule, graph_variants
+from attnopt.emit.onnx import experts
 from attnopt.emit.onnx.bounds import greatest
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
+from attnopt.emit.onnx.past import Past, PastLowering, join
 from attnopt.emit.onnx.plan import Plan, Target, plan
 from attnopt.emit.pt2 import export_optimized
 from attnopt.errors import AttnoptError, CaptureError
@@ -90,6 +92,8 @@ class Translation:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Those of the program, by the names of its inputs."""
     done: list[Lowered] = field(default_factory=list)
+    joins: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    """Values of the graph that an operator gives too."""
 
     def __post_init__(self) -> None:
         self.op = _WithSizes(OPSETS[self.opset])
@@ -101,17 +105,37 @@ class Translation:
         def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = ()):  # type: ignore[no-untyped-def]
             parsed = AttentionSpec.from_json(spec)
             dtype = str(ir.DataType(q.dtype).numpy())
-            form = plan(parsed, self.target, dtype)
-            lowering = Lowering(self.op, q, k, v, list(loads or ()), list(sizes or ()), parsed, dtype, [self._greatest(x) for x in loads or ()])
+            past = Past.of(q, k, v)
+            form = plan(parsed, self.target, dtype, past is not None)
+            given = (list(loads or ()), list(sizes or ()), parsed, dtype, [self._greatest(x) for x in loads or ()])
+            if form.past and past is not None:
+                lowering: Lowering = PastLowering(self.op, q, past.new_key, past.new_value, *given, past=past, joins=self.joins)
+            else:
+                lowering = Lowering(self.op, q, k, v, *given)
             result = lowering.build(form)
             self.done.append(Lowered(parsed, form, result, lowering.as_packed(result)))
             return result
 
-        return {torch.ops.attnopt.attention.default: attention}
+        return {torch.ops.attnopt.attention.default: attention, **experts.table(OPSETS[self.opset])}
 
 
-def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_metadata: bool = False) -> tuple[ir.Model, list[Layer]]:
-    """The model and its attentions. ``optimized`` holds a captured graph with every attention as ``attnopt::attention``.
+@dataclass
+class Draft:
+    """A model that is to be written, and the call of a module that it was made of: ``run(*args, **kwargs)``."""
+
+    model: ir.Model
+    layers: list[Layer]
+    run: Callable[..., Any]
+    args: Args
+    kwargs: Kwargs
+    one_row: bool = False
+    """Several new tokens after a past are taken with a batch of one only."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Texts of the files that belong beside it, by name."""
+
+
+def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_metadata: bool = False) -> Draft:
+    """``optimized`` holds a captured graph with every attention as ``attnopt::attention``.
 
     What torch.onnx says of nodes (source lines, text of the graph) is dropped; a node that gives the result of an attention names it as ``attnopt.site``.
     ``strip_metadata``: no metadata at all.
@@ -123,20 +147,29 @@ def onnx_model(optimized: OptimizedModule, opset: int, target: Target, strip_met
     args, kwargs = CallForm(optimized.forward).spread(example.args, example.kwargs, optimized._attnopt.positional)
     with torch.no_grad(), quiet():
         program = export_optimized(optimized)
-        inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
-        outputs = output_names(plain(optimized(*args, **kwargs)), inputs)
+        results = plain(optimized(*args, **kwargs))
     translation = Translation(opset, target, weights_of(program))
-    model = _exported(program, opset, translation, outputs)
-    attach_functions(model, opset)
+    model = translated(program, translation, results)
+    layers = _layers(optimized, translation)
+    if not strip_metadata:
+        record(model, layers, target)
+    one_row = any(x.plan.past for x in translation.done)
+    args, kwargs = (example.one_row() if one_row else None) or (example.args, example.kwargs)
+    return Draft(model, layers, optimized, args, kwargs, one_row)
+
+
+def translated(program: torch.export.ExportedProgram, translation: Translation, results: Any) -> ir.Model:
+    """``program`` in ONNX, with readable names and without metadata. ``results`` are some of its results, with their names."""
+    inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
+    model = _exported(program, translation.opset, translation, output_names(results, inputs))
+    join(model, translation.joins)
+    attach_functions(model, translation.opset)
     restore_input_names(model, inputs)
     rename_dimensions(model, dimension_names(list(model.graph.inputs)))
     model.ir_version = IR_VERSION
-    layers = _layers(optimized, translation)
     model.producer_name, model.producer_version = "attnopt", version("attnopt")
     _clear(model)
-    if not strip_metadata:
-        record(model, layers, target)
-    return model, layers
+    return model
 
 
 def weights_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
@@ -187,11 +220,8 @@ def _exported(program: torch.export.ExportedProgram, opset: int, translation: Tr
         unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
         if unknown is None:
             raise AttnoptError(f"torch.onnx cannot export this model: {text}") from error
-        name, hint = (
-            unknown.group(1),
-            "Choose an implementation of that part of the model in basic operators; of a Hugging Face mixture of experts: model.set_experts_implementation('batched_mm').",
-        )
-        raise AttnoptError(f"torch.onnx cannot export this model: it has no translation of the operator {name}.", hint) from error
+        hint = "Choose an implementation of that part of the model in basic operators."
+        raise AttnoptError(f"torch.onnx cannot export this model: it has no translation of the operator {unknown.group(1)}.", hint) from error
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from attnopt.emit.onnx.lost import bias_of
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec, Dims
 from attnopt.kernels.affine import affine, capped
@@ -29,6 +30,8 @@ class Plan:
     """The number of visible keys of each sequence of the batch, which the operator takes as a tensor [B]."""
     rest: E.Expr | None = None
     """The part of the mask that an additive mask has to bring; None: all of it."""
+    past: bool = False
+    """The operator itself puts new keys and values behind those of the past."""
 
     @property
     def fused(self) -> bool:
@@ -39,13 +42,15 @@ class Plan:
         return self.operator or "standard ops"
 
 
-def plan(spec: AttentionSpec, target: Target, dtype: str) -> Plan:
-    """The form of ``spec`` on operands of ``dtype`` (``float32``, ``float16``, ``float64``), with the reason."""
+def plan(spec: AttentionSpec, target: Target, dtype: str, past: bool = False) -> Plan:
+    """The form of ``spec`` on operands of ``dtype`` (``float32``, ``float16``, ``float64``), with the reason. ``past``: keys and values are those of an input and,
+    behind them, one for each query.
+    """
     if target == "decomposed":
         return Plan(None, "--target decomposed")
     if target == "onnx":
         return _standard(spec, dtype)
-    found = _group_query(spec, dtype)
+    found = _group_query(spec, dtype, past)
     if isinstance(found, Plan):
         return found
     multi = _multi_head(spec, dtype)
@@ -98,8 +103,7 @@ def refusal(spec: AttentionSpec, dtype: str) -> str | None:
     if dtype == "float64":
         return "ONNX Runtime has no Attention in float64"
     if spec.empty_rows == "program" and spec.rows_may_be_empty():
-        other = None if spec.empty_score is None else affine(spec.empty_score)
-        if other is None or other.scale != form.scale:
+        if spec.empty_score is None or bias_of(spec.empty_score, form.scale) is None:
             return "rows without a visible key have a score of another form"
     return None
 
@@ -117,13 +121,15 @@ def _bias(spec: AttentionSpec) -> E.Expr | None:
 # ---- operators of ONNX Runtime
 
 
-def _group_query(spec: AttentionSpec, dtype: str) -> Plan | str:
-    """GroupQueryAttention always hides the keys behind a query, and counts queries and keys from the same place: only a square causal spec is one."""
+def _group_query(spec: AttentionSpec, dtype: str, past: bool) -> Plan | str:
+    """GroupQueryAttention always hides the keys behind a query, and counts queries and keys from the same place, or queries from the end of a past: only a causal spec is
+    one that is square or has a past.
+    """
     d = spec.dims
-    causal, parts = E.le(d.k, d.q), E.conjuncts(spec.mask)
-    if d.Sq is not d.Skv:
+    parts = E.conjuncts(spec.mask)
+    if d.Sq is not d.Skv and not past:
         return "as many queries as keys is not proven"
-    if causal not in parts:
+    if causal_part(d) not in parts:
         return "it is not causal"
     reason = _operands(d, dtype)
     if reason is not None:
@@ -142,21 +148,25 @@ def _group_query(spec: AttentionSpec, dtype: str) -> Plan | str:
         return "a sink differs between queries"
     if spec.empty_rows == "program" and spec.rows_may_be_empty():
         return "rows without a visible key see keys behind the query"
-    window, lengths = window_of(spec), _lengths(spec)
-    held = [causal]
+    if past and form.bias is not None and dtype != "float32":
+        return f"its bias is added in float32, and the past is {dtype}"
+    window, lengths = window_of(spec), None if past else _lengths(spec)
+    held = [causal_part(d)]
     if window is not None:
         held.append(band(d, window))
     if lengths is not None:
         held.append(E.lt(d.k, lengths))
     rest = E.all_of(*(p for p in parts if p not in held))
     words = {
-        "causal over as many queries as keys, proven": True,
+        "causal over as many queries as keys, proven": not past,
+        "causal from the end of the past, proven": past,
         f"local_window_size {window}": window is not None,
         "seqlens_k": lengths is not None,
         "head_sink": spec.sinks,
         "attention_bias": rest is not E.TRUE or form.bias is not None,
+        "several new tokens after a past with a batch of one only": past,
     }
-    return Plan("GroupQueryAttention", ", ".join(w for w, said in words.items() if said), True, window, lengths, rest)
+    return Plan("GroupQueryAttention", ", ".join(w for w, said in words.items() if said), True, window, lengths, rest, past)
 
 
 def _multi_head(spec: AttentionSpec, dtype: str) -> Plan | str:
@@ -182,9 +192,14 @@ def _operands(d: Dims, dtype: str) -> str | None:
     return None
 
 
+def causal_part(d: Dims) -> E.Expr:
+    """``k <= q``, queries counted from the end of what stands before the new keys."""
+    return E.le(d.k, E.add(d.q, E.sub(d.Skv, d.Sq)))
+
+
 def band(d: Dims, window: int) -> E.Expr:
-    """``q < k + window``."""
-    return E.le(d.q, E.add(d.k, E.const(window - 1)))
+    """``q < k + window``, queries counted likewise."""
+    return E.le(E.add(d.q, E.sub(d.Skv, d.Sq)), E.add(d.k, E.const(window - 1)))
 
 
 def window_of(spec: AttentionSpec) -> int | None:

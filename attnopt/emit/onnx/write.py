@@ -12,20 +12,16 @@ import onnx_ir as ir
 import torch
 
 from attnopt.capture.call import CallForm
-from attnopt.capture.captured import Example
-from attnopt.capture.with_past import WithPast
-from attnopt.emit.module import OptimizedModule, graph_variants
-from attnopt.emit.onnx.decoder import finish
 from attnopt.emit.onnx.layers import measure
-from attnopt.emit.onnx.model import OPSETS, onnx_model, tensors
+from attnopt.emit.onnx.model import OPSETS, Draft
 from attnopt.emit.onnx.plan import TARGETS, Target
 from attnopt.emit.onnx.report import OnnxReport
 from attnopt.emit.onnx.run import OnnxFile
 from attnopt.errors import AttnoptError, VerificationError
 from attnopt.report import Verdict
 
-Compare = Callable[[OnnxFile, Example], Verdict]
-"""Compares a file with the original on inputs made from the captured example."""
+Compare = Callable[[OnnxFile], Verdict]
+"""Compares a file with the original."""
 
 EXTERNAL = 1_900_000_000
 """Bytes of weights above which they stand in a file of their own (``model.onnx.data``): a protobuf holds at most 2 GiB."""
@@ -70,46 +66,30 @@ def refuse_bfloat16(dtypes: list[torch.dtype], what: str) -> None:
         )
 
 
-def write_onnx(
-    optimized: OptimizedModule,
-    path: str | os.PathLike[str],
-    opset: int,
-    target: Target,
-    compare: Compare,
-    decoder: WithPast | None = None,
-    strip_metadata: bool = False,
-) -> OnnxReport:
+def write_onnx(draft: Draft, path: str | os.PathLike[str], opset: int, target: Target, compare: Compare) -> OnnxReport:
     """Write and verify; no file is left, and one that was there before stays, when anything fails.
 
-    ``optimized`` holds every attention as ``attnopt::attention``; it is made from ``decoder`` where that is given, which gets the names and files that
-    onnxruntime-genai expects. Raises VerificationError when ``compare`` finds a difference.
+    Raises VerificationError when ``compare`` finds a difference.
     """
     start = time.perf_counter()
     place = Path(path)
-    example = graph_variants(optimized)[-1].example
-    refuse_bfloat16([x.dtype for x in tensors((example.args, example.kwargs))], "an input")
-    model, layers = onnx_model(optimized, opset, target, strip_metadata)
-    beside: dict[str, str] = {}
-    if decoder is not None:
-        beside = finish(model, decoder, [x.spec for x in layers if x.spec is not None], place.name)
-        for layer in layers:
-            layer.name = layer.name.removeprefix("decoder.")
+    model, layers = draft.model, draft.layers
     data = external_name(model, place)
+    form = CallForm(draft.run.forward if isinstance(draft.run, torch.nn.Module) else draft.run)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
-            draft = Path(folder) / place.name
-            ir.save(model, draft, external_data=data)
-            runner = OnnxFile(draft, CallForm(optimized.forward))
-            verdict = compare(runner, example)
+            file = Path(folder) / place.name
+            ir.save(model, file, external_data=data)
+            verdict = compare(OnnxFile(file, form))
             if not verdict.passed:
                 worst = verdict.worst
                 detail = "nothing could be compared" if worst is None else f"{worst.name}: error {worst.error:.2e}, budget {worst.budget:.2e}. {worst.detail}"
                 raise VerificationError(f"The exported model differs from the original in ONNX Runtime, so {place} was not written: {detail.strip()}")
             inputs, outputs = shapes_of(model.graph.inputs), shapes_of(model.graph.outputs)
-            measure(model, layers, optimized, Path(folder), example.args, example.kwargs)
-            for name, text in beside.items():
+            measure(draft, Path(folder), form)
+            for name, text in draft.beside.items():
                 (Path(folder) / name).write_text(text)
-            for made in (*([] if data is None else [data]), *beside, place.name):
+            for made in (*([] if data is None else [data]), *draft.beside, place.name):
                 os.replace(Path(folder) / made, place.parent / made)  # noqa: PTH105 - over a file that exists
     except OSError as error:
         raise AttnoptError(f"{place} cannot be written: {error.strerror or error}.") from error
