@@ -23,7 +23,7 @@ from attnopt.kernels import reference, sdpa
 from attnopt.kernels.affine import affine
 from attnopt.kernels.evaluate import Env, Value, as_tensor, evaluate
 from attnopt.kernels.paged_reference import check_positions, chunk_start, one_request, request_sizes
-from attnopt.kernels.tiling import bounds, may_be_empty
+from attnopt.kernels.tiling import Bounds, bounds, cached_key_range, may_be_empty
 
 UNEVEN = 2
 """Requests are read side by side as far as the longest has at most so many times the keys of the shortest: the rest is waste."""
@@ -161,9 +161,10 @@ def _planned(
     first: dict[int, int] = {}
     open_: set[int] = set()
     """Requests that see all their keys from the first on, as the bounds of the mask say."""
+    fixed = _fixed_bounds(spec.mask)
     for r in single:
         n = lengths[r]
-        limits = bounds(spec, request_sizes(spec, sizes, q, k_cache, v_cache, len(lengths), n))
+        limits = fixed or bounds(spec, request_sizes(spec, sizes, q, k_cache, v_cache, len(lengths), n))
         first[r] = max(limits.keys(n - 1, n, n)[0], chunk_start(spec, n - 1))
         if limits.all_visible(n - 1, n, first[r], n):
             open_.add(r)
@@ -201,6 +202,16 @@ def _grouped(
     pages = block_table if len(requests) == len(block_table) else block_table[torch.tensor(requests)]
     slots = pages.long().gather(1, place // page_size) * page_size + place % page_size
     return _Group(requests, ends, begins, spec.dims, q.shape[1], torch.tensor([starts[r] for r in requests]), slots.flatten(), counted)
+
+
+@lru_cache(maxsize=1024)
+def _fixed_bounds(mask: Expr) -> Bounds | None:
+    """The bounds of a mask that are the same for all sizes; None where they are not."""
+    r = cached_key_range(mask)
+    if not all(x.is_const for x in (*r.left, *r.right)):
+        return None
+    left, right = (min((int(x.value) for x in side), default=None) for side in (r.left, r.right))
+    return Bounds(left, right, r.rest)
 
 
 @lru_cache(maxsize=1024)

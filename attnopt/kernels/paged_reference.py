@@ -80,9 +80,12 @@ def first_key(spec: AttentionSpec, sizes: Mapping[str, int], first: int, length:
     return max(bounds(spec, sizes).keys(first, length, length)[0], chunk_start(spec, first))
 
 
+cached_chunk = lru_cache(maxsize=1024)(chunk)
+
+
 def chunk_start(spec: AttentionSpec, first: int) -> int:
     """The first key that the query at ``first`` and those after it can see, as far as chunks say."""
-    n = chunk(spec.mask)
+    n = cached_chunk(spec.mask)
     return 0 if n is None else max(first, 0) // n * n
 
 

@@ -30,12 +30,13 @@ from attnopt.passes.quantize_kv_cache import QuantizeKVCache
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
 from attnopt.passes.share_block_maps import ShareBlockMaps
+from attnopt.passes.skip_idle_steps import SkipIdleSteps
 from attnopt.remarks import Remark
 from attnopt.report import Site
 
 NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
 """Every pass, in order."""
-SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "cleanup")
+SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "skip-idle-steps", "cleanup")
 """Every pass with ``kv_cache``, in order."""
 APPROXIMATE_NAMES = ("merge-kv-heads", "quantize-kv-cache")
 """Passes that are only there when an option asks for them: behind group-heads, and behind insert-kv-cache."""
@@ -74,6 +75,7 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
         rewrites: list[Pass] = [known, RaiseAttention(skip_sites), GroupHeads(), *approximate, AbsorbLatent(), MergeProjections(), cache or InsertKVCache()]
         if config.kv_cache_dtype:
             rewrites.append(QuantizeKVCache(config.kv_cache_dtype))
+        rewrites.append(SkipIdleSteps())
     else:
         select = SelectKernel(config.backend, config.autotune)
         rewrites = [RaiseAttention(skip_sites), GroupHeads(), *approximate, MergeProjections(), select, ShareBlockMaps(), Lower()]
