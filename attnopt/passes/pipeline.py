@@ -25,6 +25,7 @@ from attnopt.passes.join_products import JoinProducts
 from attnopt.passes.known_inputs import KnownInputs
 from attnopt.passes.lower import Lower
 from attnopt.passes.merge_kv_heads import MergeKVHeads
+from attnopt.passes.merge_kv_projections import MergeKVProjections
 from attnopt.passes.merge_projections import MergeProjections
 from attnopt.passes.quantize_kv_cache import QuantizeKVCache
 from attnopt.passes.raise_attention import SITE, RaiseAttention
@@ -38,8 +39,8 @@ NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "mer
 """Every pass, in order."""
 SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "skip-idle-steps", "cleanup")
 """Every pass with ``kv_cache``, in order."""
-APPROXIMATE_NAMES = ("merge-kv-heads", "quantize-kv-cache")
-"""Passes that are only there when an option asks for them: behind group-heads, and behind insert-kv-cache."""
+APPROXIMATE_NAMES = ("merge-kv-heads", "merge-kv-projections", "quantize-kv-cache")
+"""Passes that are only there when an option asks for them: the first two behind group-heads, the last behind insert-kv-cache."""
 _REQUIRED = ("canonicalize",)
 _REQUIRED_TO_SERVE = ("canonicalize", "raise-attention", "insert-kv-cache")
 
@@ -63,7 +64,7 @@ class PipelineResult:
 def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cache: InsertKVCache | None = None) -> list[Pass]:
     """The passes that ``config`` asks for, in order. ``cache`` is the pass that ``kv_cache`` asks for, with what it knows of the model's call."""
     names, required = (SERVING_NAMES, _REQUIRED_TO_SERVE) if config.kv_cache else (NAMES, _REQUIRED)
-    approximate: list[Pass] = [] if config.merge_kv_heads is None else [MergeKVHeads(config.merge_kv_heads)]
+    approximate: list[Pass] = [] if config.merge_kv_heads is None else [MergeKVHeads(config.merge_kv_heads), MergeKVProjections()]
     unknown = [n for n in (*config.disable_passes, *config.print_ir_after) if n not in (*names, *APPROXIMATE_NAMES, "all")]
     if unknown:
         raise AttnoptError(f"there is no pass {unknown[0]!r}; the passes are {', '.join(names)}.")
