@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.errors import first_line, named
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import apart, computing_dtype, judge
 from attnopt.verify.compare import leaves as output_leaves
@@ -50,7 +51,7 @@ def verify_modules(
             try:
                 _run(original, a, k)
             except Exception as error:  # noqa: BLE001 - a model raises what it likes
-                return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
+                return named(error, 160)
             return None
 
         sets, notes = variants(args, kwargs, dynamic, refuses)
@@ -64,7 +65,7 @@ def verify_modules(
                 try:
                     truth = output_leaves(_run(exact, *double((v.args, v.kwargs))))
                 except RuntimeError as error:
-                    why = f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
+                    why = f"the original does not run in float64: {first_line(error, 160)}"
             detail = "" if truth is not None else f"against the original at its own dtype ({why or 'long input'})"
             checks.append(_check(f"whole model: {v.name}", optimized, v.args, v.kwargs, expected, truth, detail))
             if i == 0:
@@ -81,7 +82,7 @@ def _check(name: str, optimized: Callable[..., Any], args: Any, kwargs: Any, exp
         got = output_leaves(_run(optimized, args, kwargs))
     except Exception as error:  # noqa: BLE001 - whatever the optimized model raises is the finding
         return Check(
-            name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+            name, math.inf, apart(dtype), False, f"the optimized model raises {named(error, 200)}"
         )
     return judge(name, got, expected, truth, dtype, detail=detail)
 
@@ -117,11 +118,11 @@ def _gradients(original: Callable[..., Any], optimized: Callable[..., Any], exac
         expected = _differentiate(original, names, args, kwargs)
         truth = _differentiate(exact, names, *double((args, kwargs)))
     except RuntimeError as error:
-        return [Check(name, 0.0, apart(dtype), True, f"not compared: the original has no gradient ({str(error).splitlines()[0][:160]})")]
+        return [Check(name, 0.0, apart(dtype), True, f"not compared: the original has no gradient ({first_line(error, 160)})")]
     try:
         got = _differentiate(optimized, names, args, kwargs)
     except Exception as error:  # noqa: BLE001 - whatever a kernel's backward raises is the finding
-        return [Check(name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {str(error).splitlines()[0][:200]}")]
+        return [Check(name, math.inf, apart(dtype), False, f"the optimized model raises {named(error, 200)}")]
     return [judge(name, got, expected, truth, dtype, gradient=True)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnopt.errors import first_line
 from attnopt.kernels.paged_reference import GREATEST
 from attnopt.passes.insert_kv_cache import PackedPlan
 from attnopt.report import Check, Verdict
@@ -124,7 +125,7 @@ def verify_packed(
             try:
                 truth = [_alone(exact, double(alone(x[None], r)), logits) for r, x in enumerate(ids)]
             except RuntimeError as error:
-                why = f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
+                why = f"the original does not run in float64: {first_line(error, 160)}"
         detail = "" if truth is not None else f"against the original at its own dtype ({why})"
         checks: list[Check] = []
         for i, chunk in enumerate(CHUNKS):

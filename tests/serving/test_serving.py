@@ -14,15 +14,10 @@ from attnopt.errors import AttnoptError, ServingError, VerificationError
 from attnopt.kernels import paged_batched
 from attnopt.runtime import DecodeGraphs, SamplingParams
 from attnopt.serving import ServingModel
-from serving.models import HandWritten, hand_written
+from serving.models import HandWritten
 
 PAGED = attnopt.OptimizeConfig(kv_cache="paged")
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def original() -> nn.Module:
-    return hand_written()
 
 
 @pytest.fixture(scope="module")
