@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from attnopt.kernels.paged_reference import GREATEST
 from attnopt.passes.insert_kv_cache import PackedPlan
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import judge
+from attnopt.verify.choices import Choices, PackedChoices, Unlike, finite, same_choices, scores_by_token
 from attnopt.verify.end_to_end import Progress
 from attnopt.verify.modules import double, float64_copy
 
@@ -52,6 +55,8 @@ class Requests:
     """Of each request, keys and values of its other sequence for each layer that reads one."""
 
     def __post_init__(self) -> None:
+        self.at: tuple[Tensor, Tensor]
+        """Request and position of each token of the current call."""
         self.block_table = self._table([len(x) for x in self.ids], 17)
         lengths = [len(x[0][0]) for x in self.contexts]
         self.cross = [self._table(lengths, 19), torch.tensor(lengths, dtype=torch.int32, device=self.device)] if lengths else []
@@ -93,6 +98,7 @@ class Requests:
             ends = torch.tensor([0, *counts]).cumsum(0).to(self.device, torch.int32)
             lengths = torch.tensor([done[r] for r in left], device=self.device, dtype=torch.int32)
             rows = torch.arange(len(tokens), device=self.device)
+            self.at = requests, positions
             out = run(tokens, positions, rows, slots, self.block_table[left], ends, lengths, *(x[left] for x in self.cross), *self.caches)
             for r, part in zip(left, out.split(counts), strict=True):
                 found[r].append(part)
@@ -119,7 +125,11 @@ def verify_packed(
     ids = [seen[torch.randint(len(seen), (n,), generator=generator).to(seen.device)] for n in lengths]
     exact, why = float64_copy(original)
     with torch.no_grad():
-        expected = [_alone(original, alone(x[None], r), logits) for r, x in enumerate(ids)]
+        expected, chosen = [], []
+        for r, x in enumerate(ids):
+            with Choices() as choices:
+                expected.append(_alone(original, alone(x[None], r), logits))
+            chosen.append(choices)
         truth: list[Tensor] | None = None
         if exact is not None:
             try:
@@ -139,10 +149,60 @@ def verify_packed(
                 said = "; ".join(x for x in (stated.detail, detail) if x)
                 checks.append(judge(name, got, others[0], expected if truth is None else truth, expected[0].dtype, stated=True, detail=said))
                 continue
-            checks.append(judge(name, got, expected, truth, expected[0].dtype, detail=detail))
+            check = judge(name, got, expected, truth, expected[0].dtype, detail=detail)
+            if not check.passed:
+                calls = [double(alone(x[None], r)) for r, x in enumerate(ids)]
+                forced = None if truth is None or exact is None else partial(_forced, exact, calls, chosen, logits)
+                check = _given_choices(check, Requests(plan, ids, seen.device, contexts), run, chunk, expected, chosen, forced) or check
+            checks.append(check)
     return Verdict(all(c.passed for c in checks), checks)
 
 
 def _alone(model: nn.Module, call: Call, logits: Callable[[object], Tensor]) -> Tensor:
     args, kwargs = call
     return logits(model(*args, **kwargs))[0]
+
+
+def _forced(exact: nn.Module, calls: Sequence[Call], chosen: Sequence[Choices], logits: Callable[[object], Tensor]) -> list[tuple[Tensor, Choices]]:
+    """The float64 truth of each request, and its scores, where it chooses as the original did."""
+    found = []
+    for call, choices in zip(calls, chosen, strict=True):
+        with Choices(same_choices(choices)) as mode:
+            found.append((_alone(exact, call, logits), mode))
+    return found
+
+
+def _given_choices(
+    check: Check,
+    requests: Requests,
+    run: Run,
+    chunk: int,
+    expected: Sequence[Tensor],
+    chosen: Sequence[Choices],
+    forced: Callable[[], list[tuple[Tensor, Choices]]] | None,
+) -> Check | None:
+    """The same comparison given the original's choices, with the scores by which others would have been made (``verify/choices``); None where all choose alike, or do not choose.
+
+    ``forced`` computes the truth under these choices; where there is none both are compared with each other, as ever.
+    """
+    if not chosen[0].taken:
+        return None
+    lengths = [len(x) for x in requests.ids]
+    try:
+        packed = PackedChoices(chosen, lengths)
+        got = [x[-len(e) :] for x, e in zip(requests.logits(lambda *inputs: packed.run(lambda: run(*inputs), *requests.at), chunk), expected, strict=True)]
+        if not packed.differ:
+            return None
+        truth = None if forced is None else forced()
+        runs = [packed.scores, scores_by_token(chosen, lengths)]
+        if truth is not None:
+            runs.append(scores_by_token([c for _, c in truth], lengths))
+    except Unlike:
+        return None
+    parts = [judge(check.name, got, expected, None if truth is None else [x for x, _ in truth], expected[0].dtype)]
+    for which in range(packed.count):
+        mine, own, *exact = finite(*(torch.cat([x[which].flatten(0, 1) for x in requests_]) for requests_ in runs))
+        parts.append(judge(check.name, [mine], [own], exact or None, own.dtype))
+    worst = max(parts, key=lambda c: (not c.passed, c.error / c.budget if c.budget else math.inf))
+    how = f"given the original's choices: {packed.differ} of {packed.rows} would be others, by scores that are compared too"
+    return Check(check.name, worst.error, worst.budget, worst.passed, "; ".join(x for x in (check.detail, how) if x))
