@@ -132,3 +132,15 @@ def test_choices_of_packed_tokens() -> None:
 def test_what_was_left_out_everywhere_is_no_difference() -> None:
     a, b = finite(torch.tensor([-torch.inf, 1.0, -torch.inf]), torch.tensor([-torch.inf, 2.0, 3.0]))
     assert a.tolist() == [0.0, 1.0, -torch.inf] and b.tolist() == [0.0, 2.0, 3.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 3, 4, 5])
+def test_a_library_model_in_bfloat16(seed: int) -> None:
+    """Each was refused when outputs alone were compared."""
+    from tests.serving.models import transformers_model
+
+    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(seed))
+    made = attnopt.optimize(transformers_model("gpt_oss").to(torch.bfloat16), kwargs={"input_ids": ids, "use_cache": False}, config=attnopt.OptimizeConfig(kv_cache="paged"))
+    verdict = made.attnopt_report.verdict
+    assert verdict.passed and all("given the original's choices" in c.detail for c in verdict.checks)
