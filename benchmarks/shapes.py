@@ -38,7 +38,8 @@ class Shape:
         config = transformers.AutoConfig.for_model(self.kind, **self.config)
         with torch.device(device):
             made: nn.Module = getattr(transformers, self.model_class)._from_config(config, attn_implementation=implementation, dtype=dtype)
-        return made.eval().requires_grad_(False)
+        # transformers keeps some weights in float32, T5's wo among them: most of the time of a bf16 T5 then goes to one float32 product
+        return made.to(dtype).eval().requires_grad_(False)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         g = torch.Generator().manual_seed(0)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 DTYPES = (torch.float16, torch.bfloat16)
 PROBE_LENGTH = 128
+LEAST = -2e38  # times log2(e) it is finite in float32
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,14 @@ def _attention(
         return interpreted[0], interpreted[1].float()
     q, k, v = _rows(q), _rows(k), _rows(v)
     values = bind_sizes(spec, sizes, q, k, v)
-    bias = None if found.bias is None else dense(found.bias, q, k, loads, values)
+    bias, part = (None, None) if found.bias is None else _without_least(dense(found.bias, q, k, loads, values))
     with_lse = needs_lse or spec.sinks
     o, stats, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, bias, with_lse, 0.0, found.causal, False, scale=found.scale)
     lse: Tensor | None = stats.reshape(stats.shape[0], stats.shape[1], -1) if with_lse else None
     if lse is not None and found.shift:
         lse = lse + found.shift
+    if lse is not None and part is not None:
+        lse = lse + part.squeeze(-1)
     if bias is not None:
         o, lse = _set_rows_without_weight(o, lse, bias, spec)
     if spec.sinks:
@@ -255,6 +258,19 @@ def dense(bias: Expr, q: Tensor, k: Tensor, loads: Sequence[Tensor], sizes: dict
     for d, axis in enumerate(there.axes):
         shape[axis] = there.view.shape[d]
     return there.view.reshape(shape).expand(shape[0], shape[1], Sq, k.shape[2])
+
+
+def _without_least(bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The bias less a part of it that is the same along a row, and that part [B or 1, Hq or 1, Sq, 1]; None for nothing.
+
+    cuDNN takes powers of two of score * log2(e), so it finds no weight in a row where no key has more than -2.36e38, as masks of bfloat16's
+    least number have it. Half of the row's maximum is finite there, and still so large that the scores beside it round away.
+    """
+    if torch.finfo(bias.dtype).min >= LEAST:
+        return bias, None
+    most = bias.amax(-1, keepdim=True)
+    part = torch.where((most < LEAST) & (most > -torch.inf), most / 2, 0.0)
+    return bias - part, part.float()
 
 
 def _set_rows_without_weight(o: Tensor, lse: Tensor | None, bias: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_HEAD_DIM = 16
 KEPT_MASKS = 32
+MASK_BLOCK = 128  # queries of a block of a block mask, as create_block_mask has it
 
 
 def available() -> str | None:
@@ -99,8 +100,8 @@ class Functions:
 
 
 @lru_cache(maxsize=1024)
-def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False) -> Functions:
-    """The functions of a spec for q, k and v of ``dtype``, ``grad`` for a call that is differentiated.
+def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False, form: tuple[Any, ...] = ()) -> Functions:
+    """The functions of a spec for q, k and v of ``dtype`` and of one ``form_of``, ``grad`` for a call that is differentiated.
 
     They are code of their own for each: torch.compile recompiles one function a few times only, and lengths and batches take those.
     """
@@ -108,6 +109,17 @@ def functions(spec: AttentionSpec, dtype: torch.dtype, grad: bool = False) -> Fu
     scope: dict[str, Any] = {}
     exec(compile(source.text, "<attnopt FlexAttention program>", "exec"), scope)
     return Functions(source, scope["attention"], scope["make_mask"], scope["make_block_mask"])
+
+
+def form_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """What a model's attention keeps from call to call: heads, head sizes, the order of the axes in memory, and which of FlexAttention's kernels it takes."""
+    sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    orders = tuple(_order(x) for x in (q, k, v))
+    return (*sizes, orders, _is_decoding(q, k))
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(range(x.dim()), key=lambda d: (-x.stride()[d], d)))
 
 
 @lru_cache(maxsize=1024)
@@ -195,11 +207,11 @@ def forward(
 
 def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict[str, int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o in any layout, and lse; differentiable in grad mode."""
-    f = functions(spec, q.dtype, torch.is_grad_enabled())
+    f = functions(spec, q.dtype, torch.is_grad_enabled(), form_of(q, k, v))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     mask = block_mask(spec, q, k, loads, values, dtype)
     run = _compiled_attention(f, q.device.type)
-    o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(), dtype, *f.reads(q, k, loads, values))
+    o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(_is_decoding(q, k)), dtype, *f.reads(q, k, loads, values))
     lse = aux.lse + f.source.shift if f.source.shift else aux.lse
     if may_be_huge(spec.score):
         lse = torch.where((lse > -torch.inf) & (lse < LEAST / 1.01), torch.finfo(torch.float32).min, lse)
@@ -208,11 +220,20 @@ def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict
     return (o, lse) if spec.sink is None else with_sink(o, lse, loads, values, spec)
 
 
-@lru_cache(maxsize=1)
-def _options() -> dict[str, Any]:
+def _is_decoding(q: Tensor, k: Tensor) -> bool:
+    """Whether the queries of a group of heads fit in one block of a block mask.
+
+    FlexAttention has a kernel for less than 128 queries that puts the queries of all heads of a group in one block, and there is no such block
+    beyond that: Inductor then fails with "No choices to select".
+    """
+    return q.shape[2] * (q.shape[1] // k.shape[1]) <= MASK_BLOCK
+
+
+@lru_cache(maxsize=2)
+def _options(decoding: bool) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import AuxRequest
 
-    return {"return_aux": AuxRequest(lse=True)}
+    return {"return_aux": AuxRequest(lse=True), "kernel_options": None if decoding else {"FORCE_USE_FLEX_ATTENTION": True}}
 
 
 def _set_empty_rows(o: Tensor, lse: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

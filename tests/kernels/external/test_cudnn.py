@@ -33,6 +33,7 @@ class StandIn:
         groups = q.shape[1] // k.shape[1]
         s = scale * (q @ k.repeat_interleave(groups, 1).transpose(-1, -2))
         s = s if bias is None else s + bias.double()
+        s = s.masked_fill(s * math.log2(math.e) < torch.finfo(torch.float32).min, -math.inf)  # it computes powers of two in float32
         if is_causal:
             s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
         return s, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -71,7 +72,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 def dense_case(index: str, shape: tuple[int, ...] = (2, 4, 2, 37, 45, 16, 16), empty: str = "nan") -> Case:
-    """A bias tensor over the axes of ``index``, in float32 as the query here; row 3 holds nothing but -inf."""
+    """A bias tensor over the axes of ``index``, in float32 as the query here; row 3 holds nothing but -inf, row 5 but the least number."""
 
     def load(d: Any) -> Any:
         return E.load(0, tuple({"b": d.b, "h": d.h, "q": d.q, "k": d.k, "0": E.ZERO}[x] for x in index), "float")
@@ -81,6 +82,7 @@ def dense_case(index: str, shape: tuple[int, ...] = (2, 4, 2, 37, 45, 16, 16), e
         x = torch.randn([extent[a] for a in index])
         if "q" in index:
             x[..., 3, :] = -math.inf
+            x[..., 5, :] = torch.finfo(torch.float32).min
         return [x]
 
     def naive(s: Tensor, i: Tensor, j: Tensor, L: list[Tensor]) -> Tensor:
