@@ -1,7 +1,7 @@
 """Comparing models that choose: given the original's choices, and the scores by which the others chose.
 
 A router takes the greatest few of some scores. Where two of them are as close as the roundings of the dtype, two right computations may choose differently, and all that follows is another function of
-the token. Comparing the outputs then says nothing of the computation. So it is compared in two parts, each within the budget that holds for every output:
+the token. Comparing the outputs then says nothing of the computation: it refuses what is right, or, where the original itself chooses otherwise than the truth, allows an error of that size. So it is compared in two parts, each within the budget that holds for every output:
 
 * the outputs, where all models are made to choose as the original did in its own dtype, the float64 truth too;
 * the scores of each choice, computed under the same choices before it. Choosing itself is PyTorch's own operator in each of them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from attnopt.errors import first_line
 from attnopt.kernels.paged_reference import GREATEST
 from attnopt.passes.insert_kv_cache import PackedPlan
 from attnopt.report import Check, Verdict
-from attnopt.verify.budget import judge
+from attnopt.verify.budget import computing_dtype, judge
 from attnopt.verify.choices import Choices, PackedChoices, Unlike, finite, same_choices, scores_by_token
 from attnopt.verify.end_to_end import Progress
 from attnopt.verify.modules import double, float64_copy
@@ -33,6 +32,10 @@ Alone = Callable[[Tensor, int], Call]
 """The call of the original for the ids [1, n] of a request, by its number."""
 Encode = Callable[[int], Sequence[tuple[Tensor, Tensor]]]
 """Keys and values of a request's other sequence, for each layer that reads one."""
+
+
+Forced = list[tuple[Tensor, Choices]]
+"""Of each request, what a model gives that chooses as another did, and its scores."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,9 @@ def verify_packed(
                 truth = [_alone(exact, double(alone(x[None], r)), logits) for r, x in enumerate(ids)]
             except RuntimeError as error:
                 why = f"the original does not run in float64: {first_line(error, 160)}"
+        forced: Forced | None = None
+        if truth is not None and exact is not None and chosen[0].taken:
+            forced = _forced(exact, [double(alone(x[None], r)) for r, x in enumerate(ids)], chosen, logits)
         detail = "" if truth is not None else f"against the original at its own dtype ({why})"
         checks: list[Check] = []
         for i, chunk in enumerate(CHUNKS):
@@ -150,9 +156,7 @@ def verify_packed(
                 checks.append(judge(name, got, others[0], expected if truth is None else truth, expected[0].dtype, stated=True, detail=said))
                 continue
             check = judge(name, got, expected, truth, expected[0].dtype, detail=detail)
-            if not check.passed:
-                calls = [double(alone(x[None], r)) for r, x in enumerate(ids)]
-                forced = None if truth is None or exact is None else partial(_forced, exact, calls, chosen, logits)
+            if chosen[0].taken and (truth is None or forced is not None):
                 check = _given_choices(check, Requests(plan, ids, seen.device, contexts), run, chunk, expected, chosen, forced) or check
             checks.append(check)
     return Verdict(all(c.passed for c in checks), checks)
@@ -163,13 +167,16 @@ def _alone(model: nn.Module, call: Call, logits: Callable[[object], Tensor]) -> 
     return logits(model(*args, **kwargs))[0]
 
 
-def _forced(exact: nn.Module, calls: Sequence[Call], chosen: Sequence[Choices], logits: Callable[[object], Tensor]) -> list[tuple[Tensor, Choices]]:
-    """The float64 truth of each request, and its scores, where it chooses as the original did."""
+def _forced(exact: nn.Module, calls: Sequence[Call], chosen: Sequence[Choices], logits: Callable[[object], Tensor]) -> Forced | None:
+    """The float64 truth of each request, and its scores, where it chooses as the original did; None where its choices are not the same in kind."""
     found = []
     for call, choices in zip(calls, chosen, strict=True):
-        with Choices(same_choices(choices)) as mode:
-            found.append((_alone(exact, call, logits), mode))
-    return found
+        try:
+            with Choices(same_choices(choices)) as mode:
+                found.append((_alone(exact, call, logits), mode))
+        except Unlike:
+            return None
+    return found if all(mode.kinds == c.kinds for (_, mode), c in zip(found, chosen, strict=True)) else None
 
 
 def _given_choices(
@@ -179,21 +186,19 @@ def _given_choices(
     chunk: int,
     expected: Sequence[Tensor],
     chosen: Sequence[Choices],
-    forced: Callable[[], list[tuple[Tensor, Choices]]] | None,
+    truth: Forced | None,
 ) -> Check | None:
-    """The same comparison given the original's choices, with the scores by which others would have been made (``verify/choices``); None where all choose alike, or do not choose.
+    """The same comparison given the original's choices, with the scores by which others would have been made (``verify/choices``); None where all choose alike.
 
-    ``forced`` computes the truth under these choices; where there is none both are compared with each other, as ever.
+    ``truth`` is under these choices too; where there is none both are compared with each other, as ever. It counts as well where the truth alone chooses otherwise: the
+    original is far from it then, and would allow as much.
     """
-    if not chosen[0].taken:
-        return None
     lengths = [len(x) for x in requests.ids]
     try:
         packed = PackedChoices(chosen, lengths)
         got = [x[-len(e) :] for x, e in zip(requests.logits(lambda *inputs: packed.run(lambda: run(*inputs), *requests.at), chunk), expected, strict=True)]
-        if not packed.differ:
+        if not packed.differ and not any(c.differ for _, c in truth or ()):
             return None
-        truth = None if forced is None else forced()
         runs = [packed.scores, scores_by_token(chosen, lengths)]
         if truth is not None:
             runs.append(scores_by_token([c for _, c in truth], lengths))
@@ -202,7 +207,8 @@ def _given_choices(
     parts = [judge(check.name, got, expected, None if truth is None else [x for x, _ in truth], expected[0].dtype)]
     for which in range(packed.count):
         mine, own, *exact = finite(*(torch.cat([x[which].flatten(0, 1) for x in requests_]) for requests_ in runs))
-        parts.append(judge(check.name, [mine], [own], exact or None, own.dtype))
+        # often float32, of what was computed in the model's dtype
+        parts.append(judge(check.name, [mine], [own], exact or None, computing_dtype([own, expected[0]])))
     worst = max(parts, key=lambda c: (not c.passed, c.error / c.budget if c.budget else math.inf))
     how = f"given the original's choices: {packed.differ} of {packed.rows} would be others, by scores that are compared too"
     return Check(check.name, worst.error, worst.budget, worst.passed, "; ".join(x for x in (check.detail, how) if x))

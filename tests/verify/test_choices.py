@@ -26,8 +26,8 @@ class Routed(HandWritten):
     largest = True
 
     def __init__(self, near: float = 1e-3) -> None:
-        super().__init__()
         torch.manual_seed(1)
+        super().__init__()
         self.router = nn.Linear(32, 4, bias=False)
         self.experts = nn.Parameter(torch.randn(4, 32, 32))
         sharpened(self)
