@@ -26,7 +26,7 @@ from attnopt.emit.function import graph_function, is_state
 from attnopt.emit.module import OptimizedModule, graph_variants, optimized_module
 from attnopt.emit.onnx import WithPastForm, check_past, check_request
 from attnopt.emit.variant import CompiledVariant, GraphVariant, Variant
-from attnopt.errors import AttnoptError, CaptureError, VerificationError
+from attnopt.errors import AttnoptError, CaptureError, VerificationError, named
 from attnopt.onnx_export import export_captured, export_static
 from attnopt.passes.pipeline import PipelineResult, passes, run_pipeline
 from attnopt.remarks import Remark
@@ -390,6 +390,5 @@ def _run_model(run: Callable[..., Any], model: nn.Module, args: Args, kwargs: Kw
         try:
             clone_tree(model)(*args, **kwargs)
         except Exception as own:
-            text = str(own).strip()
-            raise ModelError(f"{type(model).__name__} itself fails with these inputs: {type(own).__name__}: {text.splitlines()[0] if text else ''}", own) from own
-        raise CaptureError(f"torch.compile cannot run {type(model).__name__}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}") from error
+            raise ModelError(f"{type(model).__name__} itself fails with these inputs: {named(own)}", own) from own
+        raise CaptureError(f"torch.compile cannot run {type(model).__name__}: {named(error)}") from error

@@ -48,3 +48,13 @@ class VerificationError(AttnoptError):
 
 class ServingError(AttnoptError):
     """A model that cannot be served from a KV cache, or a request that a serving model cannot take."""
+
+
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """The first line of an error's message that has text, cut to ``most`` characters; the name of its type where there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:most]
+
+
+def named(error: BaseException, most: int | None = None) -> str:
+    """The type of an error and ``first_line``: ``ValueError: no such size``; the type alone where the error says nothing."""
+    return f"{type(error).__name__}: {first_line(error, most)}" if str(error).strip() else type(error).__name__

@@ -21,6 +21,7 @@ from attnopt.capture.export import DynamicShapes, capture
 from attnopt.capture.run import device_of
 from attnopt.config import OptimizeConfig
 from attnopt.emit.function import GraphFunction, graph_function
+from attnopt.emit.means import Mean, fold_means, refresh
 from attnopt.emit.pieces import Compiler, in_pieces
 from attnopt.errors import ServingError, VerificationError
 from attnopt.original_call import LONGEST, ExampleCall, OriginalCall
@@ -61,6 +62,7 @@ class ServingModel(nn.Module):
         context: GraphFunction | None = None,
         length: Callable[..., int] | None = None,
         pieces: Callable[[Compiler], GraphFunction] | None = None,
+        means: Sequence[Mean] = (),
     ) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
@@ -70,6 +72,7 @@ class ServingModel(nn.Module):
         self.context = context
         self._length = length
         self._pieces = pieces
+        self._means = list(means)
         self._compiled: GraphFunction | None = None
         self.plan = plan
         self.attnopt_report = report
@@ -147,6 +150,7 @@ class ServingModel(nn.Module):
 
     def _call(self, *inputs: Tensor) -> Tensor:
         """The graph, on its inputs in their order."""
+        refresh(self._means, self)
         found: Tensor = self.function.run(self, *inputs, *self.function.constants)[0]
         return found
 
@@ -191,6 +195,7 @@ class ServingModel(nn.Module):
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches.tensors, rows, (cross[0], cross[1]) if cross else None)
 
         def state() -> list[Tensor]:
+            refresh(self._means, self)
             constants = [x for x in self.function.constants if isinstance(x, Tensor)]
             return [*module_tensors(self), *constants, *(x for pair in caches.tensors for x in pair)]
 
@@ -198,6 +203,7 @@ class ServingModel(nn.Module):
 
         def compiled(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
             assert function is not None
+            refresh(self._means, self)
             leaves = (tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *cross, *(x for tensors in caches.tensors for x in tensors))
             logits: Tensor = function.run(self, *leaves, *function.constants)[0]
             return logits
@@ -272,8 +278,9 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     module = result.graph_module.meta.get(CONTEXT)
     length = None if module is None else context_length(module)
     context = None if module is None else graph_function(lowered(module, config), model)
+    means = fold_means(result.graph_module, model)
     pieces = partial(_in_pieces, result.graph_module, model)
-    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, length, pieces)
+    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, length, pieces, means)
     serving.original = call.form
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))

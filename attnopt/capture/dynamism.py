@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.capture.guards import Holds, SymbolicSizes, hint_of
 from attnopt.capture.run import device_of, difference, flat_tensors, tensors_from
+from attnopt.errors import first_line
 
 Sizes = dict[tuple[int, int], int]
 """(leaf, dim) to size."""
@@ -98,5 +99,5 @@ class Check:
         try:
             got = flat_tensors(self.graph, args, kwargs, device_of(self.model))
         except Exception as error:  # noqa: BLE001 - whatever it raises, the graph does not hold here
-            return f"the captured graph fails there: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            return f"the captured graph fails there: {first_line(error)}"
         return difference(expected, got)

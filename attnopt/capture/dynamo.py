@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from attnopt.capture.breaks import explain_break
 from attnopt.capture.transforms import odd_operators
-from attnopt.errors import CaptureError
+from attnopt.errors import CaptureError, named
 from attnopt.remarks import Remark
 from attnopt.report import Report
 
@@ -66,9 +66,8 @@ def compile_frame(gm: fx.GraphModule, example_inputs: Sequence[Any], rewrite: Re
     try:
         graph = retrace(gm)
     except Exception as error:  # noqa: BLE001 - an operator that cannot be traced; said in the report
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         odd, line = odd_operators(gm)
-        text = f"A function of {len(gm.graph.nodes)} operations{f' with {odd}' if odd else ''} was left as it is: {type(error).__name__}: {first.rstrip('.')}; supported are ATen operators."
+        text = f"A function of {len(gm.graph.nodes)} operations{f' with {odd}' if odd else ''} was left as it is: {named(error).rstrip('.')}; supported are ATen operators."
         remark = Remark("AO306", text, source=line)
         log.warning("%s", remark)
         frames.reports.append(Report(remarks=[remark]))

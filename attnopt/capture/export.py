@@ -31,7 +31,7 @@ from attnopt.capture.run import tensors_from
 from attnopt.capture.shapes import Plan, batch_of_one, name_every_argument, plans, shapes_by_argument
 from attnopt.capture.specialised import conditions_remarks, fixed_remark, specialised_remarks
 from attnopt.capture.transforms import without_transforms
-from attnopt.errors import CaptureError
+from attnopt.errors import CaptureError, first_line, named
 
 DynamicShapes = Literal["auto", "static"] | dict[str, Any] | tuple[Any, ...] | None
 
@@ -57,7 +57,7 @@ def capture(model: nn.Module, args: Args = (), kwargs: Kwargs | None = None, dyn
         form.signature.bind(*args, **kwargs)
         args, kwargs = form.normalise(args, kwargs)
     except TypeError as error:
-        raise ModelError(f"{type(model).__name__} does not take these inputs: {_first_line(error)}", error) from error
+        raise ModelError(f"{type(model).__name__} does not take these inputs: {first_line(error)}", error) from error
     name_every_argument(model, form, kwargs)
     leaves, structure = pytree.tree_flatten((args, kwargs))
     leaves = [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf else x for x in leaves]
@@ -202,9 +202,9 @@ class _Job:
         try:
             tensors_from(self.model, args, kwargs)
         except Exception as error:  # noqa: BLE001 - reported as the model's own error
-            return ModelError(f"{name} itself fails with these inputs: {type(error).__name__}: {_first_line(error)}", error)
+            return ModelError(f"{name} itself fails with these inputs: {named(error)}", error)
         explained = CaptureError(
-            f"torch.export cannot capture {name}: {type(failure).__name__}: {_first_line(failure)}",
+            f"torch.export cannot capture {name}: {named(failure)}",
             "capture='dynamo' optimizes it when it runs, through torch.compile.",
             line_of(failure),
         )
@@ -309,8 +309,3 @@ def _apart(leaves: list[Any]) -> list[Any]:
             seen.add(memory)
         out.append(x)
     return out
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -7,7 +7,8 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -17,13 +18,16 @@ from attnopt.cli import render
 from attnopt.cli.progress import Stages
 from attnopt.cli.prompts import Prompt, Reader, given_lines, tokenizing
 from attnopt.cli.serving import cache_facts
+from attnopt.cli.sources import tensors
 from attnopt.cli.target import config_of, introduce, load_target
 from attnopt.cli.text import Written
-from attnopt.errors import AttnoptError, ServingError
+from attnopt.errors import AttnoptError, LoadError, ServingError
 from attnopt.runtime import SamplingParams
 from attnopt.runtime.progress import ProgressBar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from attnopt.capture.tokenizer import Tokenizer
     from attnopt.cli.render import Terminal
     from attnopt.runtime import Engine, Request, Statistics
@@ -38,6 +42,8 @@ def generate_command(
     prompts: Sequence[str],
     prompts_file: str | None,
     ids: bool,
+    sources: Sequence[str],
+    source_files: Sequence[str],
     stop: tuple[str, ...],
     ignore_end: bool,
     batch: int | None,
@@ -59,20 +65,26 @@ def generate_command(
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
     config = config_of(options, verify=verify)
     lines = given_lines(prompts, prompts_file)
+    if sources and source_files:
+        raise LoadError("Sources are given by --source and by --source-file; supported is one of the two.")
+    given_sources = (*({"source": x} for x in sources), *({"source_file": x} for x in source_files))
+    folder = Path() if prompts_file in (None, "-") else Path(prompts_file or "").parent
     with Stages(err) as stages:
         loaded = load_target(target, stages, train=False, **options)
         tokenizer = loaded.tokenizer()
-        reader = Reader(tokenizer, params, stop, () if ignore_end else loaded.stop_tokens, ids)
+        reader = Reader(tokenizer, params, stop, () if ignore_end else loaded.stop_tokens, ids, given_sources, folder)
         wanted = reader.all(prompts, lines)
         serving = cast("ServingModel", api.optimize(loaded.model, loaded.args, kwargs=loaded.kwargs, config=config, progress=stages))
     given: dict[str, Any] = {"max_requests": batch, "chunk": chunk, "page_size": page_size, "size_bytes": cache_size}
-    good = [p for p in wanted if not p.error]
+    wanted, contexts = _with_sources(serving, wanted)
+    good = [i for i, p in enumerate(wanted) if not p.error]
     used = {k: v for k, v in given.items() if v is not None}
-    engine = serving.engine_for([p.ids for p in good], [p.params for p in good], **used)
+    others = [contexts[i] for i in good] if serving.plan.context else None
+    engine = serving.engine_for([wanted[i].ids for i in good], [wanted[i].params for i in good], contexts=others, **used)
     if not as_json:
         introduce(out, loaded)
     run = _Run(engine, tokenizer, out, err, quiet=as_json)
-    done = run.all(wanted)
+    done = run.all(wanted, contexts)
     numbers = engine.statistics()
     code = FAILED if any(x.error for x in done) else DONE
     if as_json:
@@ -89,6 +101,22 @@ def generate_command(
     out.say(_cache_words(engine, numbers), style="dim")
     out.say(_summary(done, numbers, code))
     return code
+
+
+def _with_sources(serving: ServingModel, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[tuple[Tensor, ...]]]:
+    """The inputs of each prompt's other sequence, none where there is none; a prompt whose source does not fit the model gets an error."""
+    found: list[Prompt] = []
+    contexts: list[tuple[Tensor, ...]] = []
+    for prompt in prompts:
+        inputs: tuple[Tensor, ...] = ()
+        if not prompt.error:
+            try:
+                inputs = tensors(serving, prompt.source)
+            except AttnoptError as error:
+                prompt = replace(prompt, error=error.message)
+        found.append(prompt)
+        contexts.append(inputs)
+    return found, contexts
 
 
 @dataclass
@@ -148,10 +176,10 @@ class _Run:
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, out: Terminal, err: Terminal, *, quiet: bool) -> None:
         self.engine, self.tokenizer, self.out, self.err, self.quiet = engine, tokenizer, out, err, quiet
 
-    def all(self, prompts: Sequence[Prompt]) -> list[_Outcome]:
+    def all(self, prompts: Sequence[Prompt], contexts: Sequence[tuple[Tensor, ...]]) -> list[_Outcome]:
         start = time.perf_counter()
         streams = len(prompts) == 1 and not self.quiet
-        outcomes = [self._added(i, p) for i, p in enumerate(prompts)]
+        outcomes = [self._added(i, p, c) for i, (p, c) in enumerate(zip(prompts, contexts, strict=True))]
         running = {x.request: x for x in outcomes if x.request is not None}
         total = sum(r.most for r in running)
         with contextlib.ExitStack() as stack:
@@ -180,11 +208,11 @@ class _Run:
                     bar.update(ended + sum(len(r.output) for r in running), self.engine.statistics())
         return outcomes
 
-    def _added(self, index: int, prompt: Prompt) -> _Outcome:
+    def _added(self, index: int, prompt: Prompt, context: tuple[Tensor, ...]) -> _Outcome:
         x = _Outcome(index, prompt, error=prompt.error, written=None if self.tokenizer is None else Written(self.tokenizer, prompt.stop_texts))
         if not x.error:
             try:
-                x.request = self.engine.add(prompt.ids, prompt.params)
+                x.request = self.engine.add(prompt.ids, prompt.params, context=context)
             except ServingError as error:
                 x.error = error.message
         return x

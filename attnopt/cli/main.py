@@ -203,8 +203,10 @@ def verify(**options: Any) -> int:
 @app.command()
 @_target
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT|IDS", help="What to continue: a text where the model has a tokenizer, otherwise token ids such as '1 2 3'; repeatable.")
-@click.option("--prompts", "prompts_file", metavar="FILE.jsonl", help="One prompt a line: \"text\", [1, 2, 3], or an object with `prompt` and its own max_new_tokens, temperature, top_k, top_p, seed, stop. `-` is standard input.")
-@click.option("--ids", is_flag=True, help="Every --prompt is token ids, whatever tokenizer there is.")
+@click.option("--prompts", "prompts_file", metavar="FILE.jsonl", help="One prompt a line: \"text\", [1, 2, 3], or an object with `prompt` and its own source, max_new_tokens, temperature, top_k, top_p, seed, stop. `-` is standard input.")
+@click.option("--ids", is_flag=True, help="Every --prompt and --source is token ids, whatever tokenizer there is.")
+@click.option("--source", "sources", multiple=True, metavar="TEXT|IDS", help="For a model that reads another sequence: what its encoder is given. One for all prompts, or one for each --prompt; in a file `source`.")
+@click.option("--source-file", "source_files", multiple=True, metavar="FILE.npy|.pt", help="As --source, a tensor of a file (of one prompt, without padding); in a file of prompts `source_file`.")
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="How many prompts run at once at most.  [default: 256]")
 @click.option("--max-new-tokens", type=int, default=64, show_default=True, metavar="N", help="Tokens to generate for each prompt at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the most likely token.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnopt.cli.sources import KEYS, Source, source_of
 from attnopt.errors import AttnoptError, LoadError, ServingError
 from attnopt.runtime import SamplingParams
 
@@ -31,12 +32,14 @@ class Prompt:
     ids: tuple[int, ...] = ()
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_texts: tuple[str, ...] = ()
+    source: Source | None = None
+    """What its other sequence is made of, for a model that reads one."""
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes prompts of what was given. ``params`` and ``stops`` hold where a line says nothing else, with the seed counted up prompt by prompt;
+    """Makes prompts of what was given. ``params``, ``stops`` and ``sources`` (one for all, or one for each ``--prompt``) hold where a line says nothing else, with the seed counted up prompt by prompt;
     ``plain_ids``: ``--prompt`` holds ids, whatever tokenizer there is."""
 
     tokenizer: Tokenizer | None
@@ -44,9 +47,14 @@ class Reader:
     stops: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()
     plain_ids: bool = False
+    sources: tuple[dict[str, str], ...] = ()
+    folder: Path = Path()
+    """Where the files that lines name are."""
 
     def all(self, arguments: Sequence[str], lines: Sequence[tuple[str, str]]) -> list[Prompt]:
-        """Those of the command line, then one for each line. Raises LoadError for a stop that holds for all of them and is none."""
+        """Those of the command line, then one for each line. Raises LoadError for a stop that holds for all of them and is none, and for sources that are not one for each."""
+        if len(self.sources) > 1 and len(self.sources) != len(arguments):
+            raise LoadError(f"There are {len(self.sources)} sources and {len(arguments)} of --prompt; give one for all, or one for each.")
         for stop in self.stops:
             self._stop(stop)
         found = [self.argument(text, i) for i, text in enumerate(arguments)]
@@ -55,7 +63,7 @@ class Reader:
     def argument(self, text: str, index: int) -> Prompt:
         """One ``--prompt``: text where there is a tokenizer, otherwise ids such as ``1 2 3``."""
         name = f"prompt {index}"
-        return self._made(name, text, lambda: self._prompt(name, index, text, {}, self.plain_ids))
+        return self._made(name, text, lambda: self._prompt(name, index, text, {}, self.plain_ids, self._source(index)))
 
     def line(self, text: str, index: int, place: str) -> Prompt:
         """One line of a file: a text, a list of ids, or an object with ``prompt`` and what holds for it alone."""
@@ -67,15 +75,22 @@ class Reader:
             except json.JSONDecodeError as error:
                 raise LoadError(f"The line is not valid JSON: {error.msg} (column {error.colno}).") from error
             own = value if isinstance(value, dict) else {"prompt": value}
-            unknown = sorted(set(own) - {"prompt", "stop", *_NUMBERS})
+            unknown = sorted(set(own) - {"prompt", "stop", *KEYS, *_NUMBERS})
             if unknown:
-                raise LoadError(f"The line has the key {unknown[0]!r}; supported are {', '.join(['prompt', 'stop', *_NUMBERS])}.")
+                raise LoadError(f"The line has the key {unknown[0]!r}; supported are {', '.join(['prompt', 'stop', *KEYS, *_NUMBERS])}.")
             given = own.get("prompt")
             if not isinstance(given, str) and not (isinstance(given, list) and all(type(x) is int for x in given)):
                 raise LoadError('The line has no prompt; expected "text", [1, 2, 3], or {"prompt": ...} with one of these.')
-            return self._prompt(name, index, given, own, plain_ids=False)
+            source = source_of(own, lambda x: self._ids(x, False), self.folder) or (self._source(0) if len(self.sources) == 1 else None)
+            return self._prompt(name, index, given, own, False, source)
 
         return self._made(name, text.strip(), read)
+
+    def _source(self, index: int) -> Source | None:
+        """What the command line says of a prompt's other sequence."""
+        if not self.sources:
+            return None
+        return source_of(dict(self.sources[index if len(self.sources) > 1 else 0]), lambda x: self._ids(x, self.plain_ids), Path())
 
     def _made(self, name: str, given: str, read: Callable[[], Prompt]) -> Prompt:
         try:
@@ -83,7 +98,7 @@ class Reader:
         except AttnoptError as error:
             return Prompt(name, given, error=error.message)
 
-    def _prompt(self, name: str, index: int, given: str | list[int], own: dict[str, Any], plain_ids: bool) -> Prompt:
+    def _prompt(self, name: str, index: int, given: str | list[int], own: dict[str, Any], plain_ids: bool, source: Source | None) -> Prompt:
         seed = None if self.params.seed is None else self.params.seed + index
         params = replace(self.params, **{"seed": seed} | {k: _number(k, kind, own[k]) for k, kind in _NUMBERS.items() if k in own})
         tokens: list[int] = list(self.ends)
@@ -95,7 +110,7 @@ class Reader:
             else:
                 texts.append(found)
         ids = given if isinstance(given, list) else self._ids(given, plain_ids)
-        return Prompt(name, given, tuple(ids), replace(params, stop_tokens=tuple(dict.fromkeys(tokens))), tuple(texts))
+        return Prompt(name, given, tuple(ids), replace(params, stop_tokens=tuple(dict.fromkeys(tokens))), tuple(texts), source)
 
     def _ids(self, text: str, plain_ids: bool) -> Sequence[int]:
         if self.tokenizer is None or plain_ids:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.emit.direct import call_directly
 from attnopt.passes.merge_projections import merged
 
 _numbers = itertools.count()
@@ -54,6 +55,7 @@ def graph_function(gm: fx.GraphModule, module: nn.Module) -> GraphFunction:
             constants[target] = (last, _get(gm, target))
         node.replace_all_uses_with(constants[target][0])
         graph.erase_node(node)
+    call_directly(graph)
     code = graph.python_code("self")
     filename = f"<attnopt graph {next(_numbers)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)

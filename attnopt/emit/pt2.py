@@ -23,7 +23,7 @@ from attnopt.capture.guards import expr_of
 from attnopt.capture.shapes import shapes_by_argument
 from attnopt.emit.module import OptimizedModule, graph_variants, over_same_state
 from attnopt.emit.variant import GraphVariant
-from attnopt.errors import AttnoptError, CaptureError, LoadError
+from attnopt.errors import AttnoptError, CaptureError, LoadError, first_line
 
 
 def save_pt2(
@@ -56,8 +56,7 @@ def load_pt2(path: str | os.PathLike[str]) -> nn.Module:
     try:
         module = torch.export.load(path).module()
     except Exception as error:
-        text = str(error).strip()
-        raise LoadError(f"{path} cannot be read as an exported program: {text.splitlines()[0] if text else type(error).__name__}") from error
+        raise LoadError(f"{path} cannot be read as an exported program: {first_line(error)}") from error
     same: dict[Any, nn.Parameter] = {}
     for m in module.modules():
         m.training = False  # its mode is fixed, and eval() of an exported module raises

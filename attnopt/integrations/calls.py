@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def attention(
     seen = mask if mask is not None and mask.dtype == torch.bool else None
     loads = [x for x in (seen, *added, sinks) if x is not None]
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *loads))
-    text, kernel = plan(
+    call = Call(
         q.shape[1],
         k.shape[1],
         q.shape[3],
@@ -63,13 +63,8 @@ def attention(
         tuple(_axes(x, shape) for x in added),
         sinks is not None,
         float(dropout),
-        q.device.type,
-        q.dtype,
-        training,
-        backend,
-        tuple(x.dtype for x in loads),
-        q.shape[2] == 1,
     )
+    text, kernel = plan(tuple(call), q.device.type, q.dtype, training, backend, tuple(x.dtype for x in loads), q.shape[2] == 1)
     o: Tensor
     if kernel == CACHED:
         # each request's keys are one page of a contiguous cache, of which the keys of one query are split over many programs
@@ -89,9 +84,31 @@ def _axes(x: Tensor, shape: tuple[int, int, int, int]) -> Axes:
     return B, H, Sq, Skv
 
 
-def plan(*call: Any) -> tuple[str, str]:
-    """The spec as text, and the kernel's name. It follows from what is no tensor, so a compiler takes it as a constant."""
-    return _planned(disabled_backends(), *call)
+class Call(NamedTuple):
+    """All of a call that its spec follows from: no sizes of batch, queries and keys."""
+
+    Hq: int
+    Hkv: int
+    D: int
+    Dv: int
+    scale: float
+    softcap: float | None
+    causal: bool
+    seen: Axes | None
+    """The axes of a mask of bools."""
+    added: tuple[Axes, ...]
+    """Of what is added to the scores."""
+    sinks: bool
+    dropout: float
+
+
+def plan(call: tuple[Any, ...], device: str, dtype: torch.dtype, training: bool, backend: str, loads: tuple[torch.dtype, ...], single: bool) -> tuple[str, str]:
+    """The spec as text, and the kernel's name. It follows from what is no tensor, so a compiler takes it as a constant.
+
+    ``call`` is a ``Call`` as a plain tuple, which is what torch.compile takes for a constant.
+    ``CACHED`` instead of a kernel's name where there is a ``single`` query and the kernels for caches can.
+    """
+    return _planned(disabled_backends(), Call(*call), device, dtype, training, backend, loads, single)
 
 
 torch.compiler.assume_constant_result(plan)
@@ -99,67 +116,37 @@ torch.compiler.assume_constant_result(plan)
 
 @lru_cache(maxsize=4096)
 def _planned(
-    disabled: frozenset[str],
-    Hq: int,
-    Hkv: int,
-    D: int,
-    Dv: int,
-    scale: float,
-    softcap: float | None,
-    causal: bool,
-    seen: Axes | None,
-    added: tuple[Axes, ...],
-    sinks: bool,
-    dropout: float,
-    device: str,
-    dtype: torch.dtype,
-    training: bool,
-    backend: str,
-    loads: tuple[torch.dtype, ...],
-    single: bool,
+    disabled: frozenset[str], call: Call, device: str, dtype: torch.dtype, training: bool, backend: str, loads: tuple[torch.dtype, ...], single: bool
 ) -> tuple[str, str]:
-    """``CACHED`` instead of a kernel's name where there is a ``single`` query and the kernels for caches can."""
-    spec = spec_of(Hq, Hkv, D, Dv, scale, softcap, causal, seen, added, sinks, dropout)
-    if single and not training and not dropout and backend in ("auto", CACHED):
-        setting = CacheSetting(device, dtype, page_size=1, D=D, Dv=Dv, contiguous=True)
+    spec = spec_of(call)
+    if single and not training and not call.dropout and backend in ("auto", CACHED):
+        setting = CacheSetting(device, dtype, page_size=1, D=call.D, Dv=call.Dv, contiguous=True)
         if paged_choice.choose(spec, setting)[0] == "triton":
             return spec.to_json(), CACHED
     return spec.to_json(), registry.choose(spec, device=device, dtype=dtype, training=training, backend=backend, loads=loads)[0]
 
 
-def spec_of(
-    Hq: int,
-    Hkv: int,
-    D: int,
-    Dv: int,
-    scale: float,
-    softcap: float | None,
-    causal: bool,
-    seen: Axes | None,
-    added: tuple[Axes, ...],
-    sinks: bool,
-    dropout: float,
-) -> AttentionSpec:
+def spec_of(call: Call) -> AttentionSpec:
     """What one call computes, whatever the sizes of batch, queries and keys are."""
     c = E.const
-    d = Dims(E.sym("B"), c(Hq), c(Hkv), E.sym("Sq"), E.sym("Skv"), c(D), c(Dv))
+    d = Dims(E.sym("B"), c(call.Hq), c(call.Hkv), E.sym("Sq"), E.sym("Skv"), c(call.D), c(call.Dv))
     loads: list[Load] = []
 
     def read(name: str, kind: E.Kind, axes: Axes) -> Expr:
         loads.append(Load(name, kind))
         return E.load(len(loads) - 1, tuple(x if there else E.ZERO for x, there in zip((d.b, d.h, d.q, d.k), axes, strict=True)), kind)
 
-    score = E.mul(c(scale), E.score())
-    if softcap is not None:
-        score = E.mul(c(softcap), E.function("tanh", E.mul(c(1.0 / softcap), score)))
-    rest = E.TRUE if seen is None else read("mask", "bool", seen)
-    mask = E.all_of(E.le(d.k, d.q), rest) if causal else rest
+    score = E.mul(c(call.scale), E.score())
+    if call.softcap is not None:
+        score = E.mul(c(call.softcap), E.function("tanh", E.mul(c(1.0 / call.softcap), score)))
+    rest = E.TRUE if call.seen is None else read("mask", "bool", call.seen)
+    mask = E.all_of(E.le(d.k, d.q), rest) if call.causal else rest
     bias = None
-    for axes in added:
+    for axes in call.added:
         one = read("bias", "float", axes)
         bias = one if bias is None else E.add(bias, one)
     sink = None
-    if sinks:
+    if call.sinks:
         loads.append(Load("sinks", "float"))
         sink = E.load(len(loads) - 1, (d.h,), "float")
     return AttentionSpec(
@@ -169,8 +156,8 @@ def spec_of(
         empty_rows="zero",
         sink=sink,
         loads=tuple(loads),
-        dropout=dropout,
+        dropout=call.dropout,
         traits=Traits(
-            scale=scale, softcap=softcap, bias=bias, causal="top_left" if causal else None, window=(None, 0) if causal else (None, None), mask_rest=rest
+            scale=call.scale, softcap=call.softcap, bias=bias, causal="top_left" if call.causal else None, window=(None, 0) if call.causal else (None, None), mask_rest=rest
         ),
     )

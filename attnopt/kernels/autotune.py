@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from attnopt.errors import AttnoptError, BackendError
+from attnopt.errors import AttnoptError, BackendError, named
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import choice, device, registry
@@ -246,8 +246,7 @@ def _time(name: str, call: Callable[[], object], where: torch.device, into: dict
         runs = 1 if once > HOPELESS * best else max(RUNS[0], min(RUNS[1], int(1000 * SECONDS / max(once, 1e-6))))
         into[name] = statistics.median([once, *(_timed(call, where) for _ in range(runs - 1))])
     except (RuntimeError, AttnoptError) as e:
-        text = str(e).strip()
-        left_out[name] = f"it raised {type(e).__name__}: {text.splitlines()[0] if text else '-'}"
+        left_out[name] = f"it raised {named(e)}"
 
 
 def _timed(call: Callable[[], object], where: torch.device) -> float:

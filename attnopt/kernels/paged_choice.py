@@ -1,4 +1,4 @@
-"""Who computes attention over a paged cache, and why: the generated kernels where they can, otherwise the reference."""
+"""Who computes attention over a paged cache, and why: the generated kernels where they can, PyTorch's on the CPU, otherwise the reference."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from attnopt.config import disabled_backends
 from attnopt.errors import BackendError
 from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels import paged_batched
 from attnopt.kernels.registry import BackendRefusal
 
-ORDER = ("triton", "reference")
+ORDER = ("triton", "batched", "reference")
 """The order in which ``auto`` asks. The reference takes everything, on every device, slowly."""
 
 
@@ -63,6 +64,7 @@ def known(backend: str) -> None:
 
 _WHY = {
     "triton": "generated paged attention, the keys of few queries split over many programs",
+    "batched": "requests with one query each in one product, the others one by one through PyTorch's attention",
     "reference": "interprets the spec request by request",
 }
 
@@ -71,6 +73,8 @@ def refusal(name: str, spec: AttentionSpec, setting: CacheSetting) -> str | None
     """Why backend ``name`` cannot compute ``spec`` there, as a phrase; None when it can."""
     if name in disabled_backends():
         return "switched off by ATTNOPT_DISABLE"
+    if name == "batched":
+        return paged_batched.refusal(spec, setting.device)
     return _triton_refusal(spec, setting) if name == "triton" else None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnopt.config import disabled_backends
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels import paged_reference
+from attnopt.kernels import paged_batched, paged_reference
 from attnopt.kernels.paged_checks import check_attention, check_write, description
 from attnopt.kernels.paged_choice import CacheSetting, choose, writer
 
@@ -62,18 +62,20 @@ def _paged_attention(
             if len(_KNOWN) >= MOST_KNOWN:
                 _KNOWN.clear()
             _KNOWN[key] = known
-        parsed, kernel = known
+        parsed, kernel, memo = known
         if kernel == "triton":
             from attnopt.kernels.triton import launch_paged
 
             return launch_paged.attention(
                 q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale, described=described
             )
+        if kernel == "batched":
+            return paged_batched.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale, memo)
         return paged_reference.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
 
 
-_KNOWN: dict[object, tuple[AttentionSpec, str]] = {}
-"""Calls that were looked at, by their descriptions: the parsed spec and the backend. A generated token is one call a layer, and looking takes longer than launching."""
+_KNOWN: dict[object, tuple[AttentionSpec, str, paged_batched.Memo]] = {}
+"""Calls that were looked at, by their descriptions: the parsed spec, the backend, and what it keeps for the step's next layer. A generated token is one call a layer, and looking takes longer than launching."""
 MOST_KNOWN = 4096
 
 
@@ -90,7 +92,7 @@ def _looked_at(
     backend: str,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-) -> tuple[AttentionSpec, str]:
+) -> tuple[AttentionSpec, str, paged_batched.Memo]:
     parsed = AttentionSpec.from_json(spec)
     check_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
     setting = CacheSetting(
@@ -102,7 +104,7 @@ def _looked_at(
         contiguous=block_table.shape[-1] == 1,
         cache_dtype=None if k_scale is None else k_cache.dtype,
     )
-    return parsed, choose(parsed, setting, backend)[0]
+    return parsed, choose(parsed, setting, backend)[0], paged_batched.Memo()
 
 
 def _cache_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -32,28 +32,60 @@ def attention(
     """``attnopt::paged_attention`` for any spec, page size and dtype: o [T, Hq, Dv]; zero for tokens of no request and requests without keys."""
     o = q.new_zeros((*q.shape[:2], v_cache.shape[3]))
     starts, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
+    check_positions(spec, loads, lengths)
+    for r, n in enumerate(lengths):
+        mine = slice(starts[r], starts[r + 1])
+        if mine.start < mine.stop and n:
+            o[mine] = one_request(reference.attention_at, q[mine], k_cache, v_cache, block_table[r], len(lengths), n, loads, sizes, spec, r, k_scale, v_scale)
+    return o
+
+
+def check_positions(spec: AttentionSpec, loads: Sequence[Tensor], lengths: Sequence[int]) -> None:
+    """Raises where a request has more keys than a tensor that is read by position has positions."""
     longest = max(lengths, default=0)
     for slot, axis in axes_by(spec, "qk"):
         if loads[slot].shape[axis] < longest:
             name, shape = spec.loads[slot].name, tuple(loads[slot].shape)
             raise AttnoptError(f"A request has {longest} keys, and {name} {shape}, which is read by position, has {shape[axis]} positions.")
-    for r, n in enumerate(lengths):
-        t0, t1 = starts[r], starts[r + 1]
-        if t0 == t1 or n == 0:
-            continue
-        values = request_sizes(spec, sizes, q, k_cache, v_cache, len(lengths), n)
-        first = n - (t1 - t0)
-        every = may_be_empty(spec) and spec.empty_rows in ("uniform", "program")
-        seen = 0 if every else max(bounds(spec, values).keys(first, n, n)[0], chunk_start(spec, first))
-        k, v = (gathered(x, scale, block_table[r], seen, n, q.dtype) for x, scale in ((k_cache, k_scale), (v_cache, v_scale)))
-        mine = q[t0:t1].transpose(0, 1).unsqueeze(0)
-        o[t0:t1] = reference.attention_at(mine, k, v, loads, values, spec, r, first)[0].transpose(0, 1)
-    return o
+
+
+def one_request(
+    through: Callable[..., Tensor],
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pages: Tensor,
+    requests: int,
+    length: int,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    row: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    """o [m, Hq, Dv] of the last m queries q [m, Hq, D] of request ``row`` of ``requests``, by ``through`` (``reference.attention_at`` and its like)."""
+    first = length - q.shape[0]
+    values = request_sizes(spec, sizes, q, k_cache, v_cache, requests, length)
+    seen = first_key(spec, values, first, length)
+    k, v = (gathered(x, scale, pages, seen, length, q.dtype) for x, scale in ((k_cache, k_scale), (v_cache, v_scale)))
+    o = through(q.transpose(0, 1).unsqueeze(0).to(k.dtype), k, v, loads, values, spec, row, first)
+    return o[0].transpose(0, 1).to(q.dtype)
+
+
+def first_key(spec: AttentionSpec, sizes: Mapping[str, int], first: int, length: int) -> int:
+    """The first key that counts for the queries from ``first`` on of a request of ``length`` keys: those before it may not be there any more."""
+    if may_be_empty(spec) and spec.empty_rows in ("uniform", "program"):
+        return 0
+    return max(bounds(spec, sizes).keys(first, length, length)[0], chunk_start(spec, first))
+
+
+cached_chunk = lru_cache(maxsize=1024)(chunk)
 
 
 def chunk_start(spec: AttentionSpec, first: int) -> int:
     """The first key that the query at ``first`` and those after it can see, as far as chunks say."""
-    n = chunk(spec.mask)
+    n = cached_chunk(spec.mask)
     return 0 if n is None else max(first, 0) // n * n
 
 
@@ -110,13 +142,18 @@ def cache_write(
     v_scale: Tensor | None = None,
 ) -> None:
     """``attnopt::cache_write``: tokens with a negative slot are left out; on a GPU this waits for the device to count them."""
-    kept = slots >= 0
-    slots = slots[kept]
-    at = slots // k_cache.shape[1], slots % k_cache.shape[1]
+    page_size = k_cache.shape[1]
+    if slots.numel() and int(slots.min()) < 0:
+        kept = slots >= 0
+        k, v, slots = k[kept], v[kept], slots[kept]
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if x.shape[2] == 0:  # values that are features of the keys
             continue
+        if scale is None and cache.stride(0) == page_size * cache.stride(1):  # slots are one axis, and one call writes along it
+            cache.flatten(0, 1).index_copy_(0, slots, x.to(cache.dtype))
+            continue
+        at = slots // page_size, slots % page_size
         if scale is None:
-            cache[at] = x[kept].to(cache.dtype)
+            cache[at] = x.to(cache.dtype)
         else:
-            cache[at], scale[at] = quantized(x[kept], cache.dtype)
+            cache[at], scale[at] = quantized(x, cache.dtype)

@@ -116,7 +116,7 @@ def gradients(
     return [g.to(x.dtype) for (g, x), need in zip(all_, needs, strict=True) if need and g is not None]
 
 
-def _softmax_with_sink(score: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_with_sink(score: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities of ``score`` [b, Hq, q, k] beside a logit without value [b, Hq, q, 1], and lse [b, Hq, q].
 
     Not exp(score - lse): lse is rounded, which is an error of eps * lse in every probability of a row.
@@ -209,7 +209,7 @@ class _Problem:
         empty: Tensor | None = None
         if spec.sink is not None:
             (sink,), more = evaluate((spec.sink,), env, keep)
-            p, lse = _softmax_with_sink(score, as_tensor(sink, "float", env).expand(*shape[:3], 1))
+            p, lse = softmax_with_sink(score, as_tensor(sink, "float", env).expand(*shape[:3], 1))
             return _Scored(p, lse, *env.ranges["k"], env, {**table, **more}, visible, None)
         if spec.empty_rows == "zero":
             empty = score.amax(-1, keepdim=True) == -torch.inf if shape[-1] else score.new_ones((*shape[:3], 1), dtype=torch.bool)

@@ -73,16 +73,24 @@ def _is_top_left(mask: Expr) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv]. See ``refusal``."""
     reference.check_shapes(q, k, v, loads, spec)
+    return attention_at(q, k, v, loads, bind_sizes(spec, sizes, q, k, v), spec, 0, 0)
+
+
+def attention_at(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int], spec: AttentionSpec, row: int, first: int
+) -> Tensor:
+    """The spec for a part of the batch in its place: q [B, Hq, n, D] are the queries from index ``first`` on of the batches from ``row`` on, k and v
+    [B, Hkv, Skv, D or Dv] their keys and values from index 0 on. ``sizes`` holds all sizes by name. o is [B, Hq, n, Dv]. See ``refusal``.
+    """
     form = affine(spec.score)
     if form is None:
         raise ValueError(refusal(spec, q.device.type))
     Sq, Skv = q.shape[2], k.shape[2]
-    values = bind_sizes(spec, sizes, q, k, v)
-    limits = bounds(spec, values)
+    limits = bounds(spec, sizes).shifted(first)
     out = empty_output(q, v)
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
         return out.zero_()
-    call = _Call(q, k, v, loads, values, spec, form, limits)
+    call = _Call(q, k, v, loads, sizes, spec, form, limits, row, first)
     if form.bias is None and limits.all_visible(0, Sq, 0, Skv):
         return out.copy_(call.kernel(q, k, v, None, False))
     if form.bias is None and limits.rest is E.TRUE and limits.right == 0 and (limits.left is None or limits.left >= Sq - 1):
@@ -102,6 +110,9 @@ class _Call:
     spec: AttentionSpec
     form: Affine
     limits: Bounds
+    row: int
+    first: int
+    """The indices of the first batch and the first query."""
 
     def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """torch's kernel, on heads padded to one size where D and Dv differ (its fused kernels want one size)."""
@@ -127,7 +138,7 @@ class _Call:
         if self.form.bias is None and self.limits.all_visible(tile.q0, tile.q1, tile.k0, tile.k1):
             return self.kernel(q, k, v, None, False)
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        env = Env(tile.ranges(q.shape[1]), self.loads, self.sizes, dtype, q.device)
+        env = Env(tile.ranges(q.shape[1], self.row, self.first), self.loads, self.sizes, dtype, q.device)
         roots = (self.spec.mask,) if self.form.bias is None else (self.spec.mask, self.form.bias)
         values, _ = evaluate(roots, env)
         visible = None if values[0] is True else _four_axes(as_tensor(values[0], "bool", env))
@@ -180,7 +191,7 @@ class _Call:
         spec = self.spec
         assert spec.empty_score is not None
         env = Env(
-            {**tile.ranges(self.q.shape[1]), "k": (0, self.k.shape[2])},
+            {**tile.ranges(self.q.shape[1], self.row, self.first), "k": (0, self.k.shape[2])},
             self.loads,
             self.sizes,
             torch.float64 if self.q.dtype == torch.float64 else torch.float32,

@@ -52,7 +52,7 @@ def bind_sizes(spec: AttentionSpec, sizes: Sequence[int], q: Tensor, k: Tensor, 
 
 def integer(e: Expr, sizes: Mapping[str, int]) -> int:
     """The value of an integer expression over sizes and constants."""
-    x = E.substitute(e, {s: E.const(sizes[s.value[0]]) for s in e.leaves if s.op == "sym"})
+    x = e if e.is_const else E.substitute(e, {s: E.const(sizes[s.value[0]]) for s in e.leaves if s.op == "sym"})
     if not x.is_const:
         raise ValueError(f"{e} is not made of sizes and constants only")
     return int(x.value)

@@ -26,21 +26,23 @@ from attnopt.passes.join_products import JoinProducts
 from attnopt.passes.known_inputs import KnownInputs
 from attnopt.passes.lower import Lower
 from attnopt.passes.merge_kv_heads import MergeKVHeads
+from attnopt.passes.merge_kv_projections import MergeKVProjections
 from attnopt.passes.merge_projections import MergeProjections
 from attnopt.passes.quantize_kv_cache import QuantizeKVCache
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
 from attnopt.passes.share_block_maps import ShareBlockMaps
+from attnopt.passes.skip_idle_steps import SkipIdleSteps
 from attnopt.remarks import Remark
 from attnopt.report import Site
 
 CachePass = InsertKVCache | InsertStaticCache
 NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
 """Every pass, in order."""
-SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "cleanup")
+SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "skip-idle-steps", "cleanup")
 """Every pass with ``kv_cache``, in order."""
-APPROXIMATE_NAMES = ("merge-kv-heads", "quantize-kv-cache")
-"""Passes that are only there when an option asks for them: behind group-heads, and behind insert-kv-cache."""
+APPROXIMATE_NAMES = ("merge-kv-heads", "merge-kv-projections", "quantize-kv-cache")
+"""Passes that are only there when an option asks for them: the first two behind group-heads, the last behind insert-kv-cache."""
 _REQUIRED = ("canonicalize",)
 _REQUIRED_TO_SERVE = ("canonicalize", "raise-attention", "insert-kv-cache")
 
@@ -64,7 +66,7 @@ class PipelineResult:
 def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cache: CachePass | None = None) -> list[Pass]:
     """The passes that ``config`` asks for, in order. ``cache`` is the pass that ``kv_cache`` asks for, with what it knows of the model's call."""
     names, required = (SERVING_NAMES, _REQUIRED_TO_SERVE) if config.kv_cache else (NAMES, _REQUIRED)
-    approximate: list[Pass] = [] if config.merge_kv_heads is None else [MergeKVHeads(config.merge_kv_heads)]
+    approximate: list[Pass] = [] if config.merge_kv_heads is None else [MergeKVHeads(config.merge_kv_heads), MergeKVProjections()]
     unknown = [n for n in (*config.disable_passes, *config.print_ir_after) if n not in (*names, *APPROXIMATE_NAMES, "all")]
     if unknown:
         raise AttnoptError(f"there is no pass {unknown[0]!r}; the passes are {', '.join(names)}.")
@@ -76,6 +78,7 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
         rewrites: list[Pass] = [known, RaiseAttention(skip_sites), GroupHeads(), *approximate, AbsorbLatent(), MergeProjections(), cache or InsertKVCache()]
         if config.kv_cache_dtype:
             rewrites.append(QuantizeKVCache(config.kv_cache_dtype))
+        rewrites.append(SkipIdleSteps())
     else:
         select = SelectKernel(config.backend, config.autotune)
         rewrites = [RaiseAttention(skip_sites), GroupHeads(), *approximate, MergeProjections(), select, ShareBlockMaps(), Lower()]

@@ -193,7 +193,7 @@ APPLIED: dict[str, Page] = {
     ),
     "AO110": Page(
         title="KV heads merged",
-        text="Keys and values of a group of KV heads are replaced by their mean, because `merge_kv_heads` asks for it. The model computes something else than before.",
+        text="Keys and values of a group of KV heads are replaced by their mean, because `merge_kv_heads` asks for it. The model computes something else than before. Where it is the same, the mean is taken of the rows of the layer that makes them; a further line says so, or why not.",
         cause="A cache with fewer heads is smaller, and generating reads less; the mean of the heads is where training such a model starts from (arXiv:2305.13245).",
         hint="Train the model further with the merged heads: gradients reach the original projections through the mean.",
         example=script("""

@@ -107,6 +107,22 @@ class BlockManager:
         """The request's pages in the order of its tokens; ``DEAD`` where a window has passed one."""
         return list(self._held[request].pages)
 
+    def row(self, request: Hashable, width: int) -> list[int]:
+        """``table`` as a row of a block table of ``width`` columns: 0 where a window has passed a page, and behind the last one."""
+        holding = self._held[request]
+        return [*[0] * holding.alive_from, *holding.pages[holding.alive_from :], *[0] * (width - len(holding.pages))]
+
+    def slots(self, request: Hashable, first: int, last: int) -> list[int]:
+        """page * page_size + offset of each token [first, last), all of which have slots."""
+        pages, size = self._held[request].pages, self.page_size
+        if last - first == 1:
+            return [pages[first // size] * size + first % size]
+        return [pages[p // size] * size + p % size for p in range(first, last)]
+
+    def columns(self, request: Hashable) -> int:
+        """How many pages ``table`` has."""
+        return len(self._held[request].pages)
+
     def slot(self, request: Hashable, position: int) -> int:
         """page * page_size + offset of a token that has a slot."""
         page = self._held[request].pages[position // self.page_size]

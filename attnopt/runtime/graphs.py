@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.config import disabled_backends
+from attnopt.errors import first_line
 
 MOST_GRAPHS = 64
 """Those that were replayed least recently go."""
@@ -221,8 +222,7 @@ class DecodeGraphs:
         try:
             replay = self.recorder(lambda: self.run(*held))
         except RuntimeError as error:
-            first = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
-            self.reason = f"a step cannot be recorded: {first}"
+            self.reason = f"a step cannot be recorded: {first_line(error)}"
             return None
         self.recorded += 1
         self._graphs[key] = made = _Recorded(held, replay)

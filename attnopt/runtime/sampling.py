@@ -6,6 +6,7 @@ else ran in its batch, on chunks, or on a preemption (as far as its logits do no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,13 +69,14 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], seeds: Sequence[int
     # a row with a NaN has its greatest there, and one of -inf alone has -inf: one pass over the logits, and one wait for the device
     best = logits.argmax(-1, keepdim=True)
     most = logits.gather(-1, best)
-    chosen, bad = torch.cat([best, most.isnan() | (most == -torch.inf)], 1).T.tolist()
+    chosen, greatest = torch.cat([best.double(), most.double()], 1).T.tolist()
+    bad = [x != x or x == -math.inf for x in greatest]
     rows = [i for i, p in enumerate(params) if p.temperature > 0 and p.top_k != 1 and not bad[i]]
     if rows:
         drawn = _drawn(logits[rows].double(), [params[i] for i in rows], [uniform(seeds[i], counters[i]) for i in rows])
         for i, token in zip(rows, drawn, strict=True):
             chosen[i] = token
-    return [None if b else token for b, token in zip(bad, chosen, strict=True)]
+    return [None if b else int(token) for b, token in zip(bad, chosen, strict=True)]
 
 
 def _drawn(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from attnopt.errors import first_line, named
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import apart, computing_dtype, judge
 from attnopt.verify.compare import leaves as output_leaves
@@ -147,7 +148,7 @@ class _Runner:
         try:
             self.original(flatten(self.reference, args, kwargs), ())
         except Exception as error:  # noqa: BLE001 - a captured graph raises whatever its guards and ops raise
-            return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
+            return named(error, 160)
         return None
 
     def original(self, leaves: Sequence[Any], keep: set[Node] | tuple[()]) -> tuple[Any, dict[Node, Any]]:
@@ -167,7 +168,7 @@ class _Runner:
                     math.inf,
                     apart(dtype),
                     False,
-                    f"the optimized model raises {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}",
+                    f"the optimized model raises {named(error, 200)}",
                 )
             exact = None
             if truth:
@@ -175,7 +176,7 @@ class _Runner:
                     with seeded():
                         exact = output_leaves(Float64Interpreter(self.reference, root=self.root).run_leaves(leaves)[0])
                 except RuntimeError as error:
-                    why = f", since it does not run in float64 ({str(error).splitlines()[0][:160]})"
+                    why = f", since it does not run in float64 ({first_line(error, 160)})"
         errors = None if exact is None else OwnErrors(lambda n: self._moved(n, leaves))
         return judge(name, got, expected, exact, dtype, own_errors=errors, detail="" if exact is not None else f"against the original at its own dtype{why}")
 
@@ -212,11 +213,11 @@ class _Runner:
             original = self._gradients(GraphInterpreter, self.reference, leaves, parameters)
             truth = self._gradients(Float64Interpreter, self.reference, leaves, parameters)
         except RuntimeError as error:
-            return Check(name, 0.0, apart(dtype), True, f"not compared: the original has no gradient ({str(error).splitlines()[0][:160]})")
+            return Check(name, 0.0, apart(dtype), True, f"not compared: the original has no gradient ({first_line(error, 160)})")
         try:
             optimized = self._gradients(GraphInterpreter, self.optimized, leaves, parameters)
         except Exception as error:  # noqa: BLE001 - whatever a kernel's backward raises is the finding
-            return Check(name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            return Check(name, math.inf, apart(dtype), False, f"the optimized model raises {named(error, 200)}")
         return judge(name, optimized, original, truth, dtype, gradient=True)
 
     def _gradients(self, kind: type[GraphInterpreter], gm: GraphModule, leaves: Sequence[Any], parameters: Mapping[str, Tensor]) -> list[Tensor]:

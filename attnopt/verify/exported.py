@@ -146,4 +146,5 @@ def _of_one(verdict: Verdict) -> Verdict:
 
 
 def _joined(verdict: Verdict, more: Verdict) -> Verdict:
-    return Verdict(None if verdict.passed is None else verdict.passed and bool(more.passed), [*verdict.checks, *more.checks])
+    both = (verdict.passed, more.passed)
+    return Verdict(False if False in both else None if None in both else True, [*verdict.checks, *more.checks])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.errors import first_line, named
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import apart, computing_dtype, judge
 from attnopt.verify.compare import leaves as output_leaves
@@ -51,7 +52,7 @@ def verify_modules(
             try:
                 _run(original, a, k)
             except Exception as error:  # noqa: BLE001 - a model raises what it likes
-                return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
+                return named(error, 160)
             return None
 
         sets, notes = variants(args, kwargs, dynamic, refuses)
@@ -103,7 +104,7 @@ def _check(
         got = output_leaves(_run(optimized, args, kwargs))
     except Exception as error:  # noqa: BLE001 - whatever the optimized model raises is the finding
         return Check(
-            name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+            name, math.inf, apart(dtype), False, f"the optimized model raises {named(error, 200)}"
         )
     return judge(name, got, expected, truth, dtype, own_errors=errors, detail=detail)
 
@@ -118,7 +119,7 @@ def in_float64(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any,
     try:
         return run(*args, **kwargs), ""
     except RuntimeError as error:
-        return None, f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
+        return None, f"the original does not run in float64: {first_line(error, 160)}"
 
 
 def float64_copy(original: Callable[..., Any]) -> tuple[nn.Module | None, str]:
@@ -147,11 +148,11 @@ def _gradients(original: Callable[..., Any], optimized: Callable[..., Any], exac
         expected = _differentiate(original, names, args, kwargs)
         truth = _differentiate(exact, names, *double((args, kwargs)))
     except RuntimeError as error:
-        return [Check(name, 0.0, apart(dtype), True, f"not compared: the original has no gradient ({str(error).splitlines()[0][:160]})")]
+        return [Check(name, 0.0, apart(dtype), True, f"not compared: the original has no gradient ({first_line(error, 160)})")]
     try:
         got = _differentiate(optimized, names, args, kwargs)
     except Exception as error:  # noqa: BLE001 - whatever a kernel's backward raises is the finding
-        return [Check(name, math.inf, apart(dtype), False, f"the optimized model raises {type(error).__name__}: {str(error).splitlines()[0][:200]}")]
+        return [Check(name, math.inf, apart(dtype), False, f"the optimized model raises {named(error, 200)}")]
     return [judge(name, got, expected, truth, dtype, gradient=True)]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from attnopt.errors import first_line
 from attnopt.kernels.paged_reference import GREATEST
 from attnopt.passes.insert_kv_cache import PackedPlan
 from attnopt.report import Check, Verdict
-from attnopt.verify.budget import judge
+from attnopt.verify.budget import computing_dtype, judge
+from attnopt.verify.choices import Choices, PackedChoices, Unlike, finite, same_choices, scores_by_token
 from attnopt.verify.end_to_end import Progress
 from attnopt.verify.modules import double, float64_copy
 
@@ -29,6 +32,10 @@ Alone = Callable[[Tensor, int], Call]
 """The call of the original for the ids [1, n] of a request, by its number."""
 Encode = Callable[[int], Sequence[tuple[Tensor, Tensor]]]
 """Keys and values of a request's other sequence, for each layer that reads one."""
+
+
+Forced = list[tuple[Tensor, Choices]]
+"""Of each request, what a model gives that chooses as another did, and its scores."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Requests:
     """Of each request, keys and values of its other sequence for each layer that reads one."""
 
     def __post_init__(self) -> None:
+        self.at: tuple[Tensor, Tensor]
+        """Request and position of each token of the current call."""
         self.block_table = self._table([len(x) for x in self.ids], 17)
         lengths = [len(x[0][0]) for x in self.contexts]
         self.cross = [self._table(lengths, 19), torch.tensor(lengths, dtype=torch.int32, device=self.device)] if lengths else []
@@ -92,6 +101,7 @@ class Requests:
             ends = torch.tensor([0, *counts]).cumsum(0).to(self.device, torch.int32)
             lengths = torch.tensor([done[r] for r in left], device=self.device, dtype=torch.int32)
             rows = torch.arange(len(tokens), device=self.device)
+            self.at = requests, positions
             out = run(tokens, positions, rows, slots, self.block_table[left], ends, lengths, *(x[left] for x in self.cross), *self.caches)
             for r, part in zip(left, out.split(counts), strict=True):
                 found[r].append(part)
@@ -118,13 +128,20 @@ def verify_packed(
     ids = [seen[torch.randint(len(seen), (n,), generator=generator).to(seen.device)] for n in lengths]
     exact, why = float64_copy(original)
     with torch.no_grad():
-        expected = [computed_alone(original, alone(x[None], r), logits) for r, x in enumerate(ids)]
+        expected, chosen = [], []
+        for r, x in enumerate(ids):
+            with Choices() as choices:
+                expected.append(computed_alone(original, alone(x[None], r), logits))
+            chosen.append(choices)
         truth: list[Tensor] | None = None
         if exact is not None:
             try:
                 truth = [computed_alone(exact, double(alone(x[None], r)), logits) for r, x in enumerate(ids)]
             except RuntimeError as error:
-                why = f"the original does not run in float64: {(str(error).strip() or '-').splitlines()[0][:160]}"
+                why = f"the original does not run in float64: {first_line(error, 160)}"
+        forced: Forced | None = None
+        if truth is not None and exact is not None and chosen[0].taken:
+            forced = _forced(exact, [double(alone(x[None], r)) for r, x in enumerate(ids)], chosen, logits)
         detail = "" if truth is not None else f"against the original at its own dtype ({why})"
         checks: list[Check] = []
         for i, chunk in enumerate(CHUNKS):
@@ -138,10 +155,60 @@ def verify_packed(
                 said = "; ".join(x for x in (stated.detail, detail) if x)
                 checks.append(judge(name, got, others[0], expected if truth is None else truth, expected[0].dtype, stated=True, detail=said))
                 continue
-            checks.append(judge(name, got, expected, truth, expected[0].dtype, detail=detail))
+            check = judge(name, got, expected, truth, expected[0].dtype, detail=detail)
+            if chosen[0].taken and (truth is None or forced is not None):
+                check = _given_choices(check, Requests(plan, ids, seen.device, contexts), run, chunk, expected, chosen, forced) or check
+            checks.append(check)
     return Verdict(all(c.passed for c in checks), checks)
 
 
 def computed_alone(model: nn.Module, call: Call, logits: Callable[[object], Tensor]) -> Tensor:
     args, kwargs = call
     return logits(model(*args, **kwargs))[0]
+
+
+def _forced(exact: nn.Module, calls: Sequence[Call], chosen: Sequence[Choices], logits: Callable[[object], Tensor]) -> Forced | None:
+    """The float64 truth of each request, and its scores, where it chooses as the original did; None where its choices are not the same in kind."""
+    found = []
+    for call, choices in zip(calls, chosen, strict=True):
+        try:
+            with Choices(same_choices(choices)) as mode:
+                found.append((computed_alone(exact, call, logits), mode))
+        except Unlike:
+            return None
+    return found if all(mode.kinds == c.kinds for (_, mode), c in zip(found, chosen, strict=True)) else None
+
+
+def _given_choices(
+    check: Check,
+    requests: Requests,
+    run: Run,
+    chunk: int,
+    expected: Sequence[Tensor],
+    chosen: Sequence[Choices],
+    truth: Forced | None,
+) -> Check | None:
+    """The same comparison given the original's choices, with the scores by which others would have been made (``verify/choices``); None where all choose alike.
+
+    ``truth`` is under these choices too; where there is none both are compared with each other, as ever. It counts as well where the truth alone chooses otherwise: the
+    original is far from it then, and would allow as much.
+    """
+    lengths = [len(x) for x in requests.ids]
+    try:
+        packed = PackedChoices(chosen, lengths)
+        got = [x[-len(e) :] for x, e in zip(requests.logits(lambda *inputs: packed.run(lambda: run(*inputs), *requests.at), chunk), expected, strict=True)]
+        if not packed.differ and not any(c.differ for _, c in truth or ()):
+            return None
+        runs = [packed.scores, scores_by_token(chosen, lengths)]
+        if truth is not None:
+            runs.append(scores_by_token([c for _, c in truth], lengths))
+    except Unlike:
+        return None
+    parts = [judge(check.name, got, expected, None if truth is None else [x for x, _ in truth], expected[0].dtype)]
+    for which in range(packed.count):
+        mine, own, *exact = finite(*(torch.cat([x[which].flatten(0, 1) for x in requests_]) for requests_ in runs))
+        # often float32, of what was computed in the model's dtype
+        parts.append(judge(check.name, [mine], [own], exact or None, computing_dtype([own, expected[0]])))
+    worst = max(parts, key=lambda c: (not c.passed, c.error / c.budget if c.budget else math.inf))
+    how = f"given the original's choices: {packed.differ} of {packed.rows} would be others, by scores that are compared too"
+    return Check(check.name, worst.error, worst.budget, worst.passed, "; ".join(x for x in (check.detail, how) if x))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from attnopt.errors import BackendError
+from attnopt.errors import BackendError, first_line
 from attnopt.report import Check
 from attnopt.verify.budget import band, computing_dtype, factor, judge
 from attnopt.verify.compare import leaves as output_leaves
@@ -86,11 +86,11 @@ class SiteChecker:
             original = self._gradients(GraphInterpreter(self.reference, root=self.root), site.reference, values, wanted, cotangent)
             truth = self._gradients(Float64Interpreter(self.reference, root=self.root), site.reference, values, wanted, cotangent)
         except RuntimeError as error:
-            return Check(name, 0.0, band(dtype), True, f"not compared: the original has no gradient here ({_line(error)})")
+            return Check(name, 0.0, band(dtype), True, f"not compared: the original has no gradient here ({first_line(error, 200)})")
         try:
             optimized = self._gradients(GraphInterpreter(self.optimized, root=self.root), site.optimized, values, wanted, cotangent)
         except Exception as error:  # noqa: BLE001 - whatever a kernel's backward raises is the finding
-            return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {_line(error)}")
+            return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {first_line(error, 200)}")
         return judge(name, optimized, original, truth, dtype, gradient=True)
 
     def _is_constant(self, node: Node) -> bool:
@@ -118,7 +118,7 @@ class SiteChecker:
             except RuntimeError as error:
                 if type_of is not LowPrecisionInterpreter:
                     raise
-                return Check(name, 0.0, band(dtype), True, f"not compared: the captured original does not run in this dtype ({_line(error)})")
+                return Check(name, 0.0, band(dtype), True, f"not compared: the captured original does not run in this dtype ({first_line(error, 200)})")
             truth = _run(Float64Interpreter(self.reference, root=root), site.reference, values)
             try:
                 optimized = _run(interpreter(self.optimized), site.optimized, values)
@@ -127,7 +127,7 @@ class SiteChecker:
                     return Check(name, 0.0, band(dtype), True, f"not compared: the kernel is for another dtype ({error.message})")
                 return Check(name, math.inf, band(dtype), False, f"the optimized site raises BackendError: {error.message}")
             except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
-                return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {_line(error)}")
+                return Check(name, math.inf, band(dtype), False, f"the optimized site raises {type(error).__name__}: {first_line(error, 200)}")
             if type_of is LowPrecisionInterpreter:
                 original, optimized = to_dtype(original, dtype), to_dtype(optimized, dtype)
         return judge(name, [optimized], [original], [truth], dtype)
@@ -179,8 +179,3 @@ def _is_float(x: Any) -> bool:
 def _rms(values: Sequence[Tensor]) -> float:
     squares = [float(v.detach().double().square().mean()) for v in values]
     return math.sqrt(sum(squares) / max(len(squares), 1))
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -97,7 +97,7 @@ def test_a_bad_prompt_is_told_in_one_sentence_and_the_others_get_their_tokens(de
         "[]": "The prompt is empty; it must have at least one token.",
         '"hello"': "'hello' is text, and the model has no tokenizer; token ids such as '1 2 3' can be given, or `tokenizer` in the model's file.",
         "{": "The line is not valid JSON: Expecting property name enclosed in double quotes (column 2).",
-        '{"text": [1]}': "The line has the key 'text'; supported are prompt, stop, max_new_tokens, temperature, top_k, top_p, seed.",
+        '{"text": [1]}': "The line has the key 'text'; supported are prompt, stop, source, source_file, max_new_tokens, temperature, top_k, top_p, seed.",
         '{"seed": 1}': 'The line has no prompt; expected "text", [1, 2, 3], or {"prompt": ...} with one of these.',
         "[1.5]": 'The line has no prompt; expected "text", [1, 2, 3], or {"prompt": ...} with one of these.',
         '{"prompt": [1], "top_p": 0}': "top_p is 0; it must be above 0 and at most 1.",

@@ -61,7 +61,7 @@ def test_inspect_and_explain_take_it_too(decoder: str, capsys: pytest.CaptureFix
         (["decoder.py:model", "--train"], "A model that generates from a KV cache is in evaluation mode, and --train asks for training mode"),
         (["decoder.py:model", "--output", "model.pt2"], "--kv-cache makes a serving model, which is not saved yet"),
         (["decoder.py:model", "--capture", "dynamo"], "capture is 'dynamo'; supported are 'auto' and 'export'"),
-        (["decoder.py:model", "--backend", "sdpa"], "There is no backend 'sdpa' for a paged cache; the backends are triton, reference, and 'auto'"),
+        (["decoder.py:model", "--backend", "sdpa"], "There is no backend 'sdpa' for a paged cache; the backends are triton, batched, reference, and 'auto'"),
     ],
     ids=["refused", "train", "output", "dynamo", "backend"],
 )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from attnopt.errors import AttnoptError, BackendError
 from attnopt.ir import expr as E
+from attnopt.kernels import paged_batched
+from attnopt.kernels.paged_choice import CacheSetting, choose
+from attnopt.kernels.registry import BackendRefusal
 from attnopt.kernels.tiling import Bounds
 from tests.kernels.conftest import Run
 from tests.kernels.paged import BY_CASE, CASES, MIXED, Paged, call, loads_of, one_by_one, paged, slots_of
@@ -21,40 +26,96 @@ def test_reference(name: str, page_size: int) -> None:
     torch.testing.assert_close(call(case, p).double(), one_by_one(case, p), atol=5e-6, rtol=5e-6)
 
 
-def test_reference_in_float64_and_half() -> None:
+UNEVEN = ((1, 70), (1, 3), (0, 0), (1, 33), (1, 1), (1, 40), (1, 64))
+"""One query each, of requests too uneven to be read side by side; one that has none."""
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_batched(name: str) -> None:
+    case = BY_CASE[name]
+    for page_size, lengths in ((16, MIXED), (5, UNEVEN), (16, UNEVEN), (16, ((1, 32),) * 7)):
+        p = paged(lengths, page_size, Hkv=case.shape[2], loads=loads_of(case))
+        if name in ("by-request-padding-zero", "bottom-right"):
+            with pytest.raises(BackendRefusal, match="a query may see no key"):
+                call(case, p, "batched")
+        else:
+            torch.testing.assert_close(call(case, p, "batched").double(), one_by_one(case, p), atol=5e-6, rtol=5e-6)
+
+
+def test_batched_is_what_auto_takes_on_a_cpu() -> None:
+    case = BY_CASE["softcap-window-sinks"]
+    setting = CacheSetting("cpu", torch.float32, 16, 16, 16)
+    assert choose(case.spec(), setting)[0] == "batched"
+    assert choose(case.spec(), replace(setting, device="cuda", page_size=24))[0] == "reference"
+    with pytest.raises(BackendRefusal, match="it reads lengths on the host, and the tensors are on cuda"):
+        choose(case.spec(), replace(setting, device="cuda"), "batched")
+
+
+def test_a_plan_is_for_its_lengths_and_pages() -> None:
+    case = BY_CASE["window"]
+    p = paged(((1, 40), (1, 64)), 16)
+    for _ in range(2):  # what is kept of a call is not what the next one reads
+        torch.testing.assert_close(call(case, p, "batched").double(), one_by_one(case, p), atol=5e-6, rtol=5e-6)
+    want = call(case, p)
+    p.seqlens_k[1] -= 3
+    shorter = call(case, p, "batched")
+    torch.testing.assert_close(shorter, call(case, p), atol=5e-6, rtol=5e-6)
+    assert not torch.allclose(shorter[1], want[1], atol=1e-3)
+    p.seqlens_k[1] += 3
+    p.block_table[0], p.block_table[1] = p.block_table[1].clone(), p.block_table[0].clone()  # 40 keys of the second, 64 slots of which the first has 40
+    p.seqlens_k[1] = 40
+    swapped = call(case, p, "batched")
+    torch.testing.assert_close(swapped, call(case, p), atol=5e-6, rtol=5e-6)
+    assert not torch.allclose(swapped, want, atol=1e-3)
+
+
+def test_only_a_few_plans_are_kept() -> None:
+    memos = [paged_batched.Memo() for _ in range(2 * paged_batched.Memo.MOST)]
+    for memo in memos:
+        memo.keep(None)  # type: ignore[arg-type]
+        memo.plan = memo  # type: ignore[assignment]
+    paged_batched.Memo().keep(None)  # type: ignore[arg-type]
+    assert sum(m.plan is not None for m in memos) < paged_batched.Memo.MOST
+
+
+@pytest.mark.parametrize("backend", ["reference", "batched"])
+def test_float64_and_half(backend: str) -> None:
     case = BY_CASE["window"]
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
         p = paged(MIXED, 16, dtype)
-        o = call(case, p)
+        o = call(case, p, backend)
         assert o.dtype == dtype
         torch.testing.assert_close(o.double(), one_by_one(case, p), atol=tolerance, rtol=tolerance)
 
 
-def test_pages_before_a_window_are_not_read() -> None:
+@pytest.mark.parametrize("backend", ["reference", "batched"])
+def test_pages_before_a_window_are_not_read(backend: str) -> None:
     case = BY_CASE["window"]  # 20 keys to the left
-    p = paged(((1, 65), (3, 70)), 16)
-    want = call(case, p)
+    p = paged(((1, 65), (3, 70), (1, 66)), 16)
+    want = call(case, p, backend)
     p.give_away(2)  # keys 0..31: the query at 64 sees keys from 44 on
-    assert torch.equal(call(case, p), want)
+    assert torch.equal(call(case, p, backend), want)
 
 
-def test_tokens_of_no_request_are_zero() -> None:
+@pytest.mark.parametrize("backend", ["reference", "batched"])
+def test_tokens_of_no_request_are_zero(backend: str) -> None:
     case = BY_CASE["causal"]
     p = paged(MIXED, 16)
     more = Paged(torch.cat([p.q, torch.full_like(p.q[:3], torch.nan)]), *p.arguments[1:], p.loads, p.keys, p.values)
-    o = call(case, more)
-    assert not o[-3:].any() and torch.equal(o[:-3], call(case, p))
+    o = call(case, more, backend)
+    assert not o[-3:].any() and torch.equal(o[:-3], call(case, p, backend))
 
 
+@pytest.mark.parametrize("backend", ["reference", "batched"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
-def test_quantized_cache(dtype: torch.dtype) -> None:
+def test_quantized_cache(dtype: torch.dtype, backend: str) -> None:
     case = BY_CASE["causal"]
     p = paged(MIXED, 16)
     k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8).view(dtype) for x in (p.k_cache, p.v_cache))
     ks, vs = (torch.full(p.k_cache.shape[:3], torch.nan) for _ in range(2))
     slots = slots_of(p)
     torch.ops.attnopt.cache_write(torch.cat(p.keys), torch.cat(p.values), k8, v8, slots, ks, vs)
-    o: Tensor = torch.ops.attnopt.paged_attention(p.q, k8, v8, *p.arguments[3:], p.loads, [], case.spec().to_json(), "reference", ks, vs)
+    o: Tensor = torch.ops.attnopt.paged_attention(p.q, k8, v8, *p.arguments[3:], p.loads, [], case.spec().to_json(), backend, ks, vs)
     # exact for what the cache holds; its numbers are within half a step of the originals
     wide = [(x.float() * s.unsqueeze(-1)) for x, s in ((k8, ks), (v8, vs))]
     again: Tensor = torch.ops.attnopt.paged_attention(p.q, *wide, *p.arguments[3:], p.loads, [], case.spec().to_json(), "reference")
@@ -78,7 +139,8 @@ def test_cache_write_leaves_out_negative_slots() -> None:
 def test_operators_are_registered_as_they_behave() -> None:
     case = BY_CASE["causal"]
     p = paged(MIXED, 16)
-    torch.library.opcheck(torch.ops.attnopt.paged_attention.default, (*p.arguments, [], [], case.spec().to_json(), "reference"))
+    for backend in ("reference", "batched"):
+        torch.library.opcheck(torch.ops.attnopt.paged_attention.default, (*p.arguments, [], [], case.spec().to_json(), backend))
     k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
     slots = torch.tensor([1, -1, 20])
     torch.library.opcheck(torch.ops.attnopt.cache_write.default, (k, v, p.k_cache.zero_(), p.v_cache.zero_(), slots))
@@ -87,8 +149,9 @@ def test_operators_are_registered_as_they_behave() -> None:
 def test_a_request_longer_than_what_is_read_by_position() -> None:
     case = BY_CASE["bias-by-key"]
     p = paged(((1, 71), (1, 5)), 16, loads=loads_of(case))
-    with pytest.raises(AttnoptError, match=r"A request has 71 keys, and load0 \(70,\), which is read by position, has 70 positions"):
-        call(case, p)
+    for backend in ("reference", "batched"):
+        with pytest.raises(AttnoptError, match=r"A request has 71 keys, and load0 \(70,\), which is read by position, has 70 positions"):
+            call(case, p, backend)
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -108,7 +171,7 @@ def test_what_does_not_fit_is_named() -> None:
         attend(p.q.half(), *p.arguments[1:], p.loads, [], spec)
     with pytest.raises(AttnoptError, match="needs k_scale and v_scale"):
         attend(p.q, p.k_cache.to(torch.int8), p.v_cache.to(torch.int8), *p.arguments[3:], p.loads, [], spec)
-    with pytest.raises(BackendError, match="There is no backend 'flash' for a paged cache; the backends are triton, reference, and 'auto'"):
+    with pytest.raises(BackendError, match="There is no backend 'flash' for a paged cache; the backends are triton, batched, reference, and 'auto'"):
         attend(*p.arguments, p.loads, [], spec, "flash")
     with pytest.raises(AttnoptError, match=r"each token has one slot"):
         torch.ops.attnopt.cache_write(p.keys[0], p.values[0], p.k_cache, p.v_cache, torch.tensor([0]))

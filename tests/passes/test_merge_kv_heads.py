@@ -67,7 +67,9 @@ def test_it_is_the_model_with_the_mean_of_the_weights(groups: int) -> None:
     report = merged.attnopt_report
     assert report.verdict.passed and any(c.name.startswith("whole model with merged heads") for c in report.verdict.checks)
     assert [s.spec.groups for s in report.sites] == [H // groups] * 2
-    assert messages(merged, "AO110") == [f"6 KV heads are merged into {groups}, each the mean of {6 // groups}; this changes what the model computes."] * 2
+    said = [f"6 KV heads are merged into {groups}, each the mean of {6 // groups}; this changes what the model computes."]
+    said += [f"the projection of the {what} has the mean of its rows, {8 * groups} of 48." for what in ("keys", "values")]
+    assert messages(merged, "AO110") == said * 2
     (said,) = messages(merged, "AO109")
     before = model(IDS).detach().double()
     change = float(((truth - before).square().mean() / before.square().mean()).sqrt())

@@ -10,15 +10,10 @@ import attnopt
 from attnopt.errors import ServingError
 from attnopt.runtime import SamplingParams
 from attnopt.serving import ServingModel
-from serving.models import example, hand_written, plain_generate, prompts, transformers_generate, transformers_model
+from serving.models import example, plain_generate, prompts, transformers_generate, transformers_model
 
 CONTIGUOUS = attnopt.OptimizeConfig(kv_cache="contiguous")
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def original() -> nn.Module:
-    return hand_written()
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,13 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.errors import AttnoptError, ServingError, VerificationError
-from attnopt.kernels import paged_reference
+from attnopt.kernels import paged_batched
 from attnopt.runtime import DecodeGraphs, SamplingParams
 from attnopt.serving import ServingModel
-from serving.models import HandWritten, hand_written
+from serving.models import HandWritten
 
 PAGED = attnopt.OptimizeConfig(kv_cache="paged")
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def original() -> nn.Module:
-    return hand_written()
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +151,13 @@ def test_a_model_that_cannot_be_served_is_told_with_its_line() -> None:
 
 
 def test_a_wrong_kernel_is_noticed(original: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = paged_reference.attention
+    right = paged_batched.attention
 
     def wrong(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, ends: Tensor, lengths: Tensor, *rest: Any) -> Tensor:
         out = right(q, k_cache, v_cache, table, ends, lengths, *rest)
         return torch.where((lengths > 20).any(), out.roll(1, 0), out)
 
-    monkeypatch.setattr(paged_reference, "attention", wrong)
+    monkeypatch.setattr(paged_batched, "attention", wrong)
     with pytest.raises(VerificationError, match="The serving model differs from HandWritten: packed requests of"):
         attnopt.optimize(original, IDS, config=PAGED)
 

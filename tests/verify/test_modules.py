@@ -155,6 +155,28 @@ def test_errors(model: Decoder) -> None:
         verify_modules(raises, model, example())
 
 
+def test_an_error_without_words(model: Decoder) -> None:
+    """Backward passes that raise nothing but a type: the check fails and says the type."""
+
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise RuntimeError
+
+    class Quiet(Other):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return Silent.apply(super().forward(ids, mask))  # type: ignore[no-any-return, no-untyped-call]
+
+    last = verify_modules(model, Quiet(model), example()).checks[-1]
+    assert not last.passed and last.detail == "the optimized model raises RuntimeError"
+    last = verify_modules(Quiet(model), model, example()).checks[-1]
+    assert last.detail == "not compared: the original has no gradient (RuntimeError)"
+
+
 def test_meta_device() -> None:
     with torch.device("meta"):
         model = Decoder().eval()

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.errors import named
+
 Arch = tuple[int, int]
 """A CUDA compute capability, as (9, 0)."""
 
@@ -89,8 +91,7 @@ def load(module: str, distribution: str) -> ModuleType | str:
 
 
 def _broken(module: str, e: Exception) -> str:
-    text = str(e).strip()
-    return f"{module} is installed and does not import: {type(e).__name__}: {text.splitlines()[0] if text else '-'}"
+    return f"{module} is installed and does not import: {named(e)}"
 
 
 def _has(function: Any, name: str) -> bool:
