@@ -53,6 +53,8 @@ class ServingModel(nn.Module):
     have (None: as many as the cache holds). It stays in the dtype and on the device that it was made for.
     """
 
+    _held: nn.Module
+
     def __init__(
         self,
         model: nn.Module,
@@ -63,11 +65,9 @@ class ServingModel(nn.Module):
         length: Callable[..., int] | None = None,
         pieces: Callable[[Compiler], GraphFunction] | None = None,
         means: Sequence[Mean] = (),
+        original: OriginalCall | None = None,
     ) -> None:
         super().__init__()
-        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
-        self._non_persistent_buffers_set = model._non_persistent_buffers_set
-        self.training = False
         self.function = function
         self.context = context
         self._length = length
@@ -76,8 +76,15 @@ class ServingModel(nn.Module):
         self._compiled: GraphFunction | None = None
         self.plan = plan
         self.attnopt_report = report
-        self.original: OriginalCall | None = None
+        self.original = original
         """How the model that this one was made of is called, for whoever compares the two."""
+        # A model's modules may have the names of this class's own attributes (layers, plan): the graphs find them in a module that has nothing else
+        held = nn.Module()
+        self.__dict__["_held"] = held
+        for module in (held, self):
+            module._modules, module._parameters, module._buffers = model._modules, model._parameters, model._buffers
+            module._non_persistent_buffers_set = model._non_persistent_buffers_set
+            module.training = False
 
     @property
     def layers(self) -> tuple[CacheLayer, ...]:
@@ -127,7 +134,7 @@ class ServingModel(nn.Module):
         self.context_length(*inputs)
         assert self.context is not None
         with torch.no_grad():
-            found = self.context.run(self, *inputs, *self.context.constants)[0]
+            found = self.context.run(self._held, *inputs, *self.context.constants)[0]
         return list(zip(found[0::2], found[1::2], strict=True))
 
     def context_length(self, *inputs: Tensor) -> int:
@@ -150,8 +157,8 @@ class ServingModel(nn.Module):
 
     def _call(self, *inputs: Tensor) -> Tensor:
         """The graph, on its inputs in their order."""
-        refresh(self._means, self)
-        found: Tensor = self.function.run(self, *inputs, *self.function.constants)[0]
+        refresh(self._means, self._held)
+        found: Tensor = self.function.run(self._held, *inputs, *self.function.constants)[0]
         return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ServingModel:
@@ -195,7 +202,7 @@ class ServingModel(nn.Module):
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches.tensors, rows, (cross[0], cross[1]) if cross else None)
 
         def state() -> list[Tensor]:
-            refresh(self._means, self)
+            refresh(self._means, self._held)
             constants = [x for x in self.function.constants if isinstance(x, Tensor)]
             return [*module_tensors(self), *constants, *(x for pair in caches.tensors for x in pair)]
 
@@ -203,9 +210,9 @@ class ServingModel(nn.Module):
 
         def compiled(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
             assert function is not None
-            refresh(self._means, self)
+            refresh(self._means, self._held)
             leaves = (tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *cross, *(x for tensors in caches.tensors for x in tensors))
-            logits: Tensor = function.run(self, *leaves, *function.constants)[0]
+            logits: Tensor = function.run(self._held, *leaves, *function.constants)[0]
             return logits
 
         step: Callable[..., Tensor] = run if function is None else compiled
@@ -280,8 +287,7 @@ def serve(model: nn.Module, args: Args, kwargs: Kwargs, dynamic_shapes: DynamicS
     context = None if module is None else graph_function(lowered(module, config), model)
     means = fold_means(result.graph_module, model)
     pieces = partial(_in_pieces, result.graph_module, model)
-    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, length, pieces, means)
-    serving.original = call.form
+    serving = ServingModel(clone_tree(model), graph_function(result.graph_module, model), plan, report, context, length, pieces, means, call.form)
     if not config.verify:
         report.remarks.append(Remark("AO304", "Not compared with the original: verify=False."))
         return serving

@@ -183,3 +183,35 @@ def test_without_a_gpu_steps_run_without_graphs_and_say_why(serving: ServingMode
     assert isinstance(engine.run, DecodeGraphs) and engine.run.reason == "CUDA graphs need a CUDA device, and the caches are on cpu"
     want = serving.engine(pages=8, graphs=False).generate([[3, 4, 5]], SamplingParams(max_new_tokens=5))
     assert engine.generate([[3, 4, 5]], SamplingParams(max_new_tokens=5))[0].tokens == want[0].tokens
+
+
+class NamedAsItsMethods(nn.Module):
+    """Its modules and parameters have the names of what a serving model has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run, self.plan = nn.Embedding(32, 16), nn.Embedding(24, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+        self.function = nn.Linear(16, 32)
+        self.original = nn.Parameter(torch.randn(16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.run(ids) + self.plan(torch.arange(ids.shape[1])) + self.original
+        for layer in self.layers:
+            q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in layer(x).chunk(3, -1))
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        out: Tensor = self.function(x)
+        return out
+
+
+def test_names_of_the_original_may_be_its_own() -> None:
+    torch.manual_seed(0)
+    original = NamedAsItsMethods().eval()
+    prompt = [3, 1, 4, 1, 5]
+    serving = attnopt.optimize(original, (torch.tensor([prompt, prompt]),), config=attnopt.OptimizeConfig(kv_cache="paged"))
+    assert isinstance(serving, ServingModel) and serving.attnopt_report.verdict.passed
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(original(torch.tensor([ids]))[0, -1].argmax()))
+    assert serving.generate([prompt], SamplingParams(max_new_tokens=6))[0].tokens == tuple(ids[len(prompt) :])
