@@ -196,6 +196,8 @@ def test_splits_fill_the_device() -> None:
     assert launch_paged.splits(8, 128, room, processors) == 16
     assert launch_paged.splits(8, 16, room, processors) == 8
     assert launch_paged.splits(128, 8, room, processors) == 1
+    # not where a program has much to compute
+    assert launch_paged.splits(8, 128, room, 0) == 43
 
 
 def test_room_for_programs() -> None:

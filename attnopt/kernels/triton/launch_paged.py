@@ -44,8 +44,8 @@ INTERPRETED_PROCESSORS = 4
 LEAST_BLOCKS = 2
 """Blocks of keys that are worth a program of their own: the first waits for the page table."""
 FEW_BLOCKS = 8
-"""With no more of them for one program on each multiprocessor, more programs gain nothing: at 8192 keys for 8 heads on an H100, 16 splits of 8 blocks take 18.3 us, 43 of 3 take
-20.1 (there is more to join). In the middle of both, 22 take 18.5."""
+"""With no more of them for one program on each multiprocessor, more programs gain nothing, as there is more to join. At 8192 keys for 8 heads on an H100 (benchmarks/decode.py) 16
+splits of 8 blocks take 18.8 us, 43 of 3 took 20.4. Not so with 8-bit caches, whose programs compute more for each key: 20.4 us against 17.1."""
 MOST_PLANS = 4096
 
 
@@ -171,7 +171,7 @@ def programs_each(c: Config, D: int, Dv: int, element: int, memory: int) -> int:
 @lru_cache(maxsize=4096)
 def splits(programs: int, blocks: int, room: int, processors: int) -> int:
     """How many programs share the keys of a tile, where there are ``programs`` tiles of at most ``blocks`` blocks of keys, and the device holds ``room`` programs on its
-    ``processors``.
+    ``processors`` (0: one program on each is never enough).
 
     The least number that fills the device about as well as any: whole rounds of programs, without a nearly empty last one, in which few programs would have to ask for all
     that memory can give. From two rounds on that hardly matters, and none are split. Never a split that gets no block.
@@ -313,7 +313,7 @@ class Plan:
             blocks = -(-reach(limits, chunk(spec.mask), BLOCK_Q, capacity) // c.BLOCK_N)
             each = programs_each(c, D, 0 if one_load else Dv, k_cache.element_size(), memory)
             many = processors(index) if on_gpu else INTERPRETED_PROCESSORS
-            num_splits = splits(likely, blocks, each * many, many)
+            num_splits = splits(likely, blocks, each * many, 0 if quantized else many)
         split = num_splits > 1
         pdl = on_gpu and capability() >= (9, 0)
         early = {"launch_pdl": True} if pdl else {}
