@@ -94,15 +94,9 @@ class InsertKVCache:
         graph = module.graph
         drop_unread(graph)
         try:
-            tokens, flow = tokens_and_flow(module)
-            logits = logits_of(flow, graph, self.output)
-            places = last_places(flow, logits)
-            served = [n for n in attentions(graph) if n in flow.needed]
-            if not served:
-                raise Refusal("AO215", "the model has no attention that was understood, so there is nothing to cache; supported is a decoder of causal self-attention.", logits)
+            tokens, flow, logits, places, served = decoder_of(module, self.output)
         except Refusal as r:
-            assert r.node is not None
-            return PassResult(False, [Remark(r.code, r.message, source=N.source(r.node), node=describe(r.node))])
+            return refused(r)
         result = PassResult(True)
         crossing = [n for n in served if reads_context(flow, n)]
         context = context_module(module, [(n.args[1], n.args[2]) for n in crossing]) if crossing else None  # type: ignore[misc]
@@ -158,7 +152,25 @@ class InsertKVCache:
         return layer
 
 
-def tokens_and_flow(module: fx.GraphModule) -> tuple[fx.Node, TokenFlow]:
+def decoder_of(module: fx.GraphModule, output: int | None) -> tuple[fx.Node, TokenFlow, fx.Node, list[fx.Node], list[fx.Node]]:
+    """The ids, the proof for them, the logits (``output`` as in the pass), where the last token of each sequence is taken, and the attentions to cache. Raises Refusal."""
+    graph = module.graph
+    tokens, flow = _tokens_and_flow(module)
+    logits = logits_of(flow, graph, output)
+    places = last_places(flow, logits)
+    served = [n for n in attentions(graph) if n in flow.needed]
+    if not served:
+        raise Refusal("AO215", "the model has no attention that was understood, so there is nothing to cache; supported is a decoder of causal self-attention.", logits)
+    return tokens, flow, logits, places, served
+
+
+def refused(r: Refusal) -> PassResult:
+    """The module stays as it is, with the reason as a remark."""
+    assert r.node is not None
+    return PassResult(False, [Remark(r.code, r.message, source=N.source(r.node), node=describe(r.node))])
+
+
+def _tokens_and_flow(module: fx.GraphModule) -> tuple[fx.Node, TokenFlow]:
     """The input that holds the ids, and the proof for it; of several that could, the one that has a proof. Raises Refusal."""
     graph = module.graph
     used = [n for n in graph.find_nodes(op="placeholder") if N.is_tensor(n) and any(N.op_name(u) != "aten::sym_size" for u in n.users)]

@@ -17,16 +17,14 @@ from attnopt.analysis import nodes as N
 from attnopt.analysis.layout import Refusal
 from attnopt.analysis.self_attention import reads_context, seen_by_all, without_shifts
 from attnopt.ir.spec import AttentionSpec
-from attnopt.passes.attention_nodes import attentions, spec_of
+from attnopt.passes.attention_nodes import spec_of
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.cleanup import drop_unread
-from attnopt.passes.describe import describe
 from attnopt.passes.edit import Editor, aten
 from attnopt.passes.group_heads import site_name
-from attnopt.passes.insert_kv_cache import PLAN, CacheLayer, PackedPlan, redirected, tokens_and_flow
+from attnopt.passes.insert_kv_cache import PLAN, CacheLayer, PackedPlan, decoder_of, redirected, refused
 from attnopt.passes.packed_inputs import sizes_from
-from attnopt.passes.packed_output import last_places, logits_of, packed_logits
-from attnopt.remarks import Remark
+from attnopt.passes.packed_output import packed_logits
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,10 @@ class InsertStaticCache:
         graph = module.graph
         drop_unread(graph)
         try:
-            tokens, flow = tokens_and_flow(module)
-            logits = logits_of(flow, graph, self.output)
-            places = last_places(flow, logits)
-            found = [n for n in attentions(graph) if n in flow.needed]
-            if not found:
-                raise Refusal("AO215", "the model has no attention that was understood, so there is nothing to cache; supported is a decoder of causal self-attention.", logits)
+            tokens, flow, logits, places, found = decoder_of(module, self.output)
             specs = [_served(node, reads_context(flow, node)) for node in found]
         except Refusal as r:
-            assert r.node is not None
-            return PassResult(False, [Remark(r.code, r.message, source=N.source(r.node), node=describe(r.node))])
+            return refused(r)
         inputs = _Inputs(graph, tokens, self.max_length)
         written = [_cached(graph, node, spec, inputs) for node, spec in zip(found, specs, strict=True)]
         for node, source in flow.sources.items():

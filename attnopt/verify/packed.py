@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attnopt.errors import first_line
 from attnopt.kernels.paged_reference import GREATEST
 from attnopt.passes.insert_kv_cache import PackedPlan
 from attnopt.report import Check, Verdict
 from attnopt.verify.budget import computing_dtype, judge
 from attnopt.verify.choices import Choices, PackedChoices, Unlike, finite, same_choices, scores_by_token
 from attnopt.verify.end_to_end import Progress
-from attnopt.verify.modules import double, float64_copy
+from attnopt.verify.modules import double, float64_copy, in_float64
 
 PAGE_SIZE = 16
 CHUNKS = (1, 7, 1 << 20)
@@ -134,14 +133,12 @@ def verify_packed(
                 expected.append(computed_alone(original, alone(x[None], r), logits))
             chosen.append(choices)
         truth: list[Tensor] | None = None
-        if exact is not None:
-            try:
-                truth = [computed_alone(exact, double(alone(x[None], r)), logits) for r, x in enumerate(ids)]
-            except RuntimeError as error:
-                why = f"the original does not run in float64: {first_line(error, 160)}"
         forced: Forced | None = None
-        if truth is not None and exact is not None and chosen[0].taken:
-            forced = _forced(exact, [double(alone(x[None], r)) for r, x in enumerate(ids)], chosen, logits)
+        if exact is not None:
+            doubled = [double(alone(x[None], r)) for r, x in enumerate(ids)]
+            truth, why = in_float64(lambda: [computed_alone(exact, call, logits) for call in doubled])
+            if truth is not None and chosen[0].taken:
+                forced = _forced(exact, doubled, chosen, logits)
         detail = "" if truth is not None else f"against the original at its own dtype ({why})"
         checks: list[Check] = []
         for i, chunk in enumerate(CHUNKS):

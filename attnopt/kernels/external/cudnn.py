@@ -182,16 +182,21 @@ def _attention(
         return interpreted[0], interpreted[1].float()
     q, k, v = _rows(q), _rows(k), _rows(v)
     values = bind_sizes(spec, sizes, q, k, v)
-    bias, part = (None, None) if found.bias is None else _without_least(dense(found.bias, q, k, loads, values))
+    bias = most = part = None
+    if found.bias is not None:
+        bias = dense(found.bias, q, k, loads, values)
+        most = bias.amax(-1, keepdim=True)
+        part = _least(most)
+        bias = bias if part is None else bias - part
     with_lse = needs_lse or spec.sinks
     o, stats, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, bias, with_lse, 0.0, found.causal, False, scale=found.scale)
     lse: Tensor | None = stats.reshape(stats.shape[0], stats.shape[1], -1) if with_lse else None
     if lse is not None and found.shift:
         lse = lse + found.shift
     if lse is not None and part is not None:
-        lse = lse + part.squeeze(-1)
-    if bias is not None:
-        o, lse = _set_rows_without_weight(o, lse, bias, spec)
+        lse = lse + part.float().squeeze(-1)
+    if most is not None:
+        o, lse = _set_rows_without_weight(o, lse, most, spec)
     if spec.sinks:
         assert lse is not None
         o, lse = with_sink(o, lse, loads, values, spec)
@@ -260,21 +265,19 @@ def dense(bias: Expr, q: Tensor, k: Tensor, loads: Sequence[Tensor], sizes: dict
     return there.view.reshape(shape).expand(shape[0], shape[1], Sq, k.shape[2])
 
 
-def _without_least(bias: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The bias less a part of it that is the same along a row, and that part [B or 1, Hq or 1, Sq, 1]; None for nothing.
+def _least(most: Tensor) -> Tensor | None:
+    """What to take off the rows of a bias whose maxima are ``most`` [B or 1, Hq or 1, Sq, 1]; None for nothing.
 
     cuDNN takes powers of two of score * log2(e), so it finds no weight in a row where no key has more than -2.36e38, as masks of bfloat16's
     least number have it. Half of the row's maximum is finite there, and still so large that the scores beside it round away.
     """
-    if torch.finfo(bias.dtype).min >= LEAST:
-        return bias, None
-    most = bias.amax(-1, keepdim=True)
-    part = torch.where((most < LEAST) & (most > -torch.inf), most / 2, 0.0)
-    return bias - part, part.float()
+    if torch.finfo(most.dtype).min >= LEAST:
+        return None
+    return torch.where((most < LEAST) & (most > -torch.inf), most / 2, 0.0)
 
 
-def _set_rows_without_weight(o: Tensor, lse: Tensor | None, bias: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
-    """A bias of -inf on every key leaves a row without weights: NaN, as softmax has it, or zero where the policy says so."""
-    hidden = bias.amax(-1, keepdim=True) == -torch.inf
+def _set_rows_without_weight(o: Tensor, lse: Tensor | None, most: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+    """A bias of -inf on every key, of which ``most`` is the maximum, leaves a row without weights: NaN, as softmax has it, or zero where the policy says so."""
+    hidden = most == -torch.inf
     o = torch.where(hidden, 0.0 if spec.empty_rows == "zero" else torch.nan, o)
     return o, None if lse is None else torch.where(hidden.squeeze(-1), -torch.inf, lse)
