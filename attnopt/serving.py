@@ -32,9 +32,9 @@ from attnopt.passes.quantize_kv_cache import QuantizeKVCache, rounded_writes
 from attnopt.remarks import Remark
 from attnopt.report import Report, Verdict
 from attnopt.runtime import DecodeGraphs, Engine, Event, Result, SamplingParams
-from attnopt.runtime.graphs import module_tensors
 from attnopt.runtime.model_caches import ModelCaches, pages_for
 from attnopt.runtime.paged_cache import layer_tensors
+from attnopt.runtime.watched import ModuleTensors
 from attnopt.verify.merged import change
 from attnopt.verify.packed import Stated, verify_packed
 
@@ -201,10 +201,12 @@ class ServingModel(nn.Module):
         def run(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches.tensors, rows, (cross[0], cross[1]) if cross else None)
 
+        weights = ModuleTensors(self._held)
+        others = [*(x for x in self.function.constants if isinstance(x, Tensor)), *(x for pair in caches.tensors for x in pair)]
+
         def state() -> list[Tensor]:
             refresh(self._means, self._held)
-            constants = [x for x in self.function.constants if isinstance(x, Tensor)]
-            return [*module_tensors(self), *constants, *(x for pair in caches.tensors for x in pair)]
+            return [*weights(), *others]
 
         function = self._compiled_function() if compile else None
 

@@ -54,14 +54,17 @@ class Env:
 def evaluate(roots: Sequence[Expr], env: Env, keep: bool = False) -> tuple[list[Value], dict[Expr, Value]]:
     """The values of ``roots``, and the table of values of all nodes below them.
 
-    Without ``keep`` a value is dropped after its last use, and the table holds little more than the roots.
+    What only ``env.known`` values would need is not computed. Without ``keep`` a value is dropped after its last use, and the table holds little more than the roots.
     """
-    order = list(E.postorder(*roots))
-    uses = Counter(a for e in order for a in e.args)
+    order = list(E.postorder(*roots, known=env.known))
+    uses = Counter(a for e in order if e not in env.known for a in e.args)
     uses.update(roots)
     table: dict[Expr, Value] = {}
     for e in order:
-        table[e] = env.known[e] if e in env.known else _node(e, table, env)
+        if e in env.known:
+            table[e] = env.known[e]
+            continue
+        table[e] = _node(e, table, env)
         if not keep:
             for a in e.args:
                 uses[a] -= 1

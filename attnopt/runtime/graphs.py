@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnopt.config import disabled_backends
 from attnopt.errors import first_line
+from attnopt.runtime.watched import State, state_of
 
 MOST_GRAPHS = 64
 """Those that were replayed least recently go."""
@@ -69,7 +70,7 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class Key:
-    """Everything a recorded step depends on but the numbers in its inputs."""
+    """Everything a recorded step depends on but the numbers in its inputs, and ``state_of`` the weights and caches, which is that of all graphs that are kept."""
 
     requests: int
     """Of the bucket: the step may have fewer."""
@@ -77,8 +78,6 @@ class Key:
     """Of the block tables, of the bucket."""
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
-    tensors: tuple[Hashable, ...]
-    """Address, shape, strides and dtype of every weight and every cache."""
     modes: tuple[Hashable, ...]
     """Settings of the process by which kernels are chosen."""
 
@@ -95,23 +94,6 @@ def modes() -> tuple[Hashable, ...]:
         torch.are_deterministic_algorithms_enabled(),
         disabled_backends(),
     )
-
-
-def module_tensors(root: nn.Module) -> list[Tensor]:
-    """Parameters and buffers of a module and those below it, as they are now. Asked for at each step, so without names and without ``nn.Module.parameters``, which
-    takes three times as long; a tensor that is shared may come twice."""
-    found: list[Tensor] = []
-    left: list[nn.Module | None] = [root]
-    while left:
-        module = left.pop()
-        if module is not None:
-            found += [x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None]
-            left += module._modules.values()
-    return found
-
-
-def described(tensors: Iterable[Tensor]) -> tuple[Hashable, ...]:
-    return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors)
 
 
 def bucket(n: int) -> int:
@@ -161,6 +143,7 @@ class DecodeGraphs:
         """Graphs that were made."""
         self.replays = 0
         self._graphs: OrderedDict[Key, _Recorded] = OrderedDict()
+        self._recorded_at: State | None = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -172,6 +155,10 @@ class DecodeGraphs:
         alike = tokens.shape[0] == requests == rows.shape[0] and 0 < requests <= MOST_REQUESTS
         if self.recorder is None or self.reason is not None or not alike:
             return self.run(*inputs)
+        state = state_of(self.state())
+        if state != self._recorded_at:  # weights or caches are elsewhere: what holds their addresses is never replayed again
+            self._graphs.clear()
+            self._recorded_at = state
         key = self._key(inputs)
         found = self._graphs.get(key)
         if found is None:
@@ -191,16 +178,12 @@ class DecodeGraphs:
             tuple(columns_for(inputs[i].shape[1]) for i in (3, 7) if i < len(inputs)),
             tuple(x.dtype for x in inputs),
             inputs[0].device,
-            described(self.state()),
             modes(),
         )
 
     def _record(self, key: Key, inputs: Inputs) -> _Recorded | None:
         """A new graph; None where a step cannot be recorded, which ``reason`` says from then on."""
         assert self.recorder is not None
-        # graphs whose weights or caches are elsewhere now are never asked for again
-        for old in [k for k in self._graphs if k.tensors != key.tensors]:
-            del self._graphs[old]
         while len(self._graphs) >= self.most_graphs:
             self._graphs.popitem(last=False)
         n, place = key.requests, key.device

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.runtime import DecodeGraphs, Engine, LayerShape, PagedCache, SamplingParams
-from attnopt.runtime.graphs import CudaRecorder, bucket, columns_for, module_tensors
+from attnopt.runtime.graphs import CudaRecorder, bucket, columns_for
 from attnopt.runtime.step import on_device
+from attnopt.runtime.watched import ModuleTensors
 from tests.runtime.toy import DV, HEADS, LAYERS, VOCABULARY, D, Toy, alone
 
 CPU = torch.device("cpu")
@@ -88,7 +89,8 @@ class Held:
         self.module = nn.ModuleDict({"a": nn.Linear(1, 3, bias=False), "b": nn.BatchNorm1d(2)})
         self.cache = torch.zeros(8, 3)
         self.recorder = Recorder()
-        self.graphs = DecodeGraphs(self.run, lambda: [*module_tensors(self.module), self.cache], CPU, self.recorder)
+        weights = ModuleTensors(self.module)
+        self.graphs = DecodeGraphs(self.run, lambda: [*weights(), self.cache], CPU, self.recorder)
 
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor, table: Tensor, starts: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
         return (tokens[:, None] * self.module["a"].weight.T + self.cache[table[:1, 0].long()])[rows]
