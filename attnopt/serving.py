@@ -73,7 +73,7 @@ class ServingModel(nn.Module):
         self._length = length
         self._pieces = pieces
         self._means = list(means)
-        self._compiled: GraphFunction | None = None
+        self._compiled: dict[bool, GraphFunction] = {}
         self.plan = plan
         self.attnopt_report = report
         self.original = original
@@ -146,14 +146,16 @@ class ServingModel(nn.Module):
             raise ServingError(f"encode takes {', '.join(self.plan.context)}, each a batch of one; it was given tensors of shape {shapes}.")
         return self._length(*inputs)
 
-    def _compiled_function(self) -> GraphFunction:
+    def _compiled_function(self, one_token: bool) -> GraphFunction:
         """The graph with what lies between its attentions compiled, on the first call with sizes of its kind."""
-        if self._compiled is None:
+        if one_token not in self._compiled:
             if self._pieces is None:
                 raise ServingError("This serving model was made without its graph, so compile=True has nothing to compile; leave it out.")
+            # a linear layer of one token is a sum over a matrix that is read once; Inductor writes it as such where it may tune it, and calls a library else
+            options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if one_token else None
             # sizes are constants at first, and open from the second on: that of a batch, and no other
-            self._compiled = self._pieces(lambda gm: torch.compile(gm, fullgraph=True))
-        return self._compiled
+            self._compiled[one_token] = self._pieces(lambda gm: torch.compile(gm, fullgraph=True, options=options))
+        return self._compiled[one_token]
 
     def _call(self, *inputs: Tensor) -> Tensor:
         """The graph, on its inputs in their order."""
@@ -184,7 +186,7 @@ class ServingModel(nn.Module):
         ``page_size`` is 16 tokens where nothing is said. In a contiguous cache it is how many tokens a request may have, by default as many as the model has positions for.
         A model that reads another sequence keeps its keys and values in ``context_pages`` further pages (None: as many as ``pages``); ``size_bytes`` is for both.
         With ``graphs`` steps of one token a request are replayed from CUDA graphs where that can be; ``engine.run`` counts them, and says why not. With ``compile`` what lies
-        between the attentions is compiled by torch.compile when the first steps run, which takes a while; its roundings may differ.
+        between the attentions is compiled by torch.compile when the first steps run, which takes a while, and longer for a step of one token; its roundings may differ.
         """
         windows = [x.window for x in self.layers if not x.cross]
         window = None if None in windows else max(x for x in windows if x is not None)
@@ -208,16 +210,17 @@ class ServingModel(nn.Module):
             refresh(self._means, self._held)
             return [*weights(), *others]
 
-        function = self._compiled_function() if compile else None
+        if compile:
+            self._compiled_function(one_token=False)  # refuses now what it cannot do later
 
         def compiled(tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, rows: Tensor, *cross: Tensor) -> Tensor:
-            assert function is not None
+            function = self._compiled_function(one_token=tokens.shape[0] == 1)
             refresh(self._means, self._held)
             leaves = (tokens, positions, rows, slots, block_table, cu_seqlens_q, seqlens_k, *cross, *(x for tensors in caches.tensors for x in tensors))
             logits: Tensor = function.run(self._held, *leaves, *function.constants)[0]
             return logits
 
-        step: Callable[..., Tensor] = run if function is None else compiled
+        step: Callable[..., Tensor] = compiled if compile else run
         if graphs:
             step = DecodeGraphs(step, state, caches.own.device)
         plan, contexts = self.plan, caches.contexts

@@ -177,7 +177,7 @@ class BlockManager:
             holding.pages.append(page)
             holding.hashes.append(h)
         holding.length = len(holding.pages) * self.page_size
-        self._drop_dead(holding)
+        self._drop_dead(holding, holding.length)
         return holding.length
 
     def room(self, request: Hashable) -> int:
@@ -211,12 +211,38 @@ class BlockManager:
         holding.length = end
         return copy
 
+    def append_one_each(self, requests: Sequence[Hashable]) -> bool:
+        """Give a slot to the next token of each of these; False, with nothing changed, where there are too few pages, or one would have to be copied first."""
+        holdings = [self._held[r] for r in requests]
+        full = [h for h in holdings if h.length % self.page_size == 0]
+        if len(full) > self.available or any(h.length % self.page_size and self._count[h.pages[-1]] > 1 for h in holdings):
+            return False
+        for holding in full:
+            holding.pages.append(self._take())
+        for holding in holdings:
+            self._set_fill(holding.pages[-1], holding.length % self.page_size + 1)
+            holding.length += 1
+        return True
+
+    def retract(self, request: Hashable) -> None:
+        """Take back the slot of the request's last token, which is not committed."""
+        holding = self._held[request]
+        holding.length -= 1
+        left = holding.length % self.page_size
+        if left:
+            self._set_fill(holding.pages[-1], left)
+        else:
+            self._let_go(holding.pages.pop())
+
     def commit(self, request: Hashable, tokens: Sequence[int]) -> None:
-        """The request's next tokens, all that have a slot, are these and are written: full pages may be shared from now on, and those out of the window go."""
+        """The request's next tokens are these and are written: full pages may be shared from now on, and those out of the window go.
+
+        They have a slot each, and so may have the one behind them (``append_one_each``).
+        """
         holding = self._held[request]
         holding.tail += tokens
         written = len(holding.hashes) * self.page_size + len(holding.tail)
-        assert written == holding.length, f"{written} tokens are written, and {holding.length} have a slot"
+        assert holding.length - 1 <= written <= holding.length, f"{written} tokens are written, and {holding.length} have a slot"
         while len(holding.tail) >= self.page_size:
             i = len(holding.hashes)
             last = holding.hashes[-1] if i else b"attnopt" + holding.salt
@@ -227,7 +253,7 @@ class BlockManager:
             page = holding.pages[i]
             if self.prefix_sharing and page != DEAD and h not in self._by_hash and page not in self._hash_of:
                 self._by_hash[h], self._hash_of[page] = page, h
-        self._drop_dead(holding)
+        self._drop_dead(holding, written)
 
     def fork(self, request: Hashable, child: Hashable) -> None:
         """``child`` holds what ``request`` holds, the last page too; whoever appends to that one first gets a copy."""
@@ -282,11 +308,11 @@ class BlockManager:
         self._filled += n - self._fill[page]
         self._fill[page] = n
 
-    def _drop_dead(self, holding: _Holding) -> None:
+    def _drop_dead(self, holding: _Holding, length: int) -> None:
         """The next query stands at ``length`` and reads the ``window`` tokens that end there."""
         if self.window is None:
             return
-        dead = min(max(0, holding.length - self.window + 1) // self.page_size, len(holding.pages))
+        dead = min(max(0, length - self.window + 1) // self.page_size, len(holding.pages))
         for i in range(holding.alive_from, dead):
             self._let_go(holding.pages[i])
             holding.pages[i] = DEAD

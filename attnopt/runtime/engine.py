@@ -15,7 +15,7 @@ from attnopt.runtime.block_manager import BlockManager
 from attnopt.runtime.contexts import ContextCache
 from attnopt.runtime.paged_cache import PagedCache
 from attnopt.runtime.request import FinishReason, Request
-from attnopt.runtime.sampling import SamplingParams, sample
+from attnopt.runtime.sampling import Chosen, SamplingParams, sample
 from attnopt.runtime.scheduler import Scheduler
 from attnopt.runtime.statistics import Statistics, Sums
 from attnopt.runtime.step import Step
@@ -52,6 +52,14 @@ class CrossStepFunction(Protocol):
 
 
 @dataclass(frozen=True)
+class _Flight:
+    """A step that runs, and the tokens that it will have chosen."""
+
+    step: Step
+    chosen: Chosen
+
+
+@dataclass(frozen=True)
 class Event:
     """One token of one request, or its end (``token`` is None where it ended without one: an error, or cancelled)."""
 
@@ -79,7 +87,8 @@ class Result:
 class Engine:
     """Many requests through one model function. Not for use by several threads at once.
 
-    ``window``: see ``BlockManager``; the other options are ``Scheduler``'s. The same ``cache`` must not be given to two engines, nor the same ``contexts``,
+    ``window``: see ``BlockManager``. With ``run_ahead`` a step of one token a request is launched before the tokens of the step before it are read, so that the device
+    need not wait for the host; what it computes of a request that ends meanwhile is dropped. By default that is so on CUDA. The other options are ``Scheduler``'s. The same ``cache`` must not be given to two engines, nor the same ``contexts``,
     which come with a function that reads another sequence.
     """
 
@@ -98,8 +107,12 @@ class Engine:
         contexts: ContextCache | None = None,
         prefix: int = 0,
         contiguous: bool = False,
+        run_ahead: bool | None = None,
     ) -> None:
         self.run, self.cache, self.contexts = run, cache, contexts
+        self.run_ahead = cache.device.type == "cuda" if run_ahead is None else run_ahead
+        self._flight: _Flight | None = None
+        """The step behind the last one, launched already."""
         self.manager = BlockManager(cache.pages, cache.page_size, prefix_sharing, window)
         self.scheduler = Scheduler(self.manager, token_budget, chunk, max_requests, vocabulary, max_positions, cache.device, contiguous, contexts, prefix)
         self._sums = Sums()
@@ -112,6 +125,7 @@ class Engine:
 
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
         """See ``Scheduler.fork``."""
+        self._call_back()
         return self.scheduler.fork(request, params)
 
     def cancel(self, request: Request) -> None:
@@ -124,32 +138,45 @@ class Engine:
         A model function that raises is called again for each request of the step alone, and those for which it raises again end with an error; the others go on.
         """
         begin = time.perf_counter()
-        step = self.scheduler.schedule()
+        if self._flight is not None and not any(r.state == "running" for r in self._flight.step.requests):
+            self._call_back()
+        flight, self._flight = self._flight, None
+        step = self.scheduler.schedule() if flight is None else flight.step
         if step is None:
             return None
         self._measure()
+        # those of a step that was launched ahead may have ended since, and were told of then
+        alive = {r: len(r.output) for r in step.requests if r.state == "running"}
         try:
-            self.cache.copy(step.copies)
-            tokens = self._tokens(step)
+            tokens = self._tokens(step, flight)
         except BaseException:
             # an interrupt: the next call finds the requests as if they had been preempted
             self.scheduler.abandon(step)
+            self._flight = None
             raise
-        before = [len(r.output) for r in step.sampled]
         self.scheduler.complete(step, tokens)
-        changed = [r for r in step.requests if r in step.sampled or r.state == "finished"]
-        self._sums.generated += sum(len(r.output) - n for r, n in zip(step.sampled, before, strict=True))
+        sampled = set(step.sampled)
+        changed = [r for r in alive if r in sampled or r.state == "finished"]
+        self._sums.generated += sum(len(r.output) - n for r, n in alive.items())
         self._sums.computed += sum(step.counts)
-        self._sums.finished += sum(r.state == "finished" for r in step.requests)
+        self._sums.finished += sum(r.state == "finished" for r in alive)
         self._sums.seconds += time.perf_counter() - begin
         return changed
 
-    def _tokens(self, step: Step) -> list[int | None]:
-        failed = self._without_context(step)
+    def _tokens(self, step: Step, flight: _Flight | None) -> list[int | None]:
+        """What the step samples. It is launched here where it is not in ``flight`` yet, and the one behind it where that can be."""
+        if flight is None:
+            self.cache.copy(step.copies)
+            failed = self._without_context(step)
+        else:
+            failed = set()
         try:
             if not failed:
-                return self._sampled(step)
+                chosen = self._chosen(step) if flight is None else flight.chosen
+                self._launch_next(step, chosen)
+                return chosen.read()
         except Exception as error:  # noqa: BLE001 - the model is the caller's and may raise anything; each request is told, none is lost
+            self._call_back()
             if len(step.requests) == 1:
                 self._fail(step.requests[0], error)
                 return [None] * len(step.sampled)
@@ -159,7 +186,7 @@ class Engine:
                 continue
             part = step.only(r)
             try:
-                found.update(zip(part.sampled, self._sampled(part), strict=True))
+                found.update(zip(part.sampled, self._chosen(part).read(), strict=True))
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(request, error)
         return [found.get(r) for r in step.sampled]
@@ -181,10 +208,25 @@ class Engine:
         told.__cause__ = error
         self.scheduler.fail(request, told)
 
-    def _sampled(self, step: Step) -> list[int | None]:
+    def _chosen(self, step: Step) -> Chosen:
         with torch.no_grad():
             logits = self.run(*step.inputs)
-        return sample(logits, [r.params for r in step.sampled], [r.seed for r in step.sampled], [len(r.output) for r in step.sampled])
+        return sample(logits, [r.params for r in step.sampled], [r.seed for r in step.sampled], step.generated)
+
+    def _launch_next(self, step: Step, chosen: Chosen) -> None:
+        following = self.scheduler.schedule_next(step, chosen.tokens) if self.run_ahead else None
+        if following is None:
+            return
+        try:
+            self._flight = _Flight(following, self._chosen(following))
+        except Exception:  # noqa: BLE001 - the step is made again when its tokens are known, and if the model raises then, the request is told
+            self.scheduler.retract(following)
+
+    def _call_back(self) -> None:
+        """The step that was launched ahead counts no more."""
+        if self._flight is not None:
+            self.scheduler.retract(self._flight.step)
+            self._flight = None
 
     # -------------------------------------------------------------------------------------------- whole prompts
 

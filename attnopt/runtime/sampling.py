@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import ServingError
+from attnopt.runtime.transfer import on_device
 
 _MASK = (1 << 64) - 1
 
@@ -59,45 +60,65 @@ def uniform(seed: int, counter: int) -> float:
     return (_mixed((_mixed(seed) + (counter + 1) * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], seeds: Sequence[int], counters: Sequence[int]) -> list[int | None]:
-    """The next token of each row of logits [N, V]; None where a row has a NaN, or no finite logit and no +inf to choose.
+class Chosen:
+    """The next token of each row: ``tokens`` int64 [N] on the device of the logits, where it may still be computed, and ``read`` for the host."""
 
-    ``counters`` is how many tokens each row's request has generated so far.
-    """
+    def __init__(self, tokens: Tensor, greatest: Tensor) -> None:
+        self.tokens = tokens
+        found = torch.stack([tokens.double(), greatest.double()])
+        self._ready: torch.cuda.Event | None = None
+        if found.is_cuda:
+            # on its way before any later step is launched, behind which the host would wait otherwise
+            self._found = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._found = found
+
+    def read(self) -> list[int | None]:
+        """Waits for the device. None where a row has a NaN, or no finite logit and no +inf to choose."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        tokens, greatest = self._found.tolist()
+        return [None if x != x or x == -math.inf else int(token) for token, x in zip(tokens, greatest, strict=True)]
+
+
+def sample(logits: Tensor, params: Sequence[SamplingParams], seeds: Sequence[int], counters: Sequence[int]) -> Chosen:
+    """The next token of each row of logits [N, V]. ``counters`` is how many tokens each row's request has generated so far."""
     if logits.dim() != 2 or len(logits) != len(params):
         raise ServingError(f"The model gave logits {tuple(logits.shape)} where {len(params)} rows [N, vocabulary] were wanted.")
-    # a row with a NaN has its greatest there, and one of -inf alone has -inf: one pass over the logits, and one wait for the device
+    # a row with a NaN has its greatest there, and one of -inf alone has -inf
     best = logits.argmax(-1, keepdim=True)
-    most = logits.gather(-1, best)
-    chosen, greatest = torch.cat([best.double(), most.double()], 1).T.tolist()
-    bad = [x != x or x == -math.inf for x in greatest]
-    rows = [i for i, p in enumerate(params) if p.temperature > 0 and p.top_k != 1 and not bad[i]]
+    greatest, chosen = logits.gather(-1, best).squeeze(-1), best.squeeze(-1)
+    rows = [i for i, p in enumerate(params) if p.temperature > 0 and p.top_k != 1]
     if rows:
-        drawn = _drawn(logits[rows].double(), [params[i] for i in rows], [uniform(seeds[i], counters[i]) for i in rows])
-        for i, token in zip(rows, drawn, strict=True):
-            chosen[i] = token
-    return [None if b else int(token) for b, token in zip(bad, chosen, strict=True)]
+        drawn = [params[i] for i in rows], [uniform(seeds[i], counters[i]) for i in rows]
+        if len(rows) == len(params):
+            chosen = _drawn(logits.double(), *drawn)
+        else:
+            (which,) = on_device((rows,), torch.int64, logits.device)
+            chosen = chosen.index_copy(0, which, _drawn(logits[which].double(), *drawn))
+    return Chosen(chosen, greatest)
 
 
-def _drawn(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
-    """One token a row by the inverse of its cumulative probabilities, most likely first: x float64 [N, V]."""
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
-
+def _drawn(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> Tensor:
+    """One token a row by the inverse of its cumulative probabilities, most likely first: x float64 [N, V] -> int64 [N]. Any where a row has a NaN."""
     V = logits.shape[1]
+    columns = on_device(
+        ([x.temperature for x in params], [x.top_k or V for x in params], [x.top_p for x in params], draws), torch.float64, logits.device
+    )
+    temperature, top_k, top_p, draw = (x.unsqueeze(-1) for x in columns)
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     # shifted first: a tiny temperature must not make inf - inf out of finite logits; rows with +inf choose among those alone
     shifted = torch.where(ordered == ordered[:, :1], 0.0, ordered - ordered[:, :1])
-    p = (shifted / column([x.temperature for x in params])).softmax(-1)
+    p = (shifted / temperature).softmax(-1)
     rank = torch.arange(V, device=logits.device)
-    p = p.masked_fill(rank >= column([x.top_k or V for x in params]), 0.0)
+    p = p.masked_fill(rank >= top_k, 0.0)
     p = p / p.sum(-1, keepdim=True)
     before = p.cumsum(-1) - p
-    p = p.masked_fill((before >= column([x.top_p for x in params])) & (rank > 0), 0.0)
+    p = p.masked_fill((before >= top_p) & (rank > 0), 0.0)
     total = p.cumsum(-1)
-    place = torch.searchsorted(total, column(draws) * total[:, -1:], right=True)
+    place = torch.searchsorted(total, draw * total[:, -1:], right=True)
     # rounding may put the draw past the last token that has a probability
-    last = (p > 0).sum(-1, keepdim=True) - 1
-    out: list[int] = ids.gather(-1, torch.minimum(place, last)).squeeze(-1).tolist()
-    return out
+    last = ((p > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return ids.gather(-1, torch.minimum(place, last)).squeeze(-1)

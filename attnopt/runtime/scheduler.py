@@ -19,7 +19,7 @@ from attnopt.runtime.block_manager import BlockManager
 from attnopt.runtime.contexts import ContextCache
 from attnopt.runtime.request import FinishReason, Request, checked_prompt
 from attnopt.runtime.sampling import SamplingParams
-from attnopt.runtime.step import Step, make_step
+from attnopt.runtime.step import Step, make_next_step, make_step
 
 
 class Scheduler:
@@ -63,7 +63,8 @@ class Scheduler:
         """Prompt tokens that were found in the cache, of ``admitted_tokens``; recomputed ones after a preemption are not counted."""
         self.admitted_tokens = 0
         self._arrivals = 0
-        self._in_flight: Step | None = None
+        self._in_flight: list[Step] = []
+        """Oldest first: one, or the one behind it too (``schedule_next``)."""
         self._longest = self._capacity()
 
     def _capacity(self) -> int:
@@ -164,16 +165,42 @@ class Scheduler:
             assert not self.busy, "requests wait and none could run"
             return None
         pairs = [(source, target) for target, source in copies.items()]
-        self._in_flight = make_step(list(chosen), list(chosen.values()), self.manager, pairs, self.device, self.contexts)
-        return self._in_flight
+        step = make_step(list(chosen), list(chosen.values()), self.manager, pairs, self.device, self.contexts)
+        self._in_flight.append(step)
+        return step
+
+    def schedule_next(self, step: Step, tokens: Tensor) -> Step | None:
+        """The step behind one that still runs: of a token more of each request that goes on, whatever ``tokens`` int64 [N], those that ``step`` samples, turn out to be.
+
+        None where the next step may be another: requests wait or have more to compute, pages run out, or all end. It goes back to ``complete`` after ``step``, where the
+        tokens of requests that have ended since are left out, or to ``retract``.
+        """
+        kept = [i for i, r in enumerate(step.sampled) if len(r.output) + 1 < r.most]
+        alike = not self.waiting and len(self.running) == len(step.sampled) and all(r.state == "running" for r in step.sampled)
+        if self._in_flight != [step] or not alike or not 0 < len(kept) <= self.token_budget:
+            return None
+        if not self.manager.append_one_each([step.sampled[i].id for i in kept]):
+            return None
+        following = make_next_step(step, kept, tokens, self.manager, self.device, self.contexts)
+        self._in_flight.append(following)
+        return following
+
+    def retract(self, step: Step) -> None:
+        """Take back a step of ``schedule_next`` as if it had not been made: its tokens are computed again."""
+        if self._in_flight[-1:] != [step]:
+            raise ServingError("This step is not the one that was scheduled last.")
+        self._in_flight.pop()
+        for request in step.requests:
+            if request.state == "running":
+                self.manager.retract(request.id)
 
     def complete(self, step: Step, tokens: Sequence[int | None]) -> None:
         """Take back a step with the token sampled for each of ``step.sampled``; None, and ids outside of the vocabulary, end that request with an error."""
-        if step is not self._in_flight:
-            raise ServingError("This step is not the one that schedule() gave last.")
+        if self._in_flight[:1] != [step]:
+            raise ServingError("This step is not the oldest that schedule() gave.")
         if len(tokens) != len(step.sampled):
             raise ServingError(f"The step samples {len(step.sampled)} tokens and was given {len(tokens)}.")
-        self._in_flight = None
+        self._in_flight.pop(0)
         for request, n in zip(step.requests, step.counts, strict=True):
             if request.state == "running":
                 self.manager.commit(request.id, request.slice(request.computed, request.computed + n))
@@ -194,15 +221,15 @@ class Scheduler:
                 self._finish(request, "capacity")
 
     def abandon(self, step: Step) -> None:
-        """The step did not run to its end and nothing is known of what it wrote: its requests compute all their tokens again."""
-        if step is self._in_flight:
-            self._in_flight = None
+        """The step did not run to its end and nothing is known of what it wrote, nor of the one behind it: its requests compute all their tokens again."""
+        if self._in_flight[:1] == [step]:
+            self._in_flight.clear()
             for request in step.requests:
                 if request.state == "running":
                     self._preempt(request)
 
     def _not_in_flight(self, what: str) -> None:
-        if self._in_flight is not None:
+        if self._in_flight:
             raise ServingError(f"{what} was called while a step runs; give that step to complete() first.")
 
     def _grow_running(self, chosen: dict[Request, int], copies: dict[int, int]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,10 @@ from torch import Tensor
 from attnopt.runtime.block_manager import BlockManager
 from attnopt.runtime.contexts import ContextCache
 from attnopt.runtime.request import Request
+from attnopt.runtime.transfer import on_device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """T tokens of R requests. ``copies`` (from, to) are pages to copy before the model runs; ``rows`` are the tokens whose logits are wanted."""
 
@@ -37,6 +37,8 @@ class Step:
     """int64 [N]: the last token of each request whose tokens are all computed after this step."""
     sampled: tuple[Request, ...]
     """The N requests of ``rows``."""
+    generated: tuple[int, ...]
+    """How many tokens each of them has generated before the one that is sampled in this step."""
     copies: tuple[tuple[int, int], ...] = ()
     cross: tuple[Tensor, ...] = ()
     """int32 [R, max_pages] and [R]: block table and lengths of the other sequences; empty for a model that reads none."""
@@ -61,6 +63,7 @@ class Step:
             self.seqlens_k[r : r + 1],
             self.rows[mine] - first,
             tuple(x for x in self.sampled if x is self.requests[r]),
+            tuple(n for x, n in zip(self.sampled, self.generated, strict=True) if x is self.requests[r]),
             cross=tuple(x[r : r + 1] for x in self.cross),
         )
 
@@ -89,28 +92,36 @@ def make_step(
         if last == r.length:
             rows.append(len(tokens) - 1)
             sampled.append(r)
+    packed, at, into, wanted = on_device((tokens, positions, slots, rows), torch.int64, device)
+    pages, bounds, keys = _tables(requests, manager, starts, lengths, device)
+    generated = tuple(len(r.output) for r in sampled)
+    cross = () if contexts is None else contexts.tables(requests)
+    return Step(tuple(requests), tuple(counts), packed, at, into, pages, bounds, keys, wanted, tuple(sampled), generated, tuple(copies), cross)
+
+
+def make_next_step(
+    before: Step, kept: Sequence[int], tokens: Tensor, manager: BlockManager, device: torch.device | str, contexts: ContextCache | None = None
+) -> Step:
+    """The step of one more token of each request ``before.sampled[i]``, i in ``kept``, which has its slot: that token is ``tokens[i]``, and may still be unknown to the host."""
+    requests = tuple(before.sampled[i] for i in kept)
+    n = len(requests)
+    positions = [r.length for r in requests]
+    slots = [manager.slots(r.id, p, p + 1)[0] for r, p in zip(requests, positions, strict=True)]
+    at, into, wanted, which = on_device((positions, slots, range(n), kept), torch.int64, device)
+    pages, bounds, keys = _tables(requests, manager, range(n + 1), [p + 1 for p in positions], device)
+    if n < len(before.sampled):
+        tokens = tokens[which]
+    generated = tuple(before.generated[i] + 1 for i in kept)
+    cross = () if contexts is None else contexts.tables(requests)
+    return Step(requests, (1,) * n, tokens, at, into, pages, bounds, keys, wanted, requests, generated, (), cross)
+
+
+def _tables(requests: Sequence[Request], manager: BlockManager, starts: Sequence[int], lengths: Sequence[int], device: torch.device | str) -> list[Tensor]:
+    """Block table, ``cu_seqlens_q`` and ``seqlens_k``."""
     width = max(manager.columns(r.id) for r in requests)
     # an index that is never read must still be one that may be loaded: 0, not -1
     table: list[int] = []
     for r in requests:
         table += manager.row(r.id, width)
-    packed, at, into, wanted = on_device((tokens, positions, slots, rows), torch.int64, device)
-    pages, bounds, keys = on_device((table, starts, lengths), torch.int32, device)
-    return Step(tuple(requests), tuple(counts), packed, at, into, pages.view(len(requests), width), bounds, keys, wanted, tuple(sampled), tuple(copies), () if contexts is None else contexts.tables(requests))
-
-
-_CODES = {torch.int64: "q", torch.int32: "i"}
-
-
-def on_device(parts: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
-    """A tensor of each list, all by one transfer: a small one takes longer to start than to run. Each begins at a multiple of 16 bytes, as a tensor of its own does."""
-    unit = 16 // dtype.itemsize
-    flat: list[int] = []
-    places = []
-    for part in parts:
-        places.append((len(flat), len(flat) + len(part)))
-        flat += part
-        flat += [0] * (-len(part) % unit)
-    # an array is read from a list of numbers several times faster than a tensor is
-    whole = torch.frombuffer(array(_CODES[dtype], flat), dtype=dtype).to(device) if flat else torch.empty(0, dtype=dtype, device=device)
-    return [whole[a:b] for a, b in places]
+    pages, *others = on_device((table, starts, lengths), torch.int32, device)
+    return [pages.view(len(requests), width), *others]

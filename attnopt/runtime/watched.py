@@ -38,18 +38,18 @@ class ModuleTensors:
             module = left.pop()
             for kind in _KINDS:
                 self._hold(module.__dict__, kind)
-                for name, x in self._hold(module.__dict__[kind], *module.__dict__[kind]):
+                for x in self._hold(module.__dict__[kind], *module.__dict__[kind]):
                     if isinstance(x, Tensor):
                         self._tensors.append(x)
                     elif x is not None and x not in seen:
                         seen.add(x)
                         left.append(x)
 
-    def _hold(self, place: dict[str, Any], *names: str) -> list[tuple[str, Any]]:
-        found = [(name, place[name]) for name in names]
+    def _hold(self, place: dict[str, Any], *names: str) -> list[Any]:
+        found = [place[name] for name in names]
         self._places += [place] * len(found)
         self._names += names
-        self._held += [x for _, x in found]
+        self._held += found
         return found
 
 
@@ -58,5 +58,5 @@ State = tuple[list[int], list[torch.Size], list[tuple[int, ...]], list[torch.dty
 
 def state_of(tensors: Iterable[Tensor]) -> State:
     """Address, shape, strides and dtype of each tensor."""
-    all_ = list(tensors)
-    return list(map(Tensor.data_ptr, all_)), list(map(_shape, all_)), list(map(Tensor.stride, all_)), list(map(_dtype, all_))
+    held = list(tensors)
+    return list(map(Tensor.data_ptr, held)), list(map(_shape, held)), list(map(Tensor.stride, held)), list(map(_dtype, held))

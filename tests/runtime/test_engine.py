@@ -12,7 +12,14 @@ from rich.console import Console
 from attnopt.errors import ServingError
 from attnopt.runtime import Engine, PagedCache, SamplingParams
 from attnopt.runtime.progress import ProgressBar
+from runtime import toy
 from runtime.toy import VOCABULARY, Toy, alone, expected, make_engine
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in_turn", "ahead"])
+def run_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "RUN_AHEAD", request.param)
+
 
 SAMPLED = SamplingParams(max_new_tokens=9, temperature=0.8, top_k=11, top_p=0.9, seed=5)
 
@@ -77,7 +84,7 @@ def test_the_budget_of_tokens_is_kept() -> None:
 
 
 def test_context_and_generation_run_in_one_step() -> None:
-    engine = make_engine(token_budget=8)
+    engine = make_engine(token_budget=8, run_ahead=False)
     first = engine.add([1, 2, 3], SamplingParams(max_new_tokens=8))
     engine.step()
     engine.add(list(range(20)), SamplingParams(max_new_tokens=2))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnopt.runtime import DecodeGraphs, Engine, LayerShape, PagedCache, SamplingParams
 from attnopt.runtime.graphs import CudaRecorder, bucket, columns_for
-from attnopt.runtime.step import on_device
+from attnopt.runtime.transfer import on_device
 from attnopt.runtime.watched import ModuleTensors
 from tests.runtime.toy import DV, HEADS, LAYERS, VOCABULARY, D, Toy, alone
 

@@ -122,16 +122,18 @@ class Traffic(RuleBasedStateMachine):
         sharing=st.booleans(),
         window=st.sampled_from([None, None, 5]),
         most=st.integers(1, 6),
+        ahead=st.booleans(),
     )
-    def begin(self, pages: int, chunk: int | None, budget: int, sharing: bool, window: int | None, most: int) -> None:
+    def begin(self, pages: int, chunk: int | None, budget: int, sharing: bool, window: int | None, most: int, ahead: bool) -> None:
         self.window = window
-        self.engine = make_engine(pages, 4, window, chunk=chunk, token_budget=budget, prefix_sharing=sharing, max_requests=most)
+        self.engine = make_engine(pages, 4, window, chunk=chunk, token_budget=budget, prefix_sharing=sharing, max_requests=most, run_ahead=ahead)
         self.requests: list[Request] = []
 
-    @rule(text=TEXTS, new=st.integers(1, 8), temperature=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 3))
-    def arrive(self, text: list[int], new: int, temperature: float, seed: int) -> None:
+    @rule(text=TEXTS, new=st.integers(1, 8), temperature=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 3), stops=st.sampled_from([0, 0, VOCABULARY // 3]))
+    def arrive(self, text: list[int], new: int, temperature: float, seed: int, stops: int) -> None:
+        params = SamplingParams(max_new_tokens=new, temperature=temperature, seed=seed, stop_tokens=tuple(range(stops)))
         try:
-            self.requests.append(self.engine.add(text, SamplingParams(max_new_tokens=new, temperature=temperature, seed=seed)))
+            self.requests.append(self.engine.add(text, params))
         except ServingError as error:
             assert "can hold at most" in str(error) and len(text) > self.engine.manager.pages * 4
 
@@ -185,7 +187,8 @@ class Traffic(RuleBasedStateMachine):
         for r in self.requests:
             full = expected(r, self.window)
             assert r.output == full[: len(r.output)]
-            assert r.finish_reason in ("length", "capacity", "cancelled", "error") and (r.error is not None) == (r.finish_reason == "error")
+            assert r.finish_reason in ("stop", "length", "capacity", "cancelled", "error") and (r.error is not None) == (r.finish_reason == "error")
+            assert (r.finish_reason == "stop") == (bool(r.output) and r.output[-1] in r.params.stop_tokens) or r.finish_reason in ("cancelled", "error")
             if r.finish_reason == "length":
                 assert len(r.output) == r.params.max_new_tokens
             if r.finish_reason == "capacity":

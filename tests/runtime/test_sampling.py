@@ -40,7 +40,7 @@ def probabilities(logits: list[float], p: SamplingParams) -> dict[int, float]:
 def test_frequencies_are_the_probabilities(params: SamplingParams) -> None:
     logits = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.0, 1.4, -torch.inf])
     n = 20000
-    drawn = sample(logits.expand(n, 7), [params] * n, [7] * n, list(range(n)))
+    drawn = sample(logits.expand(n, 7), [params] * n, [7] * n, list(range(n))).read()
     expected = probabilities(logits.tolist(), params)
     counts = torch.bincount(torch.tensor(drawn), minlength=7) / n
     assert {i for i in range(7) if counts[i] > 0} == {i for i, x in expected.items() if x > 0}
@@ -54,8 +54,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     params = [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=0.3, top_k=5), SamplingParams(temperature=1.0, top_p=0.4)]
     params += [SamplingParams(temperature=9.0, top_k=1), SamplingParams(temperature=1.0, top_k=1000)]
     seeds, counters = [0, 1, 2, 3, 4, 5], [3, 1, 4, 1, 5, 9]
-    together = sample(logits, params, seeds, counters)
-    assert together == [sample(logits[i : i + 1], params[i : i + 1], [seeds[i]], [counters[i]])[0] for i in range(6)]
+    together = sample(logits, params, seeds, counters).read()
+    assert together == [sample(logits[i : i + 1], params[i : i + 1], [seeds[i]], [counters[i]]).read()[0] for i in range(6)]
     assert together[0] == int(logits[0].argmax()) and together[4] == int(logits[4].argmax())
 
 
@@ -70,16 +70,16 @@ def test_numbers_are_even_and_of_seed_and_counter_alone() -> None:
 def test_rows_from_which_nothing_can_be_chosen_are_told() -> None:
     rows = torch.tensor([[0.0, torch.nan, 1.0], [-torch.inf] * 3, [0.0, torch.inf, torch.inf], [-torch.inf, 1.0, -torch.inf]])
     for temperature in (0.0, 1.0, 1e-300):
-        found = sample(rows, [SamplingParams(temperature=temperature)] * 4, [1] * 4, [0] * 4)
+        found = sample(rows, [SamplingParams(temperature=temperature)] * 4, [1] * 4, [0] * 4).read()
         assert found[:2] == [None, None] and found[2] in (1, 2) and found[3] == 1
 
 
 def test_of_equal_logits_greedy_takes_the_lowest_id() -> None:
-    assert sample(torch.tensor([[0.0, 3.0, 3.0]]), [SamplingParams()], [0], [0]) == [1]
+    assert sample(torch.tensor([[0.0, 3.0, 3.0]]), [SamplingParams()], [0], [0]).read() == [1]
 
 
 def test_no_row_gives_no_token() -> None:
-    assert sample(torch.empty(0, 5), [], [], []) == []
+    assert sample(torch.empty(0, 5), [], [], []).read() == []
 
 
 @pytest.mark.parametrize(

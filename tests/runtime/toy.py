@@ -14,6 +14,8 @@ from attnopt.runtime import BlockManager, Engine, LayerShape, PagedCache, Reques
 
 VOCABULARY = 29
 LAYERS, HEADS, D, DV, WIDTH = 2, 2, 4, 3, 12
+RUN_AHEAD = False
+"""Of the engines that tests make."""
 
 
 class Weights:
@@ -68,7 +70,7 @@ def alone(prompt: tuple[int, ...], params: SamplingParams, seed: int = 0, window
     """What a prompt becomes without cache, batch or chunks."""
     out: list[int] = []
     while len(out) < params.max_new_tokens:
-        (token,) = sample(whole([*prompt, *out], window), [params], [seed], [len(out)])
+        (token,) = sample(whole([*prompt, *out], window), [params], [seed], [len(out)]).read()
         assert token is not None
         out.append(token)
         if token in params.stop_tokens:
@@ -126,7 +128,7 @@ class Toy:
 def make_engine(pages: int = 64, page_size: int = 4, window: int | None = None, **options: object) -> Engine:
     cache = PagedCache([LayerShape(HEADS, D, DV, torch.float64)] * LAYERS, page_size, pages)
     toy = Toy(cache, window)
-    engine = Engine(toy, cache, vocabulary=VOCABULARY, window=window, **options)  # type: ignore[arg-type]
+    engine = Engine(toy, cache, vocabulary=VOCABULARY, window=window, **{"run_ahead": RUN_AHEAD, **options})  # type: ignore[arg-type]
     toy.manager = engine.manager
     return engine
 

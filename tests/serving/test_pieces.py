@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -36,36 +36,46 @@ def serving() -> ServingModel:
     return made_on("cpu")
 
 
+class Seen(NamedTuple):
+    for_many: list[fx.GraphModule]
+    for_one: list[fx.GraphModule]
+    """For steps of one token."""
+
+
 @pytest.fixture
-def compiled(serving: ServingModel, monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+def compiled(serving: ServingModel, monkeypatch: pytest.MonkeyPatch) -> Seen:
     """What is given to torch.compile, which hands it back."""
     seen: list[fx.GraphModule] = []
+    for_one: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, **options: Any) -> Callable[..., Any]:
-        assert options == {"fullgraph": True}
-        seen.append(gm)
+        tuned = {"coordinate_descent_tuning": True}
+        assert options in ({"fullgraph": True, "options": None}, {"fullgraph": True, "options": tuned})
+        (for_one if options["options"] else seen).append(gm)
         return gm
 
     monkeypatch.setattr(torch, "compile", keep)
-    monkeypatch.setattr(serving, "_compiled", None)
-    return seen
+    monkeypatch.setattr(serving, "_compiled", {})
+    return Seen(seen, for_one)
 
 
-def test_the_same_tokens_and_layers_alike_once(serving: ServingModel, compiled: list[fx.GraphModule]) -> None:
+def test_the_same_tokens_and_layers_alike_once(serving: ServingModel, compiled: Seen) -> None:
     plain = serving.engine(pages=40).generate(TEXTS, PARAMS)
     engine = serving.engine(pages=40, compile=True)
     assert [r.tokens for r in engine.generate(TEXTS, PARAMS)] == [r.tokens for r in plain]
     # before the first attention, between two, behind the last
-    assert len(compiled) == 3
-    assert not any(n.target in OUTSIDE for gm in compiled for n in gm.graph.nodes)
-    assert not any(n.op == "get_attr" for gm in compiled for n in gm.graph.nodes), "weights are arguments"
-    function = serving._compiled
-    assert function is not None and function.source.count("piece_1(") == 3
+    assert len(compiled.for_many) == 3 and not compiled.for_one, "no step was of one token"
+    assert engine.generate([[5]], SamplingParams(max_new_tokens=2))[0].tokens == serving.engine(pages=40).generate([[5]], SamplingParams(max_new_tokens=2))[0].tokens
+    assert len(compiled.for_many) == len(compiled.for_one) == 3
+    both = [*compiled.for_many, *compiled.for_one]
+    assert not any(n.target in OUTSIDE for gm in both for n in gm.graph.nodes)
+    assert not any(n.op == "get_attr" for gm in both for n in gm.graph.nodes), "weights are arguments"
+    assert all(function.source.count("piece_1(") == 3 for function in serving._compiled.values())
     serving.engine(pages=40, compile=True)
-    assert len(compiled) == 3, "made once for a model"
+    assert len(compiled.for_many) == len(compiled.for_one) == 3, "made once for a model"
 
 
-def test_a_weight_that_is_replaced_is_seen(serving: ServingModel, compiled: list[fx.GraphModule]) -> None:
+def test_a_weight_that_is_replaced_is_seen(serving: ServingModel, compiled: Seen) -> None:
     engine = serving.engine(pages=40, compile=True, prefix_sharing=False)
     before = [r.tokens for r in engine.generate(TEXTS, PARAMS)]
     layer = serving.get_submodule("model.layers.2.mlp.up_proj")
@@ -82,14 +92,14 @@ def test_torch_compile_takes_the_pieces(serving: ServingModel, monkeypatch: pyte
     """Dynamo's part of it, whole graphs and open sizes; without a code generator."""
     right = torch.compile
     monkeypatch.setattr(torch, "compile", lambda gm, **options: right(gm, backend="eager", **options))
-    monkeypatch.setattr(serving, "_compiled", None)
+    monkeypatch.setattr(serving, "_compiled", {})
     want = [r.tokens for r in serving.engine(pages=40).generate(TEXTS, PARAMS)]
     assert [r.tokens for r in serving.engine(pages=40, compile=True).generate(TEXTS, PARAMS)] == want
 
 
 @pytest.mark.slow
 def test_inductor_takes_the_pieces(serving: ServingModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_compiled", None)
+    monkeypatch.setattr(serving, "_compiled", {})
     want = [r.tokens for r in serving.engine(pages=40).generate(TEXTS, PARAMS)]
     assert [r.tokens for r in serving.engine(pages=40, compile=True).generate(TEXTS, PARAMS)] == want
 
