@@ -319,18 +319,27 @@ def main() -> None:
     print(f"{about['device']}, commit {about['commit']}, {about['versions']}", flush=True)
     output = options.output or Path(os.environ.get("OUT") or RESULTS) / "decode_sweep.json"
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for cell in chosen:
         if time.perf_counter() - start > options.budget:
             print(f"no time for {cell.name}", flush=True)
             continue
-        rows += (found := measure(cell, options, ready))
+        try:
+            rows += (found := measure(cell, options, ready))
+        except Exception as e:  # noqa: BLE001 - a judge that fails, say: the other cells are measured, and the run fails at its end
+            failed.append(f"{cell.name}: {message(e)}")
+            print(failed[-1], flush=True)
+            continue
         table(cell, found)
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
-        if options.device == "cuda":
+        if options.device == "cuda" or options.output:
             save(output, rows, **about)
+        if options.device == "cuda":
             torch.cuda.empty_cache()
     if wrong := [f"{r['cell']}, {r['setting']}" for r in rows if r["note"] == "wrong"]:
         raise SystemExit(f"Wrong against float64, and not timed: {'; '.join(wrong)}.")
+    if failed:
+        raise SystemExit(f"Not measured: {'; '.join(failed)}.")
 
 
 if __name__ == "__main__":
