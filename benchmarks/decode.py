@@ -7,7 +7,6 @@ rotate among so many caches (a window: parts of caches) that three times the siz
 compared with float64 first, for every request; where attnopt is wrong nothing is timed.
 
     python benchmarks/decode.py [--cells REGEX] [--seconds S] [--output FILE]
-    python benchmarks/decode.py --cells 'b16 ctx8k' --configs [--layouts 'pages of 16'] [--blocks 32,64,128 --warps 4,8 --stages 2,3,4 --splits auto,8]
     python benchmarks/decode.py --device cpu --quick
 """
 
@@ -17,8 +16,7 @@ import argparse
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -227,64 +225,6 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ launch configurations
-
-
-def configs(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every block size, number of warps and of stages at the kernel's own number of splits; then all numbers of splits with the best three."""
-    from attnopt.kernels.triton.launch_paged import Config, config
-
-    device = torch.device(options.device)
-    inputs, cache = inputs_of(shape, options)
-    names = [n for n in inputs.layouts if options.layouts is None or n in options.layouts.split(",")]
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 18
-    usual = config(shape.D, shape.D, shape.Hq // shape.Hkv, 1, options.torch_dtype, memory)
-    rows: list[dict[str, Any]] = []
-
-    def timed(tried: Sequence[tuple[Config | None, int | None]], layout: str) -> list[dict[str, Any]]:
-        functions: dict[Any, Measured] = {}
-        found, truths = [], {}
-        for c, splits in tried:
-            way = own(inputs, inputs.layouts[layout], options.variant, cache_bytes=cache, config=c, splits=splits)
-            row = describe(shape, way, options) | {
-                "config": "usual" if c is None else f"N{c.BLOCK_N} W{c.num_warps} S{c.num_stages}",
-                "splits": splits or "auto",
-            }
-            try:
-                row["error"] = checked(way, inputs, truths)
-                calls = calls_of(way, row["bytes"], device)
-                functions[c, splits] = graph_of(way, calls) if device.type == "cuda" else eager_of(way, calls)
-            except Exception as e:  # noqa: BLE001 - too much shared memory, say: its message stands in its row
-                found.append({**row, "status": "failed", "note": message(e)})
-                continue
-            if not row["error"] <= WRONG[options.torch_dtype]:
-                raise SystemExit(f"{shape.name}, {layout}, {row['config']}, splits {row['splits']}: error {row['error']:.3g} against float64.")
-            found.append({**row, "mode": "graph" if device.type == "cuda" else "eager", "key": (c, splits), "calls": calls})
-        times = in_turn(device, functions, options.seconds, 20)
-        for row in found:
-            if (key := row.pop("key", None)) is not None:
-                row["us"] = statistics.median(times[key]) / row["calls"] * 1e3
-                row["gbs"] = row["bytes"] / row["us"] / 1e3
-                row["chosen"] = key
-        return sorted(found, key=lambda r: r["us"] or 1e30)
-
-    blocks, warps, stages = ([int(x) for x in text.split(",")] for text in (options.blocks, options.warps, options.stages))
-    for layout in names:
-        every = [replace(usual, BLOCK_N=n, num_warps=w, num_stages=s) for n in blocks for w in warps for s in stages]
-        first = timed([(None, None), *((c, None) for c in every)], layout)
-        wanted = [None if x == "auto" else int(x) for x in options.splits.split(",")]
-        best = [r["chosen"][0] for r in first if r["us"]][:3]
-        second = timed([(c, x) for c in best for x in wanted if x is not None], layout) if any(wanted) else []
-        both = sorted([*first, *second], key=lambda r: r["us"] or 1e30)
-        show(
-            f"{shape.name}, {layout}, {options.variant}, {options.dtype}",
-            [{k: r[k] for k in ("config", "splits", "us", "gbs", "error", "note")} for r in both],
-            lines=False,
-        )
-        rows += [{k: v for k, v in r.items() if k != "chosen"} for r in both]
-    return rows
-
-
 # ------------------------------------------------------------------------------------------------ all cells
 
 
@@ -348,13 +288,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each cell")
     parser.add_argument("--patience", type=int, default=90, help="seconds until something has to be compiled and run once")
     parser.add_argument("--quick", action="store_true", help="tiny cells, to see that everything runs")
-    parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/decode.json, or decode_configs.json")
-    parser.add_argument("--configs", action="store_true", help="time launch configurations of attnopt's kernel instead")
-    parser.add_argument("--variant", default="plain", help="of --configs")
-    parser.add_argument("--blocks", default="32,64,128", help="BLOCK_N of --configs")
-    parser.add_argument("--warps", default="4,8", help="of --configs")
-    parser.add_argument("--stages", default="2,3,4", help="of --configs")
-    parser.add_argument("--splits", default="auto", help="of --configs: numbers, or auto")
+    parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/decode.json")
     return parser
 
 
@@ -367,7 +301,6 @@ def main() -> None:
     for name, given, known in (
         ("--peers", options.peers, PEERS),
         ("--variants", options.variants, VARIANTS),
-        ("--variant", options.variant, ("plain", *VARIANTS)),
     ):
         if unknown := [x for x in given.split(",") if x and x not in known]:
             parser.error(f"{name} has {', '.join(unknown)}; there are {', '.join(known)}.")
@@ -377,23 +310,20 @@ def main() -> None:
     chosen = [s for s in every if re.search(options.cells, s.name)]
     if not chosen:
         parser.error(f"--cells {options.cells!r} names no cell; there are {', '.join(s.name for s in every)}.")
-    if options.configs and len(chosen) != 1:
-        parser.error(f"--configs takes one cell, and --cells {options.cells!r} names {', '.join(s.name for s in chosen)}.")
-    output = options.output or RESULTS / ("decode_configs.json" if options.configs else "decode.json")
+    output = options.output or RESULTS / "decode.json"
     about = provenance()
     print(f"{', '.join(s.name for s in chosen)} on {about['device']}, L2 cold, commit {about['commit']}, {about['versions']}", flush=True)
     rows: list[dict[str, Any]] = []
     for shape in chosen:
         start = time.time()
-        rows += configs(shape, options) if options.configs else measure(shape, options)
+        rows += measure(shape, options)
         save(output, rows, **about)
         print(f"{shape.name}: {time.time() - start:.0f} s", flush=True)
         if options.device == "cuda":
             torch.cuda.empty_cache()
     for reason in dict.fromkeys(f"{r['backend']}, {r['layout']}: {r['status']}, {r['note']}" for r in rows if r["status"] != "ok"):
         print(reason[:180])
-    if not options.configs:
-        table(rows)
+    table(rows)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,10 @@ def own(
     cache_bytes: int = 0,
     config: Config | None = None,
     splits: int | None = None,
+    by_head: bool = False,
 ) -> Way:
-    """attnopt's operator; with ``config`` or ``splits`` its Triton kernel, launched so. With ``keys`` over the first keys alone."""
+    """attnopt's operator; with ``config`` or ``splits`` its Triton kernel, launched so. With ``keys`` over the first keys alone; with ``by_head`` the scales of a
+    quantized cache lie head by head in each page, those of a head's keys behind one another."""
     s = inputs.shape
     narrow = variant.startswith("window") or keys is not None
     turns = inputs.count
@@ -68,6 +70,8 @@ def own(
     loads, spec = inputs.loads(variant), s.spec(variant)
     text = spec.to_json()
     caches = [[None if x is None else p.pages(x, layout.page_size) for x in (p.k, p.v, p.k_scale, p.v_scale)] for p in inputs.pools_of(variant)]
+    if by_head:
+        caches = [[*kv, *(x if x is None else x.transpose(1, 2).contiguous().transpose(1, 2) for x in scales)] for *kv, a, b in caches for scales in [(a, b)]]
     op = torch.ops.attnopt.paged_attention
 
     def call(n: int) -> Tensor:

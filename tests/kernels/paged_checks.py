@@ -44,6 +44,12 @@ def check_splits(name: str) -> None:
         o = launched(name, p, chosen=c, num_splits=n)
         torch.testing.assert_close(o.double(), want, atol=5e-6, rtol=5e-6)
         assert torch.equal(o, launched(name, p, chosen=c, num_splits=n))
+        o = launched(name, p, chosen=replace(c, masked=True), num_splits=n)
+        torch.testing.assert_close(o.double(), want, atol=5e-6, rtol=5e-6)
+    p = paged(((1, 70), (1, 3)), 16, loads=loads_of(case))
+    c = Config(16, 16, 2, 4, 1, one_query=True, once=True)
+    for _ in range(2):  # the counters are as they were
+        torch.testing.assert_close(launched(name, p, chosen=c, num_splits=4).double(), one_by_one(case, p), atol=5e-6, rtol=5e-6)
 
 
 def check_heads(Hq: str, Hkv: str, D: str, Dv: str, page_size: str) -> None:
@@ -131,6 +137,26 @@ def check_quantized(cache: str, dtype: str, D: str = "16", Dv: str = "16") -> No
         torch.testing.assert_close(o.double(), want, atol=2 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+def check_in_float16(cache: str, dtype: str, name: str) -> None:
+    """Products of a quantized cache in float16, where queries of bfloat16 and values are far out of its range, a value is zero, and a sink comes first."""
+    case, kind = BY_CASE[name], getattr(torch, cache)
+    p = paged(((1, 40), (9, 21)), 16, getattr(torch, dtype), D=64, Dv=32, loads=loads_of(case))
+    k, v, slots = torch.cat(p.keys), torch.cat(p.values), slots_of(p)
+    v[3] = 0.0
+    for size in (1e-4, 1.0, 1e4) if dtype == "float16" else (1e-15, 1e-5, 1e6, 1e15):
+        k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8).view(kind) for x in (p.k_cache, p.v_cache))
+        ks, vs = (torch.full(k8.shape[:3], torch.nan) for _ in range(2))
+        inverse = 1.0 if dtype == "float16" else 0.5 / size
+        paged_reference.cache_write((k * (0.5 / inverse)).to(k.dtype), (v * size).to(v.dtype), k8, v8, slots, ks, vs)
+        held = [(x.double() * s.double().unsqueeze(-1)).flatten(0, 1)[slots].split([len(x) for x in p.keys]) for x, s in ((k8, ks), (v8, vs))]
+        scaled = replace(p, q=p.q * inverse)
+        want = one_by_one(case, replace(scaled, keys=list(held[0]), values=list(held[1])))
+        for n in (1, 3):
+            c = Config(16, 16, 2, 4, 1, half=True)
+            o = launched(name, replace(scaled, k_cache=k8, v_cache=v8), k_scale=ks, v_scale=vs, chosen=c, num_splits=n)
+            assert float((o.double() - want).norm()) <= TOLERANCE[dtype] * float(want.norm()), (size, n)
+
+
 def check_write(dtype: str) -> None:
     """As PyTorch writes it: tokens without a slot left out, values of no size, keys in a tensor of another order."""
     for D, Dv in ((24, 40), (48, 0)):
@@ -189,6 +215,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "latents": check_latents,
     "chunks": check_chunks,
     "quantized": check_quantized,
+    "in-float16": check_in_float16,
     "write": check_write,
     "more-queries-than-keys": check_more_queries_than_keys,
     "refusals": check_refusals,

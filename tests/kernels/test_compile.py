@@ -54,7 +54,7 @@ BACKWARD_MANY = [
 # name, D, dtype, queries of a request, heads of a group, page size, dtype of the cache
 PAGED_FEW: dict[int, list[tuple[Any, ...]]] = {
     80: [("softcap-window", 128, "bfloat16", 1, 4, 64)],
-    90: [("causal-GQA", 128, "bfloat16", 1, 4, 16, "fp8"), ("causal-GQA", 576, "bfloat16", 1, 128, 64)],
+    90: [("causal-GQA", 128, "bfloat16", 1, 4, 16, "fp8"), ("causal-GQA", 576, "bfloat16", 1, 128, 64), ("causal-GQA", 128, "bfloat16", 1, 4, 16, "fp8", {"half": True, "warm": 2, "ahead": 2, "once": True})],
 }
 PAGED_MANY: list[tuple[Any, ...]] = [
     *((name, D, "bfloat16", n, 4, page) for name in ("causal-GQA", "softcap-window") for D in (64, 80, 128, 192, 256) for n in (1, 512) for page in (16, 64)),

@@ -9,6 +9,8 @@ import torch
 
 from attnopt.kernels import paged_reference
 from attnopt.kernels.triton import cache_write
+from attnopt.kernels.triton.launch import shared_memory
+from attnopt.kernels.triton.launch_paged import Config, config
 from tests.kernels.paged import BY_CASE, CASES, MIXED, call, loads_of, one_by_one, paged, slots_of
 from tests.kernels.paged_checks import launched
 
@@ -110,6 +112,54 @@ def test_one_graph_serves_all_lengths(name: str) -> None:
             into.copy_(x)
         graph.replay()
         torch.testing.assert_close(o.cpu().double(), one_by_one(case, p), atol=3e-3, rtol=3e-3)
+
+
+@pytest.mark.parametrize("name", ["causal", "window"])
+@pytest.mark.parametrize("columns", [None, 1])
+def test_asking_early_changes_nothing(name: str, columns: int | None) -> None:
+    """Calls whose query is what the call before gives, in one graph: each asks for its keys while that one still runs, and uses nothing of what it may have changed."""
+    page_size = 16 if columns is None else 1024
+    p = paged(((1, 700), (1, 17), (1, 1000), (1, 1), (1, 513)), page_size, torch.bfloat16, Hq=8, D=128, Dv=128, spare=0).on("cuda")
+    usual = config(128, 128, 4, 1, torch.bfloat16, shared_memory(0))
+    found = []
+    for c in (usual, replace(usual, warm=2, ahead=2), replace(usual, warm=3, ahead=1, once=True)):
+
+        def chain(c: Config = c) -> torch.Tensor:
+            q = p.q
+            for _ in range(12):
+                q = launched(name, replace(p, q=q), chosen=c, num_splits=5)
+            return q
+
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o = chain()
+        for _ in range(3):
+            graph.replay()
+        found.append(o)
+    torch.cuda.synchronize()
+    assert not found[0].isnan().any() and torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[2], found[0], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("BLOCK_N", [64, 128])
+def test_quantized_in_float16(cache: torch.dtype, BLOCK_N: int) -> None:
+    if cache == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8_e4m3fn needs compute capability 8.9")
+    p = paged(((1, 700), (1, 17), (1, 1000), (1, 1), (1, 513)), 16, torch.bfloat16, Hq=8, D=128, Dv=128)
+    p = replace(p, q=p.q * 0.35).on("cuda")
+    k, v, slots = torch.cat(p.keys).cuda(), torch.cat(p.values).cuda(), slots_of(p).cuda()
+    v[5] = 0.0
+    k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8, device="cuda").view(cache) for x in (p.k_cache, p.v_cache))
+    # head by head: any strides will do
+    ks, vs = (torch.full(k8.shape[:3], torch.nan, device="cuda").transpose(1, 2).contiguous().transpose(1, 2) for _ in range(2))
+    cache_write.write(k, v, k8, v8, slots, ks, vs)
+    c = replace(config(128, 128, 4, 1, torch.bfloat16, shared_memory(0)), BLOCK_N=BLOCK_N, half=True, warm=2)
+    for n in (1, 3):
+        o = launched("window", replace(p, k_cache=k8, v_cache=v8), k_scale=ks, v_scale=vs, chosen=c, num_splits=n)
+        want = paged_reference.attention(p.q.double(), k8, v8, *p.arguments[3:], [], [], BY_CASE["window"].spec(), ks, vs)
+        torch.testing.assert_close(o.double(), want, atol=1e-2, rtol=1e-2)
 
 
 def test_writing_waits_for_nothing() -> None:

@@ -290,6 +290,11 @@ def test_quantized_in_words_of_two(interpreted: Run, cache: str) -> None:
     interpreted("paged", "quantized", *cache.split("-"))
 
 
+@pytest.mark.parametrize("cache", ["int8-bfloat16-window", "float8_e4m3fn-float16-sinks-causal-GQA", "float8_e4m3fn-bfloat16-sinks-causal-GQA"])
+def test_quantized_in_float16(interpreted: Run, cache: str) -> None:
+    interpreted("paged", "in-float16", *cache.split("-", 2))
+
+
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("wide", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_words_are_taken_apart_exactly(kind: str, wide: torch.dtype) -> None:

@@ -9,7 +9,25 @@ and 2**-8 for float16, which callers multiply back; subnormal numbers come out r
 int8: bits are put below those of a power of two, which is then subtracted: exact in both dtypes.
 """
 
-PACKED = ("fp8", "int8")
+HALF = {"fp8-half": "_halves_cvt", "int8-half": "_halves_int8"}
+PACKED = ("fp8", "int8", *HALF)
+
+
+def _fp8(left: int, right: int, mask: int) -> str:
+    """PTX: of each byte, the sign stays at the top, and exponent and mantissa (``mask``) go ``left`` bits up from a lower byte, ``right`` bits down from a higher one."""
+    return f"""
+                {{
+                    .reg .b32 a, b, s, t;
+                    shl.b32 a, $2, {left};
+                    shl.b32 s, $2, 8;
+                    and.b32 s, s, 0x80008000;
+                    lop3.b32 $0, a, {mask:#010x}, s, 0xea;
+                    shr.u32 b, $2, {right};
+                    and.b32 t, $2, 0x80008000;
+                    lop3.b32 $1, b, {mask:#010x}, t, 0xea;
+                }}
+                """
+
 
 # In each: w [..] int16 -> (lower, higher). With ASM two words at a time, in PTX of sm_90; without, the same steps in Triton, for the interpreter.
 HALVES = '''
@@ -18,34 +36,12 @@ def _halves_fp8(w, WIDE: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         if WIDE == tl.bfloat16:
             return tl.inline_asm_elementwise(
-                """
-                {
-                    .reg .b32 a, b, s, t;
-                    shl.b32 a, $2, 4;
-                    shl.b32 s, $2, 8;
-                    and.b32 s, s, 0x80008000;
-                    lop3.b32 $0, a, 0x07f007f0, s, 0xea;
-                    shr.u32 b, $2, 4;
-                    and.b32 t, $2, 0x80008000;
-                    lop3.b32 $1, b, 0x07f007f0, t, 0xea;
-                }
-                """,
+                """<BFLOAT16>""",
                 "=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
             )
         else:
             return tl.inline_asm_elementwise(
-                """
-                {
-                    .reg .b32 a, b, s, t;
-                    shl.b32 a, $2, 7;
-                    shl.b32 s, $2, 8;
-                    and.b32 s, s, 0x80008000;
-                    lop3.b32 $0, a, 0x3f803f80, s, 0xea;
-                    shr.u32 b, $2, 1;
-                    and.b32 t, $2, 0x80008000;
-                    lop3.b32 $1, b, 0x3f803f80, t, 0xea;
-                }
-                """,
+                """<FLOAT16>""",
                 "=&r,=&r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
             )
     else:
@@ -98,4 +94,26 @@ def _halves_int8(w, WIDE: tl.constexpr, ASM: tl.constexpr):
         higher = w.to(tl.int32) >> 8
         lower = (w.to(tl.int32) << 24) >> 24
         return lower.to(tl.float32).to(WIDE), higher.to(tl.float32).to(WIDE)
-'''
+
+
+@triton.jit
+def _halves_cvt(w, WIDE: tl.constexpr, ASM: tl.constexpr):
+    tl.static_assert(WIDE == tl.float16)
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 a;
+                .reg .b16 l, h;
+                prmt.b32 a, $2, 0, 0x3120;
+                mov.b32 {l, h}, a;
+                cvt.rn.f16x2.e4m3x2 $0, l;
+                cvt.rn.f16x2.e4m3x2 $1, h;
+            }
+            """,
+            "=&r,=&r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )
+    else:
+        lower, higher = _halves_fp8(w, WIDE, ASM)
+        return (lower.to(tl.float32) * 256.0).to(WIDE), (higher.to(tl.float32) * 256.0).to(WIDE)
+'''.replace("<BFLOAT16>", _fp8(4, 4, 0x07F007F0)).replace("<FLOAT16>", _fp8(7, 1, 0x3F803F80))

@@ -121,6 +121,19 @@ class Config:
     num_stages: int
     one_query: bool = False
     """A tile is of one token, though more of them had room: then tokens and tiles are one, where every request has one token."""
+    warm: int = 0
+    """Blocks of keys that a program asks L2 for while the kernel in front of it ends (sm_90, tiles of one token)."""
+    ahead: int = 0
+    """Turns after the first whose page numbers are put in L1 before the loop (sm_90)."""
+    once: bool = False
+    """Whether the last of the programs that share a token's keys joins what they leave, by a counter, instead of a kernel behind. For trials: calls of one shape share the counters,
+    and must not run at the same time."""
+    reduce_warps: int = 4
+    """Of the kernel that joins the splits: each holds 1024 numbers of them at once."""
+    masked: bool = False
+    """Whether all blocks run in one loop, each key compared with the bounds. Otherwise blocks that all queries see run in a loop of their own, and each loop begins with nothing read."""
+    half: bool = False
+    """Whether words of two numbers of a quantized cache become float16, whatever the dtype of the query."""
 
     @property
     def BLOCK_Q(self) -> int:
@@ -285,6 +298,8 @@ class Plan:
     """The shape of what the splits leave; None where there are none."""
     forward: Launch
     reduction: Launch | None
+    counters: Tensor | None
+    """[tiles, lanes], zeros between calls; None where a reduction joins the splits."""
 
     @staticmethod
     def of(
@@ -304,6 +319,7 @@ class Plan:
         one_load = shares(k_cache, v_cache)
         c = chosen or config(D, Dv, groups, -(-T // R), q.dtype, memory, one_load)
         cache = packing(q.dtype, k_cache, v_cache, one_load) if quantized else ""
+        cache += "-half" if c.half and cache in PACKED else ""
         words = as_words(k_cache, v_cache) if cache in PACKED else {}
         kernel = kernel_for(spec, cache)
         BLOCK_Q, lanes = c.BLOCK_Q, Hkv * -(-groups // c.HEADS)
@@ -315,27 +331,28 @@ class Plan:
             many = processors(index) if on_gpu else INTERPRETED_PROCESSORS
             num_splits = splits(likely, blocks, each * many, 0 if quantized else many)
         split = num_splits > 1
+        once = split and c.once and BLOCK_Q == 1
         pdl = on_gpu and capability() >= (9, 0)
         early = {"launch_pdl": True} if pdl else {}
         shape = {"b": R, "h": Hq, "q": capacity, "k": capacity}
         arguments = bind(kernel.source, spec, tensors | words, load_tensors(kernel.source.parts, shape, loads, values, q.device), len(loads))
         arguments |= {f"size{i}": values[name] for i, name in enumerate(kernel.source.sizes)}
-        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "STEP": num_splits * c.BLOCK_N, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity}
+        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "STEP": num_splits * c.BLOCK_N, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity, "PAGES": k_cache.shape[0]}
         arguments |= {"O_s0": Hq * Dv, "O_s1": Dv, "O_s2": 1}
-        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl)
+        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl, at_once(Dv, num_splits, c.num_warps) if once else 0)
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **early}
         forward = Launch(kernel.module.paged_forward, kernel.source.arguments, arguments, fixed, options, (tiles * lanes * num_splits,))
         reduction = None
-        if split:
+        if split and not once:
             names = ("PART", "LSE", "O", "O_s0", "O_s1", "O_s2", "Hq", "SPLITS")
-            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl)
-            options = {"num_warps": 4, **early}
+            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl, c.warm > 0, c.reduce_warps)
+            options = {"num_warps": c.reduce_warps, **early}
             reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, options, (T * Hq,))
-        return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction)
+        return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction, torch.zeros(tiles * lanes, dtype=torch.int32, device=q.device) if once else None)
 
     def run(self, tensors: dict[str, Tensor], loads: Sequence[Tensor], o: Tensor) -> None:
         named = tensors | {f"L{i}": x for i, x in enumerate(load_tensors(self.source.parts, self.shape, loads, self.sizes, self.device))}
-        named |= {"O": o, "PART": o, "LSE": o}
+        named |= {"O": o, "PART": o, "LSE": o, "COUNT": o if self.counters is None else self.counters}
         if self.words:
             named |= as_words(named["K"], named["V"])
         if self.part is not None:
@@ -385,21 +402,25 @@ def as_words(k_cache: Tensor, v_cache: Tensor) -> dict[str, Tensor]:
 
 
 def constants(
-    D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype, pdl: bool = False, asm: bool = False
+    D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype, pdl: bool = False, asm: bool = False, once: int = 0
 ) -> dict[str, Any]:
     """The values of the kernel's ``CONSTEXPRS``. ``page`` is 0 where each request has one; with ``pdl`` (programmatic dependent launch, sm_90) it is launched before the kernel
-    in front of it ends, and waits for that; with ``asm`` words of two numbers are taken apart in PTX."""
+    in front of it ends, and waits for that; with ``asm`` words of two numbers are taken apart in PTX; ``once``: the splits that are joined at once where the last program does it."""
     BLOCK_R = max(128, power_of_two(R + 1))
     parts = head_parts(D)
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, asm, precision)
+    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, asm, precision, c.warm, c.ahead, once, c.masked)
     return dict(zip(CONSTEXPRS, values, strict=True))
 
 
-def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool) -> dict[str, Any]:
-    """Of ``paged_reduce``: as many splits at once as there are, up to what registers hold."""
-    width = power_of_two(Dv)
-    return {"DV": Dv, "BLOCK_DV": width, "BLOCK_S": max(1, min(power_of_two(num_splits), 4096 // width)), "FOLDED": folded, "PDL": pdl}
+def at_once(Dv: int, num_splits: int, warps: int) -> int:
+    """As many splits as there are, up to what the registers of so many warps hold."""
+    return max(1, min(power_of_two(num_splits), 1024 * warps // power_of_two(Dv)))
+
+
+def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool, early: bool = False, warps: int = 4) -> dict[str, Any]:
+    """Of ``paged_reduce``."""
+    return {"DV": Dv, "BLOCK_DV": power_of_two(Dv), "BLOCK_S": at_once(Dv, num_splits, warps), "FOLDED": folded, "PDL": pdl, "EARLY": early}
 
 
 def bind(source: Source, spec: AttentionSpec, tensors: dict[str, Tensor], read: Sequence[Tensor], given: int) -> dict[str, Any]:
