@@ -10,7 +10,7 @@ Floats are rearranged as real numbers are (the *exact* tier promises the same fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 from attnopt.ir.arithmetic import (
     FUNCTIONS,
@@ -175,8 +175,8 @@ def substitute(e: Expr, table: Mapping[Expr, Expr]) -> Expr:
     return go(e)
 
 
-def postorder(*roots: Expr) -> Iterator[Expr]:
-    """Every node once, operands first."""
+def postorder(*roots: Expr, known: Container[Expr] = ()) -> Iterator[Expr]:
+    """Every node once, operands first; of ``known`` nodes no operands."""
     seen: set[Expr] = set()
     stack: list[tuple[Expr, bool]] = [(r, False) for r in reversed(roots)]
     while stack:
@@ -186,4 +186,4 @@ def postorder(*roots: Expr) -> Iterator[Expr]:
         elif e not in seen:
             seen.add(e)
             stack.append((e, True))
-            stack.extend((a, False) for a in reversed(e.args))
+            stack.extend((a, False) for a in reversed(e.args if e not in known else ()))

@@ -56,11 +56,19 @@ class Part:
         """How the kernel indexes its tensor."""
         return tuple(E.add(E.sub(variables["k"], variables["q"]), E.sub(QUERIES, E.ONE)) if a == "d" else variables[a] for a in self.axes)
 
-    def env(self, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device, margin: int = 0) -> Env:
-        """Where ``expr`` is evaluated: distances lie along the last axis. ``shape`` gives the extents of b, h, q and k. See ``tensor`` for ``margin``."""
+    def env(
+        self,
+        shape: Mapping[str, int],
+        loads: Sequence[Tensor],
+        sizes: Mapping[str, int],
+        device: torch.device,
+        known: Mapping[Expr, Value] | None = None,
+        margin: int = 0,
+    ) -> Env:
+        """Where ``expr`` is evaluated: distances lie along the last axis. ``shape`` gives the extents of b, h, q and k. For the rest see ``tensor``."""
         ranges = {name: (0, n) for name, n in shape.items() if "d" not in self.axes or name in "bh"}
-        env = Env(ranges, loads, sizes, torch.float32, device)
-        if "d" in self.axes:
+        env = Env(ranges, loads, sizes, torch.float32, device, known=known or {})
+        if "d" in self.axes and not known:
             env.known = {DISTANCE: torch.arange(1 - shape["q"] - margin, shape["k"] + margin, device=device).view(1, 1, 1, -1)}
         return env
 
@@ -73,13 +81,13 @@ class Part:
         known: Mapping[Expr, Value] | None = None,
         margin: int = 0,
     ) -> Tensor:
-        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k. ``known`` are values below it.
+        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k. ``known`` are values below it, of all
+        that reads the distance if of any.
 
         With a ``margin`` the memory holds that many more distances at each end, for a kernel that reads whole tiles.
         """
         margin = margin if "d" in self.axes else 0
-        env = self.env(shape, loads, sizes, device, margin)
-        env.known = {**env.known, **(known or {})}
+        env = self.env(shape, loads, sizes, device, known, margin)
         extents = [shape.get(a, shape["q"] + shape["k"] - 1 + 2 * margin) for a in self.axes]
         (value,), _ = evaluate((self.expr,), env)
         x = as_tensor(value, self.kind, env)
@@ -127,7 +135,7 @@ def _constant_part(part: Part, shape: Shape, sizes: Shape, device: torch.device,
 
 @lru_cache(maxsize=256)
 def _fixed_values(part: Part, shape: Shape, sizes: Shape, device: torch.device, margin: int = 0) -> dict[Expr, Value]:
-    env = part.env(dict(shape), (), dict(sizes), device, margin)
+    env = part.env(dict(shape), (), dict(sizes), device, margin=margin)
     fixed = _fixed(part.expr)
     return dict(zip(fixed, evaluate(fixed, env)[0], strict=True))
 

@@ -79,7 +79,7 @@ def test_lengths(name: str, Sq: int, Skv: int) -> None:
 @pytest.mark.parametrize(
     ("name", "Sq", "Skv"),
     [
-        *((name, Sq, Skv) for name in ("relative-buckets", "alibi-causal", "padding-zero") for Sq, Skv in ((300, 700), (700, 300), (1, 500))),
+        *((name, Sq, Skv) for name in ("relative-buckets", "alibi-causal", "padding-zero") for Sq, Skv in ((300, 700), (700, 300), (1, 500), (256, 768))),
         *(("documents", S, S) for S in (300, 700)),
     ],
 )

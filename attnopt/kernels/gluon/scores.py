@@ -96,9 +96,13 @@ class ScoreWriter:
             'l_i = gl.where(spread(m_i, row_parts(nothing)) == float("-inf"), 0.0, 0.25) + row_parts(nothing)',
         ]
 
-    def look_for_level(self) -> list[str]:
+    def looks_for_level(self, cut: str, first: bool) -> bool:
+        """Of the blocks that the mask cuts only the last keys, where all queries see them: others are near the diagonal."""
+        return self.level is not None and (not cut or (first and self.programs.mask is E.TRUE))
+
+    def look_for_level(self, cut: str, first: bool) -> list[str]:
         """Whether the table over distances has one value, ``same``, for the whole of the block at ``start``: its least distance is in a run that reaches its greatest."""
-        if self.level is None:
+        if self.level is None or not self.looks_for_level(cut, first):
             return []
         return [
             "nearest = start + Sq - 1 - first_query",
@@ -146,10 +150,11 @@ class ScoreWriter:
         name = em.names[self.inner]
         if name != "s":
             lines.append(f"s = {name}" if E.score() in self.inner.leaves else f"s = {name} + nothing")
-        lines += [*(self.hidden(cut, first) if cut else []), *self.softmax(started)]
-        if self.level is not None and not cut:
-            flat = [*self.flat.in_loop([self.level.flat], False), f"s = {self.flat.names[self.level.flat]}", *self.softmax(started)]
-            flat = flat if self.level.scale is None else self.softmax(started, self.level.scale)
+        hidden = self.hidden(cut, first) if cut else []
+        lines += [*hidden, *self.softmax(started)]
+        if self.level is not None and self.looks_for_level(cut, first):
+            flat = [] if self.level.scale is not None else [*self.flat.in_loop([self.level.flat], bool(cut)), f"s = {self.flat.names[self.level.flat]}"]
+            flat += [*hidden, *self.softmax(started, self.level.scale)]
             lines = ["if level:", *("    " + x for x in flat), "else:", *("    " + x for x in lines)]
         return [*lines, "l_i = l_i * spread(alpha, l_i) + row_parts(p)" if started else "l_i = row_parts(p)", "m_i = m_new"]
 
