@@ -29,7 +29,12 @@ from attnopt.kernels.tiling import bind_sizes
 from attnopt.kernels.triton import launch as triton_launch
 
 CONFIGS = {
-    64: [Config(2, 128, 3, 2, q_registers=True), Config(2, 128, 3, 2), Config(3, 128, 2, 2), Config(2, 64, 4, 2)],
+    64: [
+        Config(2, 128, 3, 2, q_registers=True),
+        Config(2, 128, 3, 2),
+        Config(3, 128, 2, 2),
+        *(Config(2, 64, stages, 2, q_registers=held) for stages in (4, 6) for held in (False, True)),
+    ],
     128: [Config(2, 128, 2, 2), Config(2, 128, 2, 1, q_registers=True), Config(2, 64, 4, 2)],
     256: [Config(2, 64, 2, 1, 2), Config(2, 32, 4, 1, 2)],
 }

@@ -176,7 +176,7 @@ def substitute(e: Expr, table: Mapping[Expr, Expr]) -> Expr:
 
 
 def postorder(*roots: Expr, known: Container[Expr] = ()) -> Iterator[Expr]:
-    """Every node once, operands first; what is below ``known`` nodes alone is left out."""
+    """Every node once, operands first; of ``known`` nodes no operands."""
     seen: set[Expr] = set()
     stack: list[tuple[Expr, bool]] = [(r, False) for r in reversed(roots)]
     while stack:
@@ -186,5 +186,4 @@ def postorder(*roots: Expr, known: Container[Expr] = ()) -> Iterator[Expr]:
         elif e not in seen:
             seen.add(e)
             stack.append((e, True))
-            if e not in known:
-                stack.extend((a, False) for a in reversed(e.args))
+            stack.extend((a, False) for a in reversed(e.args if e not in known else ()))

@@ -28,7 +28,8 @@ class BlockMap:
     """
 
     counts: Tensor
-    """int32 [B', H', M, 2]: how many partial and how many full blocks there are."""
+    """int32 [B', H', M, 3]: how many partial and how many full blocks there are, and which row, counted as in ``places``, has the most, the next
+    most and so on: in that order work is shared out evenly."""
     indices: Tensor
     """int32 [B', H', M, N]: the numbers of the partial blocks, ascending, then of the full ones, ascending; then the invisible."""
     BLOCK_M: int
@@ -73,8 +74,8 @@ def block_map(
     full_shape = (B if by_batch else 1, Hq if by_head else 1, tiling.M, tiling.N)
     if 0 in (*shape, tiling.M, tiling.N):
         rows, listed = (tiling.N, tiling.M) if transposed else (tiling.M, tiling.N)
-        empty = torch.zeros((*full_shape[:2], rows, 2 + listed), dtype=torch.int32, device=device)
-        return BlockMap(empty[..., :2].contiguous(), empty[..., 2:].contiguous(), BLOCK_M, BLOCK_N)
+        empty = torch.zeros((*full_shape[:2], rows, 3 + listed), dtype=torch.int32, device=device)
+        return BlockMap(empty[..., :3].contiguous(), empty[..., 3:].contiguous(), BLOCK_M, BLOCK_N)
     read = [*loads, *(p.tensor(extents, loads, tiling.size_of, device) for p in parts)]
     kept = _kept(tiling)
     visible = enclose(program, tiling, read, kept.constants)
@@ -85,8 +86,9 @@ def block_map(
     # 0 partial, 1 full, 2 invisible, in the order of the lists
     rank = torch.add((certain & whole).view(torch.uint8), (~possible).view(torch.uint8), alpha=2)
     indices = torch.add(number, rank, alpha=len(number)).contiguous().sort(-1).values % len(number)
-    counts = (rank.unsqueeze(-1) == kept.ranks).sum(-2, dtype=torch.int32).contiguous()
-    return BlockMap(counts, indices, BLOCK_M, BLOCK_N)
+    found = (rank.unsqueeze(-1) == kept.ranks).sum(-2, dtype=torch.int32)
+    order = found.sum(-1).flatten().argsort(descending=True, stable=True).view(*found.shape[:3], 1)
+    return BlockMap(torch.cat([found, order.to(torch.int32)], -1), indices, BLOCK_M, BLOCK_N)
 
 
 @lru_cache(maxsize=1024)

@@ -90,7 +90,7 @@ def _fake(
     if transposed:
         rows, listed = listed, rows
     places = (B if by_batch else 1, Hq if by_head else 1, rows)
-    return like.new_empty((*places, 2), dtype=torch.int32), like.new_empty((*places, listed), dtype=torch.int32)
+    return like.new_empty((*places, 3), dtype=torch.int32), like.new_empty((*places, listed), dtype=torch.int32)
 
 
 _LIBRARY.impl("block_map", _block_map, "CompositeExplicitAutograd")

@@ -116,6 +116,8 @@ class Emitter:
     inner: Literal["q", "k"] = "k"
     known: Mapping[Expr, str] = field(default_factory=dict)
     """Leaves that the kernel has computed, by their names in it."""
+    spelled: dict[Expr, str] = field(default_factory=dict)
+    """Loads for which the kernel has a way of its own, as it writes them."""
     prefix: str = "t"
     names: dict[Expr, str] = field(default_factory=dict)
 
@@ -123,7 +125,7 @@ class Emitter:
         self.known = {QUERIES: "Sq", **self.known}
         self.order = list(E.postorder(*self.programs))
         self.sizes = sorted({e.value[0] for e in self.order if e.op == "sym" and e not in self.known})
-        loads = [e for e in self.order if e.op == "load" and e not in self.known]
+        loads = [e for e in self.order if e.op == "load" and e not in self.known and isinstance(e.value, int)]
         self.loads = {e.value: len(e.args) for e in loads}
         self.measured = sorted({(e.value, d) for e in loads for d, a in enumerate(e.args) if self.needs_clamp(e, a)})
         others = {a for e in self.order if e.op not in ("eq", "same", "le", "lt") for a in e.args}
@@ -173,6 +175,8 @@ class Emitter:
         # In a sum the score comes last: large terms beside it may cancel.
         operands = sorted(e.args, key=lambda a: E.score() in a.leaves) if e.op == "add" else e.args
         args = [self.names[a] for a in operands]
+        if e in self.spelled:
+            return self.spelled[e]
         if e.op == "load":
             return self._load(e, tail)
         if e.op in _CALLS:
@@ -202,7 +206,9 @@ class Emitter:
             return f"{float(e.value)!r}" if e.value >= 0 else f"({float(e.value)!r})"
         linear = [a is None or a.op == "sym" or (a.op == "var" and a.value in ("q", "k")) for _, a in E.terms(e)] if e.op in ("add", "mul") else [False]
         if all(linear):
-            parts = [(c, "1.0" if a is None else self._as_float(a)) for c, a in E.terms(e)]
+            # what is the same for all keys is summed first
+            found = sorted(E.terms(e), key=lambda t: 0 if t[1] is None else ("scalar", "row", "tile").index(self.depends(t[1])))
+            parts = [(c, "1.0" if a is None else self._as_float(a)) for c, a in found]
             return "(" + " + ".join(x if c == 1 else f"({float(c)!r})" if x == "1.0" else f"({float(c)!r}) * {x}" for c, x in parts) + ")"
         if e.op == "abs":
             return f"{self.dialect.ns}.abs({self._as_float(e.args[0])})"

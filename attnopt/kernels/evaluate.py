@@ -54,18 +54,15 @@ class Env:
 def evaluate(roots: Sequence[Expr], env: Env, keep: bool = False) -> tuple[list[Value], dict[Expr, Value]]:
     """The values of ``roots``, and the table of values of all nodes below them.
 
-    What only ``env.known`` values would need is not computed. Without ``keep`` a value is dropped after its last use, and the table holds little more than the roots.
+    Without ``keep`` a value is dropped after its last use, the table holds little more than the roots, and nothing below a known value is computed.
     """
-    order = list(E.postorder(*roots, known=env.known))
+    order = list(E.postorder(*roots, known=() if keep else env.known))
     uses = Counter(a for e in order if e not in env.known for a in e.args)
     uses.update(roots)
     table: dict[Expr, Value] = {}
     for e in order:
-        if e in env.known:
-            table[e] = env.known[e]
-            continue
-        table[e] = _node(e, table, env)
-        if not keep:
+        table[e] = env.known[e] if e in env.known else _node(e, table, env)
+        if not keep and e not in env.known:
             for a in e.args:
                 uses[a] -= 1
                 if not uses[a]:

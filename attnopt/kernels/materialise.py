@@ -56,12 +56,20 @@ class Part:
         """How the kernel indexes its tensor."""
         return tuple(E.add(E.sub(variables["k"], variables["q"]), E.sub(QUERIES, E.ONE)) if a == "d" else variables[a] for a in self.axes)
 
-    def env(self, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Env:
-        """Where ``expr`` is evaluated: distances lie along the last axis. ``shape`` gives the extents of b, h, q and k."""
+    def env(
+        self,
+        shape: Mapping[str, int],
+        loads: Sequence[Tensor],
+        sizes: Mapping[str, int],
+        device: torch.device,
+        known: Mapping[Expr, Value] | None = None,
+        margin: int = 0,
+    ) -> Env:
+        """Where ``expr`` is evaluated: distances lie along the last axis. ``shape`` gives the extents of b, h, q and k. For the rest see ``tensor``."""
         ranges = {name: (0, n) for name, n in shape.items() if "d" not in self.axes or name in "bh"}
-        env = Env(ranges, loads, sizes, torch.float32, device)
-        if "d" in self.axes:
-            env.known = {DISTANCE: torch.arange(1 - shape["q"], shape["k"], device=device).view(1, 1, 1, -1)}
+        env = Env(ranges, loads, sizes, torch.float32, device, known=known or {})
+        if "d" in self.axes and not known:
+            env.known = {DISTANCE: torch.arange(1 - shape["q"] - margin, shape["k"] + margin, device=device).view(1, 1, 1, -1)}
         return env
 
     def tensor(
@@ -71,11 +79,16 @@ class Part:
         sizes: Mapping[str, int],
         device: torch.device,
         known: Mapping[Expr, Value] | None = None,
+        margin: int = 0,
     ) -> Tensor:
-        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k. ``known`` are values below it."""
-        env = self.env(shape, loads, sizes, device)
-        env.known = {**env.known, **(known or {})}
-        extents = [shape.get(a, shape["q"] + shape["k"] - 1) for a in self.axes]
+        """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k. ``known`` are values below it, of all
+        that reads the distance if of any.
+
+        With a ``margin`` the memory holds that many more distances at each end, for a kernel that reads whole tiles.
+        """
+        margin = margin if "d" in self.axes else 0
+        env = self.env(shape, loads, sizes, device, known, margin)
+        extents = [shape.get(a, shape["q"] + shape["k"] - 1 + 2 * margin) for a in self.axes]
         (value,), _ = evaluate((self.expr,), env)
         x = as_tensor(value, self.kind, env)
         x = x.view((1,) * (4 - x.dim()) + tuple(x.shape))
@@ -83,15 +96,16 @@ class Part:
             n if a in self.axes or (a == "k" and "d" in self.axes) else 1
             for a, n in zip("bhqk", (shape["b"], shape["h"], shape["q"], extents[-1] if extents else 1), strict=True)
         ]
-        return x.expand(full).reshape(extents)
+        x = x.expand(full).reshape(extents)
+        return x.contiguous()[..., margin : x.shape[-1] - margin] if margin else x
 
 
-def part_tensor(part: Part, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> Tensor:
+def part_tensor(part: Part, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device, margin: int = 0) -> Tensor:
     """``part.tensor``, where what is the same for all tensors (a distance's bucket, say) is computed once."""
     if part.constant:
-        return _once(_constant_part, device)(part, tuple(shape.items()), _needed(part, sizes), device)
-    known = _once(_fixed_values, device)(part, tuple(shape.items()), _needed(part, sizes), device) if "d" in part.axes else {}
-    return part.tensor(shape, loads, sizes, device, known)
+        return _once(_constant_part, device)(part, tuple(shape.items()), _needed(part, sizes), device, margin)
+    known = _once(_fixed_values, device)(part, tuple(shape.items()), _needed(part, sizes), device, margin) if "d" in part.axes else {}
+    return part.tensor(shape, loads, sizes, device, known, margin)
 
 
 def runs(part: Part, shape: Mapping[str, int], sizes: Mapping[str, int], device: torch.device) -> Tensor:
@@ -115,13 +129,13 @@ def _once(function: Callable[..., R], device: torch.device) -> Callable[..., R]:
 
 
 @lru_cache(maxsize=256)
-def _constant_part(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> Tensor:
-    return part.tensor(dict(shape), (), dict(sizes), device)
+def _constant_part(part: Part, shape: Shape, sizes: Shape, device: torch.device, margin: int) -> Tensor:
+    return part.tensor(dict(shape), (), dict(sizes), device, margin=margin)
 
 
 @lru_cache(maxsize=256)
-def _fixed_values(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> dict[Expr, Value]:
-    env = part.env(dict(shape), (), dict(sizes), device)
+def _fixed_values(part: Part, shape: Shape, sizes: Shape, device: torch.device, margin: int = 0) -> dict[Expr, Value]:
+    env = part.env(dict(shape), (), dict(sizes), device, margin=margin)
     fixed = _fixed(part.expr)
     return dict(zip(fixed, evaluate(fixed, env)[0], strict=True))
 
@@ -148,9 +162,11 @@ def _fixed(expr: Expr) -> tuple[Expr, ...]:
     return tuple(dict.fromkeys(f for a in expr.args for f in _fixed(a)))
 
 
-def load_tensors(parts: Sequence[Part], shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:
+def load_tensors(
+    parts: Sequence[Part], shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device, margin: int = 0
+) -> list[Tensor]:
     """The tensors of all load slots of a generated kernel: ``loads`` and then the parts, booleans as bytes."""
-    tensors = [*loads, *(part_tensor(p, shape, loads, sizes, device) for p in parts)]
+    tensors = [*loads, *(part_tensor(p, shape, loads, sizes, device, margin) for p in parts)]
     return [x.view(torch.uint8) if x.dtype == torch.bool else x for x in tensors]
 
 

@@ -28,7 +28,7 @@ def visible_by(blocks: BlockMap, mask: Tensor) -> Tensor:
         for h in range(H):
             for i in range(counts.shape[2]):
                 rows = slice(i * blocks.BLOCK_M, (i + 1) * blocks.BLOCK_M)
-                partial, full = counts[b, h, i].tolist()
+                partial, full = counts[b, h, i, :2].tolist()
                 for n, j in enumerate(indices[b, h, i, : partial + full].tolist()):
                     keys = slice(j * blocks.BLOCK_N, (j + 1) * blocks.BLOCK_N)
                     out[b, h, rows, keys] = mask[b, h, rows, keys] if n < partial else True

@@ -8,6 +8,7 @@ it knows nothing of layouts and asynchrony within a warpgroup.
 from __future__ import annotations
 
 import builtins
+import re
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -221,13 +222,27 @@ def _specialize(functions: Sequence[tuple[Any, Sequence[Any]]], warps: Sequence[
         raise next((f for f in failures if not isinstance(f, Deadlock)), failures[0])
 
 
+def _loads(text: str, p: Pointer) -> Any:
+    """Loads and copies for the 4 elements of each of a thread's groups of 8 columns: 2 of a row, and 2 of the row 8 below it. Addresses are the first element's and what stands in the text."""
+    offsets: list[int] = []
+    for line in text.split(";")[:-1]:
+        copied = re.fullmatch(r" ?mov\.b32 \$\d+, \$(\d+)", line)
+        loaded = re.fullmatch(r" ?ld\.global\.nc\.b32 \$\d+, \[\$\d+\+(-?\d+)\]", line)
+        assert copied or loaded, line
+        offsets.append(offsets[int(copied[1])] if copied else int(loaded[1]) // 4)  # type: ignore[index]
+    at = p.where()
+    rows, columns = torch.arange(at.shape[0])[:, None], torch.arange(at.shape[1])[None, :]
+    element = columns % 2 + 2 * (rows // 8 % 2) + 4 * (columns // 8)
+    return _value(p.flat()[at[rows - rows // 8 % 2 * 8, columns % 8 // 2 * 2] + torch.tensor(offsets)[element]])
+
+
 def _asm(text: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     if text.startswith("tanh.approx"):
         return _value(torch.tanh(args[0]))
     if "vote" in text:
         return _value(args[0] * args[1])
-    if "setp.ne" in text:
-        return _value(torch.where(args[1] != 0, args[0], -torch.inf))
+    if text.startswith("ld.global"):
+        return _loads(text, args[0])
     if "setp.eq" in text:
         return _value(torch.where(args[1] == args[2], args[0], -torch.inf))
     if "setp" in text:
@@ -243,7 +258,7 @@ def _language() -> Any:
         constexpr=lambda x: x,
         static_range=range,
         int32=torch.int32, int64=torch.int64, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16,
-        NVMMADistributedLayout=lambda *a: None, DotOperandLayout=lambda *a: None, SliceLayout=lambda *a: None,
+        NVMMADistributedLayout=lambda *a: None, DotOperandLayout=lambda *a: None, SliceLayout=lambda *a: None, BlockedLayout=lambda *a: None,
         arange=lambda a, b, layout=None: _value(torch.arange(a, b, dtype=torch.int32)),
         zeros=lambda shape, dtype, layout=None: _value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, x, dtype, layout=None: _value(torch.full(shape, float(x), dtype=dtype)),

@@ -51,11 +51,14 @@ def read(found: BlockMap, shape: tuple[int, int]) -> Tensor:
     counts, indices = found.counts, found.indices
     assert counts.dtype == indices.dtype == torch.int32
     assert counts.is_contiguous() and indices.is_contiguous()
-    assert counts.shape == (*indices.shape[:3], 2)
+    assert counts.shape == (*indices.shape[:3], 3)
     n = indices.shape[3]
+    order, listed_blocks = counts[..., 2].flatten(), counts[..., :2].sum(-1).flatten()
+    assert sorted(order.tolist()) == list(range(len(order)))
+    assert (listed_blocks[order].diff() <= 0).all()
     out = torch.empty(indices.shape, dtype=torch.int64)
     for where in torch.cartesian_prod(*(torch.arange(x) for x in indices.shape[:3])).view(-1, 3).tolist():
-        partial, full = counts[tuple(where)].tolist()
+        partial, full = counts[tuple(where)][:2].tolist()
         listed = indices[tuple(where)].tolist()
         assert sorted(listed) == list(range(n))
         for part in (listed[:partial], listed[partial : partial + full], listed[partial + full :]):

@@ -12,7 +12,7 @@ from attnopt.kernels.gluon.config import Config, parts_of
 from attnopt.kernels.programs import programs_of
 from tests.kernels import gluon_interpreter as interpreter
 from tests.kernels.cases import BY_NAME, CASES, Case, Shape
-from tests.kernels.mask_cases import MASK_CASES
+from tests.kernels.mask_cases import MASK_CASES, MASKS
 
 TOLERANCE = 2e-2
 """Of bfloat16, in which q, k, v, o and the weights are."""
@@ -58,7 +58,7 @@ def test_case(case: Case) -> None:
 
 
 def of_shape(name: str, shape: Shape) -> Case:
-    return Case(**{**vars(BY_NAME[name]), "shape": shape})
+    return Case(**{**vars((BY_NAME | MASKS)[name]), "shape": shape})
 
 
 @pytest.mark.parametrize("n", [1, 3, 20, 132])
@@ -73,6 +73,19 @@ def test_many_tiles_for_each_worker(chosen: Config, n: int, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["full", "causal-GQA", "reverse-causal", "window-both-sides"])
 def test_lengths(name: str, Sq: int, Skv: int) -> None:
     check(of_shape(name, (1, 2, 2, Sq, Skv, 16, 16)), TWO)
+
+
+@pytest.mark.parametrize("chosen", [TWO, Config(3, 128, 2, 1), Config(2, 64, 4, 2, q_registers=True)], ids=["two", "three", "registers"])
+@pytest.mark.parametrize(
+    ("name", "Sq", "Skv"),
+    [
+        *((name, Sq, Skv) for name in ("relative-buckets", "alibi-causal", "padding-zero") for Sq, Skv in ((300, 700), (700, 300), (1, 500), (256, 768))),
+        *(("documents", S, S) for S in (300, 700)),
+    ],
+)
+def test_programs_over_many_blocks(name: str, Sq: int, Skv: int, chosen: Config) -> None:
+    """Far from the diagonal a table has one value for whole blocks; a slope counts from the first query of a consumer; maps say which tile is next."""
+    check(of_shape(name, (2, 4, 2, Sq, Skv, 16, 16)), chosen)
 
 
 @pytest.mark.parametrize(("D", "Dv"), [(40, 40), (64, 64), (80, 96), (128, 128), (192, 128), (256, 256)])

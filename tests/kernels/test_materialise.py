@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnopt.errors import BackendError
 from attnopt.ir import expr as E
-from attnopt.kernels.materialise import QUERIES, materialise
+from attnopt.kernels.materialise import QUERIES, materialise, part_tensor
 from attnopt.kernels.triton.flash_forward import generate
 from tests.kernels.cases import BY_NAME, CASES, bucket, dims, t5
 
@@ -26,6 +28,32 @@ def test_a_bucket_of_the_distance_becomes_a_table_over_distances() -> None:
     table = torch.randn(8, 3)
     got = part.tensor({"b": 2, "h": 3, "q": 5, "k": 9}, [table], {}, torch.device("cpu"))
     assert got.shape == (3, 5 + 9 - 1)
+
+
+class Calls(TorchDispatchMode):
+    """The names of PyTorch's functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_buckets_are_computed_once_and_margins_are_real_values() -> None:
+    _, (part,) = materialise((t5(D, E.score()),), 1)
+    shape, cpu = {"b": 2, "h": 3, "q": 5, "k": 9}, torch.device("cpu")
+    part_tensor(part, shape, [torch.randn(8, 3)], {}, cpu, margin=4)
+    table = torch.randn(8, 3)
+    with Calls() as calls:
+        got = part_tensor(part, shape, [table], {}, cpu, margin=4)
+    assert not {n for n in calls.names if n.startswith(("log", "abs", "where"))}
+    assert got.stride(-1) == 1
+    longer = part.tensor({**shape, "q": 9, "k": 13}, [table], {}, cpu)  # the same distances and 4 more at each end
+    assert torch.equal(got, part.tensor(shape, [table], {}, cpu)) and torch.equal(got, longer[:, 4:-4])
+    assert torch.equal(got.as_strided(longer.shape, got.stride(), got.storage_offset() - 4), longer)
 
 
 def test_a_decision_in_the_mask_is_materialised_and_the_rest_is_not() -> None:

@@ -53,10 +53,10 @@ def parts_of(n: int) -> tuple[int, ...]:
 
 
 def bytes_of(config: Config, D: int, Dv: int) -> int:
-    """Shared memory of one block of threads, in bytes, for 16-bit tensors."""
+    """Shared memory of one block of threads, in bytes, for 16-bit tensors. A consumer spreads numbers of up to 64 bits per key by way of it."""
     d, dv = sum(parts_of(D)), sum(parts_of(Dv))
     rows = config.BLOCK_M * (d * config.q_buffers + dv // config.o_chunks)
-    return 2 * (rows + config.stages * config.BLOCK_N * (d + dv)) + 1024
+    return 2 * (rows + config.stages * config.BLOCK_N * (d + dv)) + 8 * config.consumers * config.BLOCK_N + 1024
 
 
 Reads = Literal["nothing", "keys", "pairs"]

@@ -19,23 +19,15 @@ from functools import lru_cache
 from textwrap import indent
 
 from attnopt.ir import expr as E
-from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.codegen import GLUON, Emitter, literal
-from attnopt.kernels.gluon.config import Config, Reads, parts_of
-from attnopt.kernels.gluon.helpers import KEEP, KEEP_BY_TENSOR, PLACE, PLACE_OF_MAPPED, SUMS, TO_HALF, rescale_source
-from attnopt.kernels.gluon.level import LEAST, SAME, level_of
+from attnopt.kernels.codegen import GLUON, literal
+from attnopt.kernels.gluon.config import Config, Reads
+from attnopt.kernels.gluon.distance import ALONG, at_distance_source
+from attnopt.kernels.gluon.helpers import KEEP, KEEP_SAME, PLACE, PLACE_OF_MAPPED, SUMS, TO_HALF, rescale_source
+from attnopt.kernels.gluon.scores import ROWS, RUNS, ScoreWriter, by_key, conjuncts
 from attnopt.kernels.materialise import Part
 from attnopt.kernels.programs import LOG2E, programs_of
 from attnopt.kernels.triton.flash_forward import MAP_PLACES, MAP_TENSORS
-
-ROWS = 64
-"""Queries of one consumer: the rows of a warpgroup's matrix product."""
-
-RUNS = "RUNS"
-STALE = 8.0
-"""A row's maximum is replaced when it is exceeded by this many powers of two: weights up to 256 cost no accuracy, and most blocks leave the
-sums as they are (the idea is FlashAttention-4's)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,8 @@ class Source:
     """Whether late queries see more keys than early ones."""
     level: Part | None
     """The part whose runs (``materialise.runs``) it takes."""
+    margin: int
+    """How many distances beyond the first and the last it reads of tables over them."""
 
 
 def generate(spec: AttentionSpec, D: int, Dv: int, config: Config) -> Source:
@@ -69,7 +63,7 @@ def reads(spec: AttentionSpec) -> Reads:
     p = programs_of(spec)
     loads = [e for e in E.postorder(p.score, p.rest) if e.op == "load"]
     per_pair = any({"q", "k"} <= {a.value for a in e.args if a.op == "var"} for e in loads)
-    if per_pair or any(not _by_key(x) for x in _conjuncts(p.rest)):
+    if per_pair or any(not by_key(x) for x in conjuncts(p.rest)):
         return "pairs"
     return "keys" if any(v.value == "k" for e in loads for v in e.variables) else "nothing"
 
@@ -80,21 +74,7 @@ def is_even(spec: AttentionSpec) -> bool:
     return spec.mask is E.TRUE
 
 
-class _Writer:
-    def __init__(self, spec: AttentionSpec, D: int, Dv: int, config: Config) -> None:
-        self.spec, self.config = spec, config
-        self.programs = p = programs_of(spec)
-        self.widths, self.v_widths = parts_of(D), parts_of(Dv)
-        self.factor, self.inner = _factor(p.score) if p.folded else (1.0, p.score)
-        self.level = level_of(self.inner, p.parts, len(spec.loads))
-        roots = [x for x in (self.inner, p.rest, p.sink) if x is not None]
-        clamped = frozenset(range(len(spec.loads)))
-        self.emitter = Emitter(roots, clamped, GLUON)
-        if self.level:
-            self.flat = Emitter([self.level.flat], clamped, GLUON, known={SAME: "same"}, prefix="flat")
-            self.value = Emitter([self.level.value], clamped, GLUON, known={LEAST: "least"}, prefix="value")
-        self.mapped = p.rest is not E.TRUE
-
+class _Writer(ScoreWriter):
     # ---- the module
 
     def source(self) -> Source:
@@ -122,7 +102,9 @@ class _Writer:
             GLUON.helpers,
             TO_HALF,
             KEEP,
-            *([KEEP_BY_TENSOR] if self.mapped else []),
+            *([KEEP_SAME] if self.mapped else []),
+            *([ALONG] if self.slopes else []),
+            *([at_distance_source(c.BLOCK_N)] if self.tables else []),
             SUMS,
             rescale_source(),
             PLACE_OF_MAPPED if self.mapped else PLACE,
@@ -130,7 +112,7 @@ class _Writer:
             self.function("consumer", "me: gl.constexpr, ", self.consumer()),
             self.kernel(descriptors),
         ]
-        return Source("\n".join(pieces), tuple(self.arguments), tuple(descriptors), tuple(em.sizes), self.programs.parts, self.mapped, self.programs.right and not self.programs.left and not self.mapped, self.level.part if self.level else None)
+        return Source("\n".join(pieces), tuple(self.arguments), tuple(descriptors), tuple(em.sizes), self.programs.parts, self.mapped, self.programs.right and not self.programs.left and not self.mapped, self.level.part if self.level else None, max(c.BLOCK_M, c.BLOCK_N) if self.tables else 0)
 
     def function(self, name: str, first: str, lines: Sequence[str]) -> str:
         return f"\n@gluon.jit\ndef {name}({first}{', '.join([*self.arguments, *self.shared])}):\n" + indent("\n".join(lines), "    ") + "\n"
@@ -162,22 +144,22 @@ class _Writer:
 
     def tile(self, turn: str) -> list[str]:
         """The place of the tile of a turn, and its ``n`` blocks of keys."""
+        if self.mapped:
+            return [
+                f"p_map, b, h = place({turn}, total, tiles, Hq, map_b, map_h, COUNTS)",
+                "first = p_map % tiles * BLOCK_M",
+                "cut = gl.load(COUNTS + p_map * 3)",
+                "listed = cut + gl.load(COUNTS + p_map * 3 + 1)",
+                "p_list = INDICES + p_map.to(gl.int64) * map_blocks",
+                "n = gl.maximum(listed, 1)",
+            ]
         lines = [
             f"tile, head = place({turn}, total, tiles, late)",
             "b = head // Hq",
             "h = head % Hq",
             "first = tile * BLOCK_M",
+            "last = gl.minimum(first + BLOCK_M, Sq) - 1",
         ]
-        if self.mapped:
-            return [
-                *lines,
-                "p_map = b * map_b + h * map_h + tile",
-                "cut = gl.load(COUNTS + p_map * 2)",
-                "listed = cut + gl.load(COUNTS + p_map * 2 + 1)",
-                "p_list = INDICES + p_map.to(gl.int64) * map_blocks",
-                "n = gl.maximum(listed, 1)",
-            ]
-        lines += ["last = gl.minimum(first + BLOCK_M, Sq) - 1"]
         lines.append("hi = gl.cdiv(gl.maximum(gl.minimum(last + RIGHT + 1, Skv), 1), BLOCK_N)" if self.programs.right else "hi = gl.cdiv(Skv, BLOCK_N)")
         return [*lines, "n = hi - gl.minimum(gl.maximum(first - LEFT, 0) // BLOCK_N, hi - 1)" if self.programs.left else "n = hi"]
 
@@ -195,10 +177,6 @@ class _Writer:
             lines += ["last = gl.minimum(first + BLOCK_M, Sq) - 1"]
             lines += ["n_whole = gl.maximum(gl.minimum(hi - gl.cdiv(gl.maximum(last - LEFT, 0), BLOCK_N), n), n_cut)"]
         return lines
-
-    def block(self, i: str) -> str:
-        """The block of keys that is visited as number ``i``."""
-        return f"gl.load(p_list + {i}, mask={i} < listed, other=0)" if self.mapped else f"hi - 1 - {i}"
 
     # ---- the producer
 
@@ -247,16 +225,21 @@ class _Writer:
     def consumer(self) -> list[str]:
         c, vs = self.config, range(len(self.v_widths))
         windowed = self.programs.left and not self.mapped
+        shifted = f"m_i + {self.emitter.names[self.row]}" if self.row else "m_i"
         layouts = ["s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])"]
         layouts += [f"o_layout{i}: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {w}, 16])" for i, w in enumerate(self.v_widths)]
         layouts += [
             "p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout0, 2)",
             "row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)",
+            "column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)",
+            *(["thin_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])"] if self.thin("both") else []),
         ]
         setup = [
             f"offs_m = gl.arange(0, {ROWS}, layout=row_layout)",
-            "offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))[None, :]",
+            "offs_n = gl.arange(0, BLOCK_N, layout=column_layout)[None, :]",
             "offs_n_float = offs_n.to(gl.float32)",
+            *(["offs_thin = gl.arange(0, BLOCK_N, layout=thin_layout)"] if self.thin("both") else []),
+            *(["row_number = offs_m.to(gl.float32)"] if self.row else []),
             f"nothing = gl.zeros([{ROWS}, BLOCK_N], gl.float32, s_layout)",
             "seen = 0",
             "turns_mine = turns_of(total, tiles, late)",
@@ -269,6 +252,7 @@ class _Writer:
             "at = 0",
             *self.scores(),
             *self.columns("0", "both"),
+            *self.look_for_level("both", True),
             "s = warpgroup_mma_wait(0, deps=[pending])",
             "mbarrier.arrive(k_empty.index(0), count=1)",
             *self.first_weight(),
@@ -285,7 +269,7 @@ class _Writer:
             *(self.loop("n_whole", "n", "left") if windowed else []),
             *([] if c.q_registers else ["mbarrier.arrive(q_empty.index(slot), count=1)"]),
             "# the last product with the values runs beside the first block of the next tile, and where that is is found out meanwhile",
-            "done_b, done_h, done_first, done_m, done_l = b, h, first, m_i, gl.convert_layout(gl.sum(l_i, 1), row_layout)",
+            f"done_b, done_h, done_first, done_m, done_l = b, h, first, {shifted}, gl.convert_layout(gl.sum(l_i, 1), row_layout)",
             "seen += n",
             "more = done + 1 < turns_mine",
             f"slot = me * {c.q_buffers} + (done + 1) % {c.q_buffers}",
@@ -300,6 +284,7 @@ class _Writer:
             *self.tile("gl.minimum(done + 1, turns_mine - 1)"),
             *self.queries(),
             *self.columns("0", "both"),
+            *self.look_for_level("both", True),
             f"s = warpgroup_mma_wait({len(vs)}, deps=[pending])",
             "mbarrier.arrive(k_empty.index(at), count=1, pred=more)",
             *self.first_weight(),
@@ -316,7 +301,8 @@ class _Writer:
         """What depends on the rows of a tile, and not on keys."""
         p = self.programs
         lines = [
-            f"rows = first + me * {ROWS} + offs_m",
+            f"first_query = first + me * {ROWS}",
+            "rows = first_query + offs_m",
             "q_index = rows[:, None]",
             "row_inside = q_index < Sq",
             "q_float = q_index.to(gl.float32)",
@@ -325,35 +311,6 @@ class _Writer:
         ]
         lines.append("to_key = " + ("gl.minimum(q_index + RIGHT, Skv - 1)" if p.right else "q_index * 0 + Skv - 1"))
         return [*lines, *(["from_key = q_index - LEFT"] if p.left else [])]
-
-    def hidden(self, cut: str, first: bool) -> list[str]:
-        """The scores of keys that are not seen become -inf. Bounds by distance to the query, and the end of the keys, are one comparison each."""
-        p = self.programs
-        until = ["s = keep_until(s, k_index, to_key)"] if cut == "both" else []
-        if first and not p.left and not p.right and not self.mapped:  # then a first block is whole, unless the keys end in it
-            until = ["if Skv % BLOCK_N != 0:", *("    " + x for x in until)]
-        return [*(self.keep(x) for x in _conjuncts(p.rest)), *until, *(["s = keep_since(s, k_index, from_key)"] if p.left else [])]
-
-    def keep(self, condition: Expr) -> str:
-        """The scores for which a part of the mask holds."""
-        names = self.emitter.names
-        if condition.op in ("eq", "same") and all(a.op == "load" and a.kind == "int" for a in condition.args):
-            return f"s = keep_same(s, {', '.join(names[a] for a in condition.args)})"
-        if _by_key(condition):
-            return f"s = keep_marked(s, ({names[condition]}).to(gl.int32))"
-        return f's = gl.where({names[condition]}, s, float("-inf"))'
-
-    def first_weight(self) -> list[str]:
-        """The sink is one more key that every row has seen before the first block. Maxima are kept before the factor."""
-        sink = self.programs.sink
-        if sink is None:
-            return []
-        name = self.emitter.names[sink]
-        whole = f"gl.zeros([{ROWS}, 1], gl.float32, s_layout) + {name}"
-        return [
-            f"m_i = gl.max({whole}, 1) * {1 / self.factor!r}",
-            'l_i = gl.where(spread(m_i, row_parts(nothing)) == float("-inf"), 0.0, 0.25) + row_parts(nothing)',
-        ]
 
     def fetch(self, more: str) -> list[str]:
         """Takes the queries of buffer ``slot`` into registers, where the configuration has room for them."""
@@ -386,7 +343,7 @@ class _Writer:
             "mbarrier.wait(v_full.index(before), ((seen + i - 1) // STAGES) & 1)",
             *self.values(),
             *self.columns("i", cut),
-            *([] if cut else self.look_for_level()),
+            *self.look_for_level(cut, False),
             f"s = warpgroup_mma_wait({len(self.v_widths)}, deps=[pending])",
             "mbarrier.arrive(k_empty.index(at), count=1)",
             *self.weigh(cut, first=False),
@@ -398,59 +355,6 @@ class _Writer:
             "weights = gl.convert_layout(to_half(p, VD0.dtype), p_layout)",
         ]
         return [f"for i in range({start}, {stop}):", *("    " + x for x in lines)]
-
-    def look_for_level(self) -> list[str]:
-        """Whether the table over distances has one value, ``same``, for the whole of the block at ``start``: its least distance is in a run that reaches its greatest."""
-        if self.level is None:
-            return []
-        return [
-            f"nearest = start + Sq - 1 - (first + me * {ROWS})",
-            f"least = gl.maximum(nearest - {ROWS - 1}, 0)",
-            f"level = gl.load({RUNS} + least) >= nearest + BLOCK_N - 1",
-            *self.value.before_loop(),
-            f"same = {self.value.names[self.level.value]}",
-        ]
-
-    def roots(self, cut: str) -> list[Expr]:
-        """What has to be computed of a block."""
-        return [self.inner, *_conjuncts(self.programs.rest)] if cut else [self.inner]
-
-    def columns(self, i: str, cut: str) -> list[str]:
-        """What block ``i`` needs and depends on its keys alone, computed and loaded while the products run."""
-        roots = self.roots(cut)
-        if not cut and self.level is None and not any(v.value == "k" for e in roots for v in e.variables):
-            return []
-        lines = [f"start = ({self.block(i)}) * BLOCK_N", "k_index = start + offs_n", "k_float = start.to(gl.float32) + offs_n_float"]
-        lines += ["key_inside = k_index < Skv"] if cut and any(e.op == "load" for r in roots for e in r.leaves) else []
-        return lines + self.emitter.in_loop(roots, bool(cut), _by_key)
-
-    def weigh(self, cut: str, first: bool) -> list[str]:
-        """The online softmax over block ``s``: weights ``p``, and ``alpha``, by which what was summed before is scaled."""
-        p, em = self.programs, self.emitter
-        lines = em.in_loop(self.roots(cut), bool(cut), lambda e: not _by_key(e))
-        name = em.names[self.inner]
-        if name != "s":
-            lines.append(f"s = {name}" if E.score() in self.inner.leaves else f"s = {name} + nothing")
-        if self.level is not None and not cut:
-            flat = [*self.flat.in_loop([self.level.flat], False), f"s = {self.flat.names[self.level.flat]}"]
-            lines = ["if level:", *("    " + x for x in flat), "else:", *("    " + x for x in lines)]
-        lines += self.hidden(cut, first) if cut else []
-        started = not first or p.sink is not None
-        # A row that has seen no key has maximum -inf: subtract 0 instead, so that its weights are exp(-inf) = 0.
-        factor = self.factor if p.folded else LOG2E
-        if started:
-            lines += ["m_new = gl.maximum(m_i, gl.max(s, 1))", f"m_new = gl.where(m_new - m_i > {STALE / factor!r}, m_new, m_i)"]
-        else:
-            lines += ["m_new = gl.max(s, 1)"]
-        lines += ['m_use = gl.where(m_new == float("-inf"), 0.0, m_new)']
-        if p.folded:
-            scale = "" if self.factor == 1.0 else f" * {self.factor!r}"
-            lines += [f"p = gl.exp2(s{scale} - (m_use{scale})[:, None])"]
-            lines += [f"alpha = gl.exp2(m_i{scale} - m_use{scale})"] if started else []
-        else:
-            lines += [f"p = gl.exp2((s - m_use[:, None]) * {LOG2E!r})"]
-            lines += [f"alpha = gl.exp2((m_i - m_use) * {LOG2E!r})"] if started else []
-        return [*lines, "l_i = l_i * spread(alpha, l_i) + row_parts(p)" if started else "l_i = row_parts(p)", "m_i = m_new"]
 
     def epilogue(self) -> list[str]:
         """Normalises and stores what ``done_*`` tells, by way of shared memory."""
@@ -484,20 +388,3 @@ class _Writer:
                 lines.append(f"tma.async_copy_shared_to_global(OD{i}, [done_b, done_h, done_first + me * {ROWS}, {at}], os{i}.index(me))")
                 column += w
         return lines
-
-
-def _conjuncts(mask: Expr) -> list[Expr]:
-    return [] if mask is E.TRUE else [x for a in mask.args for x in _conjuncts(a)] if mask.op == "and" else [mask]
-
-
-def _by_key(e: Expr) -> bool:
-    """Whether a node that depends on the key depends on neither query nor score."""
-    return E.score() not in e.leaves and all(v.value != "q" for v in e.variables)
-
-
-def _factor(score: Expr) -> tuple[float, Expr]:
-    """``score`` as factor * inner with a positive constant factor, which then goes into the exponent for free."""
-    terms = E.terms(score)
-    if len(terms) == 1 and terms[0][1] is not None and float(terms[0][0]) > 0 and terms[0][1].kind == "float":
-        return float(terms[0][0]), terms[0][1]
-    return 1.0, score

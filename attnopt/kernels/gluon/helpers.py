@@ -39,18 +39,21 @@ def spread(x, parts):
 '''
 
 
-KEEP_BY_TENSOR = '''
+KEEP_SAME = '''
 @gluon.jit
-def keep_marked(s, mark):
-    return gl.inline_asm_elementwise("{ .reg .pred p; setp.ne.s32 p, $2, 0; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r", [s, mark], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def keep_same(s, a, b):
-    if a.dtype == gl.int32 and b.dtype == gl.int32:
-        return gl.inline_asm_elementwise("{ .reg .pred p; setp.eq.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r,r", [s, a, b], dtype=gl.float32, is_pure=True, pack=1)
+def keep_same(s, of_query, of_key):
+    """The scores for which one integer per query [M, 1] is that per key [BLOCK_N], of which each thread has one. A key that differs in half of its bits differs: halves take half of the registers."""
+    if of_query.dtype == gl.int32 and of_key.dtype == gl.int32:
+        return keep_same_word(s, of_query, of_key)
     else:
-        return gl.where(a == b, s, float("-inf"))
+        s = keep_same_word(s, of_query.to(gl.int32), of_key.to(gl.int32))
+        return keep_same_word(s, (of_query.to(gl.int64) >> 32).to(gl.int32), (of_key.to(gl.int64) >> 32).to(gl.int32))
+
+
+@gluon.jit
+def keep_same_word(s, of_query, of_key):
+    wide = gl.convert_layout(of_key, gl.SliceLayout(0, s.type.layout))[None, :]
+    return gl.inline_asm_elementwise("{ .reg .pred p; setp.eq.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r,r", [s, of_query, wide], dtype=gl.float32, is_pure=True, pack=1)
 '''
 
 
@@ -111,18 +114,28 @@ PLACE_OF_MAPPED = '''
 def turns_of(total, tiles, late):
     """How many of ``total`` tiles this block of threads computes."""
     workers = gl.num_programs(0)
-    whole = total // workers
-    return whole + ((gl.program_id(0) + whole * (workers * 5 // 8)) % workers < total % workers).to(gl.int32)
+    return total // workers + (number(total // workers) < total % workers).to(gl.int32)
 
 
 @gluon.jit
-def place(turn, total, tiles, late):
-    """The tile of queries and the head (over all batches) of a turn.
+def number(turn):
+    """This block of threads among the others in a turn: first and last change places from turn to turn."""
+    me = gl.program_id(0)
+    return gl.where(turn % 2 == 0, me, gl.num_programs(0) - 1 - me)
 
-    Each turn covers as many tiles as there are workers, who change places from turn to turn by most of a half: wherever among the tiles of a head
-    the long ones are, each worker gets its share of them.
+
+@gluon.jit
+def place(turn, total, tiles, Hq, map_b, map_h, COUNTS):
+    """The row of the map of a turn, the batch and the head.
+
+    The rows with the most blocks come first, each for all batches and heads that share it: dealt out in that order, forth and back, all
+    workers have nearly the same to do.
     """
-    workers = gl.num_programs(0)
-    t = turn * workers + (gl.program_id(0) + turn * (workers * 5 // 8)) % workers
-    return tiles - 1 - t % tiles, t // tiles
+    i = turn * gl.num_programs(0) + number(turn)
+    copies = gl.where(map_h > 0, 1, Hq) * gl.where(map_b > 0, 1, total // tiles // Hq)
+    row = gl.load(COUNTS + i // copies * 3 + 2)
+    group, copy = row // tiles, i % copies
+    h = gl.where(map_h > 0, group, copy) % Hq
+    b = gl.where(map_b > 0, gl.where(map_h > 0, group // Hq, group), gl.where(map_h > 0, copy, copy // Hq))
+    return row, b, h
 '''

@@ -18,7 +18,8 @@ from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import processors
 from attnopt.kernels.gluon.config import Config, config
-from attnopt.kernels.gluon.flash_forward import RUNS, Source, generate, is_even, reads
+from attnopt.kernels.gluon.flash_forward import Source, generate, is_even, reads
+from attnopt.kernels.gluon.scores import RUNS
 from attnopt.kernels.materialise import load_tensors, runs
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
@@ -113,7 +114,7 @@ def attention(
     kernel = kernel_for(spec, q.shape[3], v.shape[3], 1 << k.shape[2].bit_length(), chosen)
     q, k, v = (x if _tma_reads(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
-    read = load_tensors(kernel.source.parts, shape, loads, values, q.device)
+    read = load_tensors(kernel.source.parts, shape, loads, values, q.device, kernel.source.margin)
     lists: tuple[Tensor, ...] = ()
     places: tuple[int, ...] = ()
     if kernel.source.mapped:

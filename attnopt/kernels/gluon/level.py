@@ -23,6 +23,12 @@ class Level:
     """What it reads for the distance ``LEAST``."""
     part: Part
 
+    @property
+    def scale(self) -> float | None:
+        """c where ``flat`` is c * score + what is read, with c > 0."""
+        factors = {a: float(c) for c, a in E.terms(self.flat)}
+        return factors[E.score()] if set(factors) == {E.score(), SAME} and factors[SAME] == 1.0 and factors[E.score()] > 0 else None
+
 
 LEAST, SAME = E.sym("@least", 0), E.load("@same", (), "float")
 

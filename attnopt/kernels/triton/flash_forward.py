@@ -160,8 +160,8 @@ class Writer:
         read = ["start = block * BLOCK_N", "block = tl.load(p_list + tl.minimum(i + 1, map_blocks - 1))"]
         return [
             "p_map = b * map_b + h * map_h + tile",
-            "n_cut = tl.load(COUNTS + p_map * 2)",
-            "n = n_cut + tl.load(COUNTS + p_map * 2 + 1)",
+            "n_cut = tl.load(COUNTS + p_map * 3)",
+            "n = n_cut + tl.load(COUNTS + p_map * 3 + 1)",
             "p_list = INDICES + p_map.to(tl.int64) * map_blocks",
             "block = tl.load(p_list)",
             *("for i in tl.range(0, n_cut):", *("    " + x for x in [*read, *self.step(tail=True)])),
