@@ -219,6 +219,13 @@ CASES = [
         naive_mask=lambda i, j, L: j <= i - 49,
         empty_rows="uniform",
     ),
+    Case(
+        "causal-bottom-right-empty-rows-uniform-long",
+        shape=(1, 1, 1, 2100, 21, 16, 16),
+        mask=bottom_right,
+        naive_mask=lambda i, j, L: j <= i - 2079,
+        empty_rows="uniform",
+    ),
     Case("causal-bottom-right-one-query", shape=(2, 4, 2, 1, 45, 16, 16), mask=bottom_right, naive_mask=lambda i, j, L: j <= i + 44),
     Case("reverse-causal", mask=lambda d: E.ge(d.k, d.q), naive_mask=lambda i, j, L: j >= i),
     Case(

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.triton import cache_write, launch, launch_backward, launch_paged
+from attnopt.kernels.triton import cache_write, empty_rows, launch, launch_backward, launch_paged
 from attnopt.kernels.triton.flash_forward import MAP_TENSORS
 from attnopt.kernels.triton.launch import Config
 from tests.kernels.cases import BY_NAME, Case, causal, softcap, window
@@ -82,6 +82,16 @@ def compile_one(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> list[
     kinds = [x.kind for x in spec.loads] + [p.kind for p in kernel.source.parts]
     found = compile_kernel(arch, kernel.function, kernel.source.arguments, kinds, dtype, launch.constants(D, D, c, dtype), c)
     return [{"kernel": f"{name} D{D} {dtype_name} Sq{Sq} sm_{arch} {c}", **found}]
+
+
+def compile_empty(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> list[dict[str, Any]]:
+    """The kernel that computes rows without a visible key."""
+    spec, dtype = spec_of(name), getattr(torch, dtype_name)
+    source = empty_rows.generate(spec)
+    c = launch.config(D, D, Sq, dtype, SHARED[arch], True)
+    kinds = [x.kind for x in spec.loads] + [p.kind for p in source.parts]
+    found = compile_kernel(arch, launch.import_source(source.text).empty_rows, source.arguments, kinds, dtype, launch.constants(D, D, c, dtype), c)
+    return [{"kernel": f"empty rows of {name} D{D} {dtype_name} Sq{Sq} sm_{arch} {c}", **found}]
 
 
 def compile_backward(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> list[dict[str, Any]]:
@@ -186,5 +196,5 @@ def hot_spills(listing: str) -> int:
 
 if __name__ == "__main__":
     arch = int(sys.argv[1])
-    one = {"backward": compile_backward, "paged": compile_paged, "write": compile_write}.get(sys.argv[-1], compile_one)
+    one = {"backward": compile_backward, "paged": compile_paged, "write": compile_write, "empty": compile_empty}.get(sys.argv[-1], compile_one)
     print(json.dumps([r for k in json.loads(sys.argv[2]) for r in one(arch, *k)]))

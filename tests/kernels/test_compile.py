@@ -172,6 +172,14 @@ def test_paged_compiles_without_spills_in_loops(arch: int) -> None:
     check_paged(arch, PAGED_FEW[arch])
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_rows_without_a_key_compile_without_spills_in_loops(arch: int) -> None:
+    for r in compiled(arch, [("padding-uniform", D, dtype, 512) for D in (64, 128) for dtype in ("bfloat16", "float32")], "empty"):
+        stored = re.search(r"(\d+) bytes spill stores", r["spills"])
+        assert stored is not None and int(stored[1]) <= OUTSIDE_OF_LOOPS, r
+        assert r["hot"] == 0, r
+
+
 def test_writing_compiles_without_spills() -> None:
     for r in compiled(90, [(cache, 128, "bfloat16") for cache in ("", "int8", "fp8")], "write"):
         assert r["spills"].startswith("0 bytes stack frame, 0 bytes spill stores"), r

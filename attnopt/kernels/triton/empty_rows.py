@@ -1,7 +1,8 @@
 """The source of a kernel that computes rows without a visible key, where they have a score of their own (``spec.empty_rows``).
 
 It runs behind a forward that left such rows with an lse of -inf, walks over all keys for the blocks of queries that hold one, and writes
-these rows only. In most calls there is none, and all that it reads is lse.
+these rows only. In most calls there is none, and all that it reads is lse: a program looks at ``TILES`` blocks of queries at once, since programs that do next to nothing still come one
+after another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from functools import lru_cache
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.triton.flash_forward import Source, Writer
+
+
+TILES = 16
 
 
 @lru_cache(maxsize=1024)
@@ -49,10 +53,24 @@ class _Filler(Writer):
             'l_i = tl.where(seen > 0, float("nan"), l_i)',
             *self.store("hidden[:, None]"),
         ]
-        lines = [
-            *self.place(),
-            'hidden = (tl.load(LSE + head.to(tl.int64) * Sq + offs_m, mask=offs_m < Sq, other=0.0) == float("-inf")) & (offs_m < Sq)',
+        tile = [
+            "offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)",
+            'hidden = tl.load(p_lse + offs_m, mask=offs_m < Sq, other=0.0) == float("-inf")',
             "if tl.max(hidden.to(tl.int32), 0) > 0:",
             *("    " + x for x in rows),
+        ]
+        lines = [
+            "tiles = tl.cdiv(Sq, BLOCK_M)",
+            f"chunks = tl.cdiv(tiles, {TILES})",
+            "head = tl.program_id(0) // chunks",
+            "b = head // Hq",
+            "h = head % Hq",
+            "h_kv = h // groups",
+            f"first = tl.program_id(0) % chunks * {TILES}",
+            "p_lse = LSE + head.to(tl.int64) * Sq",
+            f"all_m = first * BLOCK_M + tl.arange(0, {TILES} * BLOCK_M)",
+            'if tl.max((tl.load(p_lse + all_m, mask=all_m < Sq, other=0.0) == float("-inf")).to(tl.int32), 0) > 0:',
+            f"    for tile in range(first, tl.minimum(first + {TILES}, tiles)):",
+            *("        " + x for x in tile),
         ]
         return "\n".join(lines) + "\n"

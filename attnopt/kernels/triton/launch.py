@@ -226,7 +226,7 @@ def fill_empty_rows(
     function = import_source(source.text).empty_rows
     on_gpu = q.device.type == "cuda"
     c = config(q.shape[3], v.shape[3], q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, True)
-    programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
+    programs = -(-q.shape[2] // (c.BLOCK_M * empty_rows.TILES)) * q.shape[1] * q.shape[0]
     arguments = bind(source, spec, q, k, v, o, lse, loads, sizes, seed=seed)
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         function[(programs,)](*arguments, **constants(q.shape[3], v.shape[3], c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
