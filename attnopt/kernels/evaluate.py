@@ -6,13 +6,14 @@ score. Integers are int64; floats are float32, or float64 where the query is flo
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from typing import Any
+from functools import lru_cache, reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Env:
     """Where expressions are evaluated: a box of indices, and what the leaves mean in it.
 
     ``ranges`` holds [start, stop) for b, h, q and k. ``score`` is the raw product, [b, h, q, k] over these ranges.
-    ``known`` gives values to whole expressions, in place of evaluating them.
+    ``known`` gives values to whole expressions, in place of evaluating them, and ``limits`` the least and greatest of some of those.
     """
 
     ranges: Mapping[str, Range]
@@ -42,13 +43,30 @@ class Env:
     device: torch.device
     score: Tensor | None = None
     known: Mapping[Expr, Value] = field(default_factory=dict)
+    limits: Mapping[Expr, Range] = field(default_factory=dict)
 
     def index(self, name: str) -> Tensor:
         """The index variable as an int64 tensor along its axis."""
-        start, stop = self.ranges[name]
-        shape = [1, 1, 1, 1]
-        shape[AXES[name]] = stop - start
-        return torch.arange(start, stop, device=self.device).view(shape)
+        return once(_index, self.device)(*self.ranges[name], AXES[name], self.device)
+
+
+R = TypeVar("R")
+
+
+def once(function: Callable[..., R], device: torch.device) -> Callable[..., R]:
+    """``function`` with its memory; inside of a CUDA graph's capture without it, since nothing runs there yet."""
+    return inspect.unwrap(function) if capturing(device) else function
+
+
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache(maxsize=256)
+def _index(start: int, stop: int, axis: int, device: torch.device) -> Tensor:
+    shape = [1, 1, 1, 1]
+    shape[axis] = stop - start
+    return torch.arange(start, stop, device=device).view(shape)
 
 
 def evaluate(roots: Sequence[Expr], env: Env, keep: bool = False) -> tuple[list[Value], dict[Expr, Value]]:
@@ -210,13 +228,14 @@ def access(e: Expr, table: Mapping[Expr, Value], env: Env) -> Access:
             assert r is not None
             view = view.narrow(d, r[1], r[2])
         return Access(view, axes, None)
-    index = tuple(_clamp(table[x], view.shape[d]) for d, x in enumerate(kept))
+    index = tuple(_clamp(x, table[x], view.shape[d], env) for d, x in enumerate(kept))
     return Access(view, (), index)
 
 
-def _clamp(i: Value, extent: int) -> Tensor:
+def _clamp(e: Expr, i: Value, extent: int, env: Env) -> Tensor:
     assert isinstance(i, Tensor)
-    return i.clamp(0, max(extent - 1, 0))
+    least, greatest = env.limits.get(e, (-1, extent))
+    return i if least >= 0 and greatest < extent else i.clamp(0, max(extent - 1, 0))
 
 
 def _slice(x: Expr, extent: int, env: Env) -> tuple[int, int, int] | None:
@@ -240,8 +259,27 @@ def _slice(x: Expr, extent: int, env: Env) -> tuple[int, int, int] | None:
     return AXES[variable.value], start + offset, stop - start
 
 
+def _slices(e: Expr, table: Mapping[Expr, Value], env: Env) -> Access | None:
+    """A load with one computed index, which varies along one axis, and plain variables for the others: its slices are selected, which costs less than a gather of elements."""
+    x, values = env.loads[e.value], [table[a] for a in e.args]
+    parts = [_slice(a, n, env) if isinstance(i, Tensor) else None for a, i, n in zip(e.args, values, x.shape, strict=True)]
+    computed = [d for d, (i, part) in enumerate(zip(values, parts, strict=True)) if part is None]
+    if len(computed) != 1 or not isinstance(values[computed[0]], Tensor):
+        return None
+    (d,) = computed
+    index = _clamp(e.args[d], values[d], x.shape[d], env)
+    along = [axis for axis, n in enumerate(index.shape) if n > 1]
+    axes = [part[0] if part is not None else along[0] if along else -1 for part in parts]
+    if len(along) != 1 or index.dim() != len(AXES) or len(set(axes)) != len(axes):
+        return None
+    for other, part in enumerate(parts):
+        if part is not None:
+            x = x.narrow(other, part[1], part[2])
+    return Access(x.index_select(d, index.flatten()), tuple(axes), None)
+
+
 def _load(e: Expr, table: Mapping[Expr, Value], env: Env) -> Tensor:
-    found = access(e, table, env)
+    found = _slices(e, table, env) or access(e, table, env)
     x = found.view if found.gather is None else found.view[found.gather]
     if x.dtype != _dtype(e.kind, env):
         x = x != 0 if e.kind == "bool" else x.to(_dtype(e.kind, env))

@@ -8,18 +8,16 @@ becomes a table over distances, which is linear in the sequence length.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.kernels.evaluate import Env, Value, as_tensor, evaluate
+from attnopt.kernels.evaluate import Env, Range, Value, as_tensor, capturing, evaluate, once
 
 QUERIES = E.sym("@Sq", 0)
 """The number of queries, as a kernel knows it."""
@@ -63,11 +61,12 @@ class Part:
         sizes: Mapping[str, int],
         device: torch.device,
         known: Mapping[Expr, Value] | None = None,
+        limits: Mapping[Expr, Range] | None = None,
         margin: int = 0,
     ) -> Env:
         """Where ``expr`` is evaluated: distances lie along the last axis. ``shape`` gives the extents of b, h, q and k. For the rest see ``tensor``."""
         ranges = {name: (0, n) for name, n in shape.items() if "d" not in self.axes or name in "bh"}
-        env = Env(ranges, loads, sizes, torch.float32, device, known=known or {})
+        env = Env(ranges, loads, sizes, torch.float32, device, known=known or {}, limits=limits or {})
         if "d" in self.axes and not known:
             env.known = {DISTANCE: torch.arange(1 - shape["q"] - margin, shape["k"] + margin, device=device).view(1, 1, 1, -1)}
         return env
@@ -79,15 +78,16 @@ class Part:
         sizes: Mapping[str, int],
         device: torch.device,
         known: Mapping[Expr, Value] | None = None,
+        limits: Mapping[Expr, Range] | None = None,
         margin: int = 0,
     ) -> Tensor:
         """Its values, one axis per letter of ``axes``; ``shape`` gives the extents of b, h, q and k. ``known`` are values below it, of all
-        that reads the distance if of any.
+        that reads the distance if of any, and ``limits`` the least and greatest of those that are.
 
         With a ``margin`` the memory holds that many more distances at each end, for a kernel that reads whole tiles.
         """
         margin = margin if "d" in self.axes else 0
-        env = self.env(shape, loads, sizes, device, known, margin)
+        env = self.env(shape, loads, sizes, device, known, limits, margin)
         extents = [shape.get(a, shape["q"] + shape["k"] - 1 + 2 * margin) for a in self.axes]
         (value,), _ = evaluate((self.expr,), env)
         x = as_tensor(value, self.kind, env)
@@ -103,14 +103,18 @@ class Part:
 def part_tensor(part: Part, shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device, margin: int = 0) -> Tensor:
     """``part.tensor``, where what is the same for all tensors (a distance's bucket, say) is computed once."""
     if part.constant:
-        return _once(_constant_part, device)(part, tuple(shape.items()), _needed(part, sizes), device, margin)
-    known = _once(_fixed_values, device)(part, tuple(shape.items()), _needed(part, sizes), device, margin) if "d" in part.axes else {}
-    return part.tensor(shape, loads, sizes, device, known, margin)
+        return once(_constant_part, device)(part, tuple(shape.items()), _needed(part, sizes), device, margin)
+    if "d" not in part.axes:
+        return part.tensor(shape, loads, sizes, device, margin=margin)
+    key = part, tuple(shape.items()), _needed(part, sizes), device, margin
+    # to look at numbers is to wait for the device: not while a CUDA graph is captured
+    limits = {} if capturing(device) else _fixed_limits(*key)
+    return part.tensor(shape, loads, sizes, device, once(_fixed_values, device)(*key), limits, margin)
 
 
 def runs(part: Part, shape: Mapping[str, int], sizes: Mapping[str, int], device: torch.device) -> Tensor:
     """int32 [distances]: for the index of a distance the last index up to which the part surely has one value. See ``Part.levels``."""
-    return _once(_runs, device)(part, tuple(shape.items()), _needed(part, sizes), device)
+    return once(_runs, device)(part, tuple(shape.items()), _needed(part, sizes), device)
 
 
 Shape = tuple[tuple[str, int], ...]
@@ -118,14 +122,6 @@ Shape = tuple[tuple[str, int], ...]
 
 def _needed(part: Part, sizes: Mapping[str, int]) -> Shape:
     return tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
-
-
-R = TypeVar("R")
-
-
-def _once(function: Callable[..., R], device: torch.device) -> Callable[..., R]:
-    """``function`` with its memory; inside of a CUDA graph's capture without it, since nothing runs there yet."""
-    return inspect.unwrap(function) if device.type == "cuda" and torch.cuda.is_current_stream_capturing() else function
 
 
 @lru_cache(maxsize=256)
@@ -141,8 +137,14 @@ def _fixed_values(part: Part, shape: Shape, sizes: Shape, device: torch.device, 
 
 
 @lru_cache(maxsize=256)
+def _fixed_limits(part: Part, shape: Shape, sizes: Shape, device: torch.device, margin: int = 0) -> dict[Expr, Range]:
+    values = _fixed_values(part, shape, sizes, device, margin).items()
+    return {e: (int(x.min()), int(x.max())) for e, x in values if isinstance(x, Tensor) and e.kind == "int" and x.numel()}
+
+
+@lru_cache(maxsize=256)
 def _runs(part: Part, shape: Shape, sizes: Shape, device: torch.device) -> Tensor:
-    values = [x.flatten() for x in _once(_fixed_values, device)(part, shape, sizes, device).values() if isinstance(x, Tensor)]
+    values = [x.flatten() for x in once(_fixed_values, device)(part, shape, sizes, device).values() if isinstance(x, Tensor)]
     n = dict(shape)["q"] + dict(shape)["k"] - 1
     changes = torch.zeros(n, dtype=torch.bool, device=device)
     changes[-1] = True

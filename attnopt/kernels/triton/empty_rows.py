@@ -13,7 +13,6 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.triton.flash_forward import Source, Writer
 
-
 TILES = 16
 
 
