@@ -5,8 +5,9 @@ are timed in turn, in CUDA graphs with cold L2 as in ``decode.py``, beside a ker
 judged by: plain attention over a whole cache for one of 8 bits, and over as many keys for a window. A table follows each cell, the fastest first.
 
 ``over``: time by that measure over time, so that above 1 the setting is faster. Of 8-bit caches both are times per byte. GB/s are bytes of keys, values and scales over ``us``.
-Settings are named by what differs from the usual ones: N, W, S and x are BLOCK_N, warps, stages and splits, R the warps of the reduction, ``warm``, ``ahead``, ``once``,
-``masked`` and ``half`` those of ``launch_paged.Config``, and ``by head`` is a layout of scales (``decode_ways.own``). ``copied``: ``decode_copied``, a kernel for trials.
+Settings are named by what differs from ``config``: N, W, S and x are BLOCK_N, warps, stages and splits. The usual one is what the operator launches by itself.
+
+``benchmarks/results/decode_trials.json`` is of this script at commit 3545597, which had settings that are gone, or are the only ones now (docs/decisions/0026).
 
     python benchmarks/decode_sweep.py [--only REGEX] [--settings REGEX] [--seconds 3] [--jobs 14] [--compiling 120] [--budget 270] [--output FILE]
     TRITON_INTERPRET=1 python benchmarks/decode_sweep.py --device cpu --quick
@@ -30,7 +31,6 @@ import triton.language as tl
 from common import RESULTS, provenance, save, show
 from decode import COPY, WRONG, Measured, calls_of, checked, copying, graph_of, in_turn
 from decode_cells import DTYPES, Inputs, Shape, pools_needed
-from decode_copied import copied
 from decode_ways import PEERS, Way, own
 from running import message
 from torch import Tensor
@@ -39,8 +39,7 @@ from variants import WINDOW
 from attnopt.kernels.triton.launch import SHARED_MEMORY_SM90
 from attnopt.kernels.triton.launch_paged import config
 
-FIELDS = {"N": "BLOCK_N", "W": "num_warps", "S": "num_stages", "warm": "warm", "ahead": "ahead", "R": "reduce_warps"}
-FLAGS = ("half", "once", "masked")
+FIELDS = {"N": "BLOCK_N", "W": "num_warps", "S": "num_stages"}
 
 
 @dataclass(frozen=True)
@@ -55,74 +54,50 @@ class Cell:
     keys: int | None = None
 
 
-SMALL = (
-    *("", "masked", "ahead2", "warm1", "warm2", "warm2 ahead2", "warm2 ahead2 masked", "R8", "x11", "x32", "x43", "x43 masked", "x32 masked ahead2", "x64 ahead2", "W8 S4 x32"),
-    *("S4", "S5 masked", "N32 S5 x43", "N128 W8", "N128 W8 masked", "N128 W4 S2 x32", "N128 W8 x32 ahead2", "once", "masked once", "warm2 ahead2 once", "x32 masked once"),
-)
-NARROW = (
-    *("", "masked", "ahead1", "masked ahead1", "warm1", "warm1 masked", "warm2 masked", "x4 masked", "x8 masked", "x16", "x16 masked", "x16 warm1 masked"),
-    *("N32 x8 masked", "N32 x16 masked", "N32 x16 warm1 masked", "N32 x32 masked", "N16 x32 masked", "N128 W8 x8 masked", "N128 W8 x4 masked"),
-    *("W8 x8 masked", "S4 x4 masked", "S5 x4 masked ahead2", "once", "masked once", "x16 masked once", "x4 S5 masked once", "N32 x32 masked once", "x16 warm1 masked once", "R8 masked", "R2 masked"),
-)
-LARGE = (
-    *("", "masked", "ahead2", "warm1", "warm2", "warm2 ahead2", "x1", "x2", "x3", "x4", "x5", "x6", "x8", "x9", "S4 x1", "S5 x1", "S6 x1", "S4 x2", "S5 x2", "S4 x3", "S5 x3"),
-    *("N128 W8 x1", "N128 W8 S4 x1", "N128 W8 x2", "N128 W8 S2 x2", "N128 W8 S2 x3", "N128 W4 x1", "N128 W4 S2 x2", "N128 W4 S2 x3", "W8 S4 x1", "W8 S4 x2", "W8 S3 x3", "N32 S6 x3", "N32 S4 x4", "N32 S4 x6"),
-    *("x1 warm2", "S6 x1 warm2", "N128 W8 S3 x1 warm2", "once", "x2 once", "S5 x2 once", "warm2 once", "x4 once", "x6 once", "N128 W8 S2 x3 once"),
-)
-COPIED = tuple(f"copied N{n} W{w} S{s} x{x}" for n, w, s, x in ((64, 4, 3, 1), (64, 4, 4, 1), (64, 4, 6, 1), (64, 4, 3, 2), (64, 4, 4, 2), (64, 4, 3, 3), (128, 4, 3, 1), (128, 8, 3, 1), (128, 4, 2, 2), (128, 8, 2, 3), (32, 4, 6, 3)))
-LONG = (
-    *("", "masked", "ahead2", "warm2", "warm2 ahead2", "x16", "x32", "x33", "x48", "x49", "x66", "x98", "S4 x16", "S5 x16", "S6 x16", "S4 x32", "S4 x48", "S5 x32"),
-    *("N128 W8 x16", "N128 W8 S3 x16", "N128 W8 S2 x32", "N128 W8 S2 x48", "N128 W4 x16", "N128 W4 S2 x32", "W8 S4 x16", "W8 S4 x32", "N32 S6 x48", "once", "x32 once", "S6 x16 once"),
-)
-BYTES = (
-    *("", "by head", "half", "half by head", "S4", "by head S4", "half by head S4", "half by head S5", "half by head S6", "masked by head", "half masked by head"),
-    *("N128 W8", "by head N128 W8", "half N128 W8", "half by head N128 W8", "half by head N128 W8 S4", "half by head N128 W8 S5", "by head N128 W4", "half by head N128 W4", "half by head N128 W4 S4", "half by head N128 W4 S2"),
-    *("half by head W8", "half by head W8 S4", "half by head W2", "half by head N32 S5", "half by head warm2 ahead2", "half by head ahead2", "half by head once"),
-)
-FEW = tuple(f"{x} x{n}".strip() for n in (1, 2, 3, 4, 6) for x in ("", "by head", "half by head", "half by head S4", "half by head N128 W8", "half by head N128 W4"))
-SHORT = tuple(f"{x} x{n}".strip() for n in (16, 22, 32, 64) for x in ("half by head", "half by head S4", "half by head N128 W8", "half by head masked"))
+LARGE = ("", "x1", "x2", "x3", "x4", "S4 x1", "N64 W4 S3 x3", "N128 W4 x1", "N128 W8 x1", "N128 W4 S2 x2", "W8 S4 x1")
+LONG = ("", "x16", "x32", "x33", "x47", "x66", "N128 W4 x16", "N128 W8 x16", "N128 W4 S2 x32")
+SMALL = ("", "x8", "x11", "x16", "x32", "x43", "S4", "S5", "N128 W8", "N128 W4 S2 x32")
+NARROW = ("", "x1", "x4", "x8", "x16", "N32 x16", "N32 x32", "N128 W8 x8", "S4")
+BYTES = ("", "x1", "x2", "x3", "x4", "x6", "S4", "W8", "N128 W4", "N128 W4 x1", "N128 W4 x2", "N128 W4 S2", "N128 W8 x1")
+SHORT = ("", "x16", "x22", "x32", "x64", "S4", "N128 W4", "N128 W4 S2", "N128 W8")
 ONE, MANY, MOST = Shape(1, 8192), Shape(16, 8192), Shape(64, 8192)
 CELLS = [
-    Cell("b16 8k", MANY, "contiguous", "plain", (*LARGE, *COPIED)),
-    Cell("b1 window", ONE, "pages of 16", f"window {WINDOW}", NARROW),
-    *(Cell(f"b16 8k {x}", MANY, "pages of 16", x, (*BYTES, *FEW)) for x in DTYPES),
-    *(Cell(f"b64 8k {x}", MOST, "pages of 16", x, (*BYTES, *FEW)) for x in DTYPES),
-    Cell("b1 128k", Shape(1, 131072), "contiguous", "plain", (*LONG, "copied N64 W4 S6 x16", "copied N64 W4 S3 x32", "copied N128 W8 S3 x16", "copied N64 W4 S3 x48")),
-    Cell("b64 8k", MOST, "contiguous", "plain", (*LARGE, *COPIED)),
+    Cell("b16 8k", MANY, "contiguous", "plain", LARGE),
+    Cell("b64 8k", MOST, "contiguous", "plain", LARGE),
+    Cell("b128 2k", Shape(128, 2048), "contiguous", "plain", LARGE),
+    Cell("b33 8k", Shape(33, 8192), "contiguous", "plain", LARGE),
+    Cell("b9 8k", Shape(9, 8192), "contiguous", "plain", LARGE),
+    Cell("b13 8k", Shape(13, 8192), "contiguous", "plain", LARGE),
+    Cell("b1 128k", Shape(1, 131072), "contiguous", "plain", LONG),
     Cell("b1 8k", ONE, "contiguous", "plain", SMALL),
-    *(Cell(f"b1 8k {x}", ONE, "pages of 16", x, (*BYTES, *SHORT)) for x in DTYPES),
+    Cell("b1 window", ONE, "pages of 16", f"window {WINDOW}", NARROW),
     Cell("b1 8k, pages", ONE, "pages of 16", "plain", SMALL),
     Cell("b16 8k, pages", MANY, "pages of 16", "plain", LARGE),
+    *(Cell(f"{name} {x}", shape, "pages of 16", x, settings) for name, shape, settings in (("b1 8k", ONE, SHORT), ("b16 8k", MANY, BYTES), ("b64 8k", MOST, BYTES)) for x in DTYPES),
 ]
 TINY = Shape(1, 128, 4, 2, 32)
 QUICK = [
-    Cell("plain", TINY, "contiguous", "plain", ("", "masked", "warm2 ahead1", "x3", "N32 x2 once", "copied N64 W4 S3 x1", "copied N32 W4 S3 x2")),
-    Cell("pages", TINY, "pages of 16", "plain", ("", "N32 x3 warm1 ahead2", "once")),
-    *(Cell(x, TINY, "pages of 16", x, ("", "half", "half by head x2", "half x3 once")) for x in DTYPES),
+    Cell("plain", TINY, "contiguous", "plain", ("", "x3", "N32 x2")),
+    Cell("pages", TINY, "pages of 16", "plain", ("", "N32 W8 x3")),
+    *(Cell(x, TINY, "pages of 16", x, ("", "x2")) for x in DTYPES),
 ]
 
 
 def way_of(setting: str, inputs: Inputs, cell: Cell, cache_bytes: int) -> Way:
-    """The kernel so launched. ``setting`` is words, as ``N128 W8 x16 warm2 half by head``."""
-    if setting.startswith("copied"):
-        n, w, stages, x = (int(m) for m in re.findall(r"\d+", setting))
-        return copied(inputs, inputs.layouts[cell.layout], n, w, stages, x)
-    words = setting.replace("by head", "by-head").split()
+    """The kernel so launched. ``setting`` is words, as ``N128 W8 x16``, or empty for the operator."""
     splits, changes = None, {}
-    for word in words:
+    for word in setting.split():
         m = re.fullmatch(r"([A-Za-z]+)(\d+)", word)
-        if m is None:
-            if word not in (*FLAGS, "by-head"):
-                raise ValueError(f"{setting!r} has {word!r}; there are {', '.join((*FIELDS, 'x', *FLAGS))} and by head.")
-            changes |= {word: True} if word in FLAGS else {}
-        elif m[1] == "x":
+        if m is None or m[1] not in (*FIELDS, "x"):
+            raise ValueError(f"{setting!r} has {word!r}; there are {', '.join((*FIELDS, 'x'))}, each with a number.")
+        if m[1] == "x":
             splits = int(m[2])
         else:
             changes[FIELDS[m[1]]] = int(m[2])
     s = inputs.shape
     memory = torch.cuda.get_device_properties(inputs.device).shared_memory_per_block_optin if inputs.device.type == "cuda" else SHARED_MEMORY_SM90
-    usual = config(s.D, s.D, s.Hq // s.Hkv, 1, inputs.dtype, memory)
-    return own(inputs, inputs.layouts[cell.layout], cell.variant, cell.keys, cache_bytes, replace(usual, **changes), splits, "by-head" in words)
+    chosen = replace(config(s.D, s.D, s.Hq // s.Hkv, 1, inputs.dtype, memory), **changes) if setting else None
+    return own(inputs, inputs.layouts[cell.layout], cell.variant, cell.keys, cache_bytes, chosen, splits)
 
 
 def inputs_of(cell: Cell, options: argparse.Namespace, count: int | None = None) -> tuple[Inputs, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from decode_cells import Inputs, Layout
+from decode_cells import Inputs, Layout, Pool
 from peers import Cannot, _first, _import
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +19,7 @@ from variants import WINDOW
 
 from attnopt.kernels import paged_op
 from attnopt.kernels.triton.launch_paged import Config, attention
+from attnopt.runtime.paged_cache import empty_scales
 
 assert paged_op.__doc__  # the operator is registered
 
@@ -54,10 +55,8 @@ def own(
     cache_bytes: int = 0,
     config: Config | None = None,
     splits: int | None = None,
-    by_head: bool = False,
 ) -> Way:
-    """attnopt's operator; with ``config`` or ``splits`` its Triton kernel, launched so. With ``keys`` over the first keys alone; with ``by_head`` the scales of a
-    quantized cache lie head by head in each page, those of a head's keys behind one another."""
+    """attnopt's operator; with ``config`` or ``splits`` its Triton kernel, launched so. With ``keys`` over the first keys alone."""
     s = inputs.shape
     narrow = variant.startswith("window") or keys is not None
     turns = inputs.count
@@ -69,9 +68,7 @@ def own(
     lengths = inputs.lengths if keys is None else torch.full_like(inputs.lengths, keys)
     loads, spec = inputs.loads(variant), s.spec(variant)
     text = spec.to_json()
-    caches = [[None if x is None else p.pages(x, layout.page_size) for x in (p.k, p.v, p.k_scale, p.v_scale)] for p in inputs.pools_of(variant)]
-    if by_head:
-        caches = [[*kv, *(x if x is None else x.transpose(1, 2).contiguous().transpose(1, 2) for x in scales)] for *kv, a, b in caches for scales in [(a, b)]]
+    caches = [[p.pages(p.k, layout.page_size), p.pages(p.v, layout.page_size), *(_scales(p, x, layout) for x in (p.k_scale, p.v_scale))] for p in inputs.pools_of(variant)]
     op = torch.ops.attnopt.paged_attention
 
     def call(n: int) -> Tensor:
@@ -85,6 +82,14 @@ def own(
 
     name = "attnopt" + ("" if variant == "plain" else f" {variant}") + ("" if keys is None else f" over {keys} keys")
     return Way(name, "attnopt", layout, variant, call, turns, keys)
+
+
+def _scales(pool: Pool, x: Tensor | None, layout: Layout) -> Tensor | None:
+    """[pages, page_size, Hkv], in memory as the runtime has them."""
+    if x is None:
+        return None
+    paged = pool.pages(x, layout.page_size)
+    return empty_scales(*paged.shape, x.device).copy_(paged)
 
 
 # ------------------------------------------------------------------------------------------------ peers

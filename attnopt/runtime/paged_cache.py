@@ -47,8 +47,13 @@ def layer_tensors(layer: LayerLike, pages: int, page_size: int, device: torch.de
     """k_cache [pages, page_size, Hkv, D] and v_cache [pages, page_size, Hkv, Dv], and behind them k_scale and v_scale [pages, page_size, Hkv] of a dtype in ``SCALED``. Not initialised."""
     found = [torch.empty(pages, page_size, layer.Hkv, d, dtype=layer.dtype, device=device) for d in (layer.D, layer.Dv)]
     if layer.dtype in SCALED:
-        found += [torch.empty(pages, page_size, layer.Hkv, device=device) for _ in range(2)]
+        found += [empty_scales(pages, page_size, layer.Hkv, device) for _ in range(2)]
     return tuple(found)
+
+
+def empty_scales(pages: int, page_size: int, Hkv: int, device: torch.device | str | None) -> Tensor:
+    """[pages, page_size, Hkv], not initialised. In memory the scales of a head stand together in each page: a program reads those of one head, and finds them in few transactions."""
+    return torch.empty(pages, Hkv, page_size, device=device).transpose(1, 2)
 
 
 class PagedCache:

@@ -76,7 +76,8 @@ class Requests:
                     cache[table[r, place // PAGE_SIZE].long(), place % PAGE_SIZE] = x
                 self.caches.append(cache)
             if layer.dtype in GREATEST:
-                self.caches += [torch.full((table.numel(), PAGE_SIZE, layer.Hkv), torch.nan, device=self.device) for _ in range(2)]
+                # by head in each page, as where it is served
+                self.caches += [torch.full((table.numel(), layer.Hkv, PAGE_SIZE), torch.nan, device=self.device).transpose(1, 2) for _ in range(2)]
             crossing += layer.cross
 
     def _table(self, lengths: Sequence[int], seed: int) -> Tensor:

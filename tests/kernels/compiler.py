@@ -108,7 +108,7 @@ def compile_backward(arch: int, name: str, D: int, dtype_name: str, Sq: int) -> 
     return out
 
 
-PAGED_TYPES = {"COUNT": "*i32", "TABLE": "*i32", "STARTS": "*i32", "LENGTHS": "*i32", "PART": "*fp32", "LSE": "*fp32", "K_SCALE": "*fp32", "V_SCALE": "*fp32"}
+PAGED_TYPES = {"TABLE": "*i32", "STARTS": "*i32", "LENGTHS": "*i32", "PART": "*fp32", "LSE": "*fp32", "K_SCALE": "*fp32", "V_SCALE": "*fp32"}
 CACHES = {"int8": (torch.int8, "*i8"), "fp8": (torch.float8_e4m3fn, "*fp8e4nv")}
 
 
@@ -118,7 +118,6 @@ def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, g
     packed = cache if cache and dtype != torch.float32 and not launch_paged.head_parts(D)[1] else "scaled" if cache else ""
     Dv = min(D, launch_paged.MAX_VALUE_DIM)
     c = replace(launch_paged.config(D, Dv, groups, queries, dtype, SHARED[arch], D == 576), **dict(changes))
-    packed += "-half" if c.half else ""
     kernel = launch_paged.kernel_for(spec, packed)
     kinds = [x.kind for x in spec.loads] + [p.kind for p in kernel.source.parts]
     types, fixed, aligned = signature(kernel.source.arguments, kinds, dtype)
@@ -136,7 +135,7 @@ def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, g
     out = []
     label = f"{name} D{D} {dtype_name} {cache} queries{queries} groups{groups} page{page} sm_{arch} {c}"
     for split in (False, True):
-        constexprs = launch_paged.constants(D, Dv, groups, 16, page, split, D == 576, c, dtype, arch >= 90, arch >= 90, 32 if split and c.once else 0)
+        constexprs = launch_paged.constants(D, Dv, groups, 16, page, split, D == 576, c, dtype, arch >= 90, arch >= 90)
         found = compile_typed(arch, kernel.module.paged_forward, types, fixed, constexprs, aligned, c)
         out.append({"kernel": f"paged {'split ' if split else ''}{label}", **found})
     parts = {"PART": "*fp32", "LSE": "*fp32", "O": f"*{NAMES[dtype]}", "O_s0": "i32", "O_s1": "i32", "O_s2": "constexpr", "Hq": "i32", "SPLITS": "i32"}

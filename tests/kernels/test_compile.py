@@ -54,13 +54,14 @@ BACKWARD_MANY = [
 # name, D, dtype, queries of a request, heads of a group, page size, dtype of the cache
 PAGED_FEW: dict[int, list[tuple[Any, ...]]] = {
     80: [("softcap-window", 128, "bfloat16", 1, 4, 64)],
-    90: [("causal-GQA", 128, "bfloat16", 1, 4, 16, "fp8"), ("causal-GQA", 576, "bfloat16", 1, 128, 64), ("causal-GQA", 128, "bfloat16", 1, 4, 16, "fp8", {"half": True, "warm": 2, "ahead": 2, "once": True})],
+    90: [("causal-GQA", 128, "bfloat16", 1, 4, 16, "fp8"), ("causal-GQA", 576, "bfloat16", 1, 128, 64), ("causal-GQA", 128, "bfloat16", 1, 4, 0, "", {"BLOCK_N": 128})],
 }
 PAGED_MANY: list[tuple[Any, ...]] = [
     *((name, D, "bfloat16", n, 4, page) for name in ("causal-GQA", "softcap-window") for D in (64, 80, 128, 192, 256) for n in (1, 512) for page in (16, 64)),
     *((name, 128, "float16", n, 1, 16) for name in ("relative-buckets", "sinks-causal-GQA", "alibi-causal", "documents-causal") for n in (1, 512)),
     *(("causal-GQA", D, "float32", n, 4, 16) for D in (64, 128, 256, 576) for n in (1, 64)),
-    *(("causal-GQA", 128, "bfloat16", n, 8, page, "int8") for n in (1, 512) for page in (16, 64, 0)),
+    *(("causal-GQA", 128, "bfloat16", n, 8, page, cache) for cache in ("int8", "fp8") for n in (1, 512) for page in (16, 64, 0)),
+    *((name, 128, "float16", 1, 4, 0, "", {"BLOCK_N": 128}) for name in ("causal-GQA", "softcap-window", "alibi-causal", "relative-buckets")),
     *(("causal-GQA", 576, "bfloat16", n, heads, 64) for n in (1, 64) for heads in (16, 128)),
 ]
 # What the compiler puts aside for the time of a loop is in nobody's way; within one, every round pays.

@@ -10,15 +10,16 @@ import torch
 from attnopt.kernels import paged_reference
 from attnopt.kernels.triton import cache_write
 from attnopt.kernels.triton.launch import shared_memory
-from attnopt.kernels.triton.launch_paged import Config, config
+from attnopt.kernels.triton.launch_paged import config
 from tests.kernels.paged import BY_CASE, CASES, MIXED, call, loads_of, one_by_one, paged, slots_of
-from tests.kernels.paged_checks import launched
+from tests.kernels.paged_checks import launched, scales_of
 
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 LONG = ((1, 700), (1, 17), (130, 400), (0, 40), (64, 64), (1, 1), (1, 513))
+ONES = ((1, 700), (1, 17), (1, 1000), (1, 1), (1, 513))
 
 
 @DTYPES
@@ -65,22 +66,41 @@ def test_a_launch_that_is_known_takes_other_tensors(num_splits: int) -> None:
 
 
 @pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
-def test_quantized(cache: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("lengths", [LONG, ONES], ids=["mixed", "one_query"])
+def test_quantized(lengths: tuple[tuple[int, int], ...], dtype: torch.dtype, cache: torch.dtype) -> None:
     if cache == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("float8_e4m3fn needs compute capability 8.9")
-    p = paged(LONG, 16, torch.bfloat16, D=128, Dv=128)
+    p = paged(lengths, 16, dtype, Hq=8, D=128, Dv=128)
     p = replace(p, q=p.q * 0.35).on("cuda")
     k, v, slots = torch.cat(p.keys).cuda(), torch.cat(p.values).cuda(), slots_of(p).cuda()
+    v[5] = 0.0
     k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8, device="cuda").view(cache) for x in (p.k_cache, p.v_cache))
-    ks, vs = (torch.full(k8.shape[:3], torch.nan, device="cuda") for _ in range(2))
+    ks, vs = scales_of(k8)
     cache_write.write(k, v, k8, v8, slots, ks, vs)
     small, scale = paged_reference.quantized(k, cache)
     torch.testing.assert_close(ks.flatten(0, 1)[slots], scale, rtol=1e-6, atol=0)
     step = (k8.flatten(0, 1)[slots].float() - small.float()).abs()
     assert float((step > 0).float().mean()) < 1e-3 and bool((step <= (1 if cache == torch.int8 else 32)).all())
-    o = launched("window", replace(p, k_cache=k8, v_cache=v8), k_scale=ks, v_scale=vs)
     want = paged_reference.attention(p.q.double(), k8, v8, *p.arguments[3:], [], [], BY_CASE["window"].spec(), ks, vs)
-    torch.testing.assert_close(o.double(), want, atol=2e-2, rtol=2e-2)
+    for scales in ((ks, vs), (ks.contiguous(), vs.contiguous())):
+        for n in (None, 1, 3):
+            o = launched("window", replace(p, k_cache=k8, v_cache=v8), k_scale=scales[0], v_scale=scales[1], num_splits=n)
+            torch.testing.assert_close(o.double(), want, atol=1e-2, rtol=1e-2)
+
+
+def test_many_long_tiles_of_a_contiguous_cache() -> None:
+    """At least two for each multiprocessor: larger blocks, one program each. Beside them the blocks of few tiles, and fewer tiles in as many programs as multiprocessors."""
+    case, many = BY_CASE["causal"], torch.cuda.get_device_properties(0).multi_processor_count
+    for requests in (1, 16, 2 * -(-many // 8)):
+        p = paged(tuple((1, 2500 - 37 * (r % 11)) for r in range(requests)), 2500, torch.bfloat16, Hq=32, Hkv=8, D=128, Dv=128, spare=0)
+        p = replace(p, q=p.q * 0.35)
+        assert p.block_table.shape[1] == 1
+        moved = p.on("cuda")
+        want = one_by_one(case, p)
+        usual = config(128, 128, 4, 1, torch.bfloat16, shared_memory(0))
+        for options in ({}, {"chosen": usual}, {"chosen": replace(usual, BLOCK_N=128), "num_splits": 1}):
+            torch.testing.assert_close(launched("causal", moved, **options).cpu().double(), want, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("name", ["causal", "relative-buckets", "softcap-window-sinks"])
@@ -115,51 +135,27 @@ def test_one_graph_serves_all_lengths(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["causal", "window"])
-@pytest.mark.parametrize("columns", [None, 1])
-def test_asking_early_changes_nothing(name: str, columns: int | None) -> None:
-    """Calls whose query is what the call before gives, in one graph: each asks for its keys while that one still runs, and uses nothing of what it may have changed."""
-    page_size = 16 if columns is None else 1024
-    p = paged(((1, 700), (1, 17), (1, 1000), (1, 1), (1, 513)), page_size, torch.bfloat16, Hq=8, D=128, Dv=128, spare=0).on("cuda")
-    usual = config(128, 128, 4, 1, torch.bfloat16, shared_memory(0))
-    found = []
-    for c in (usual, replace(usual, warm=2, ahead=2), replace(usual, warm=3, ahead=1, once=True)):
+@pytest.mark.parametrize("page_size", [16, 1024])
+def test_calls_that_follow_one_another_in_a_graph(name: str, page_size: int) -> None:
+    """Each is put in place while the one before it runs, whose result is its query, and waits for it."""
+    p = paged(ONES, page_size, torch.bfloat16, Hq=8, D=128, Dv=128, spare=0).on("cuda")
 
-        def chain(c: Config = c) -> torch.Tensor:
-            q = p.q
-            for _ in range(12):
-                q = launched(name, replace(p, q=q), chosen=c, num_splits=5)
-            return q
+    def chain(wait: bool) -> torch.Tensor:
+        q = p.q
+        for _ in range(12):
+            q = launched(name, replace(p, q=q), num_splits=5)
+            if wait:
+                torch.cuda.synchronize()
+        return q
 
-        chain()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            o = chain()
-        for _ in range(3):
-            graph.replay()
-        found.append(o)
+    want = chain(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = chain(False)
+    for _ in range(3):
+        graph.replay()
     torch.cuda.synchronize()
-    assert not found[0].isnan().any() and torch.equal(found[0], found[1])
-    torch.testing.assert_close(found[2], found[0], atol=2e-2, rtol=2e-2)
-
-
-@pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
-@pytest.mark.parametrize("BLOCK_N", [64, 128])
-def test_quantized_in_float16(cache: torch.dtype, BLOCK_N: int) -> None:
-    if cache == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("float8_e4m3fn needs compute capability 8.9")
-    p = paged(((1, 700), (1, 17), (1, 1000), (1, 1), (1, 513)), 16, torch.bfloat16, Hq=8, D=128, Dv=128)
-    p = replace(p, q=p.q * 0.35).on("cuda")
-    k, v, slots = torch.cat(p.keys).cuda(), torch.cat(p.values).cuda(), slots_of(p).cuda()
-    v[5] = 0.0
-    k8, v8 = (torch.zeros(x.shape, dtype=torch.uint8, device="cuda").view(cache) for x in (p.k_cache, p.v_cache))
-    # head by head: any strides will do
-    ks, vs = (torch.full(k8.shape[:3], torch.nan, device="cuda").transpose(1, 2).contiguous().transpose(1, 2) for _ in range(2))
-    cache_write.write(k, v, k8, v8, slots, ks, vs)
-    c = replace(config(128, 128, 4, 1, torch.bfloat16, shared_memory(0)), BLOCK_N=BLOCK_N, half=True, warm=2)
-    for n in (1, 3):
-        o = launched("window", replace(p, k_cache=k8, v_cache=v8), k_scale=ks, v_scale=vs, chosen=c, num_splits=n)
-        want = paged_reference.attention(p.q.double(), k8, v8, *p.arguments[3:], [], [], BY_CASE["window"].spec(), ks, vs)
-        torch.testing.assert_close(o.double(), want, atol=1e-2, rtol=1e-2)
+    assert not o.isnan().any() and torch.equal(o, want)
 
 
 def test_writing_waits_for_nothing() -> None:

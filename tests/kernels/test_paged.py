@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -200,6 +201,37 @@ def test_splits_fill_the_device() -> None:
     assert launch_paged.splits(8, 128, room, 0) == 43
 
 
+def test_a_contiguous_cache_is_read_by_one_program_on_each_multiprocessor() -> None:
+    launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
+
+    def found(programs: int, blocks: int, contiguous: bool = True) -> int:
+        n: int = launch_paged.splits(programs, blocks, 132 * 3, 132, contiguous)
+        return n
+
+    assert [found(n, 2048) for n in (8, 16, 64, 128)] == [16, 8, 2, 1]
+    assert found(128, 128) == 1 and found(8, 128) == 16
+    # not where a third of the multiprocessors would have none, nor where there are more tiles than multiprocessors
+    assert found(80, 128) == found(80, 128, False) > 1 and found(136, 128) == found(136, 128, False) > 1
+    assert found(8, 2048, False) > 16
+
+
+def test_blocks_of_many_long_tiles() -> None:
+    launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
+    memory = 227 * 1024
+
+    def rows(D: int, groups: int, queries: int, dtype: torch.dtype, keys: int, memory: int = memory) -> int:
+        c = launch_paged.config(D, D, groups, queries, dtype, memory)
+        large = launch_paged.for_many_tiles(c, D, D, dtype.itemsize, keys, memory)
+        if large.BLOCK_N == 128:  # one program fills a multiprocessor: from two tiles on each none are split
+            assert launch_paged.programs_each(large, D, D, 2, memory) == 1 and launch_paged.splits(264, 64, 132, 132, True) == 1
+        n: int = large.BLOCK_N
+        return n
+
+    assert rows(128, 4, 1, torch.bfloat16, 8192) == rows(128, 1, 1, torch.float16, 2048) == 128
+    assert rows(128, 4, 1, torch.bfloat16, 2047) == rows(128, 4, 5, torch.bfloat16, 8192) == rows(64, 4, 1, torch.bfloat16, 8192) == 64
+    assert rows(128, 4, 1, torch.bfloat16, 8192, 163 * 1024) == 64 and rows(128, 4, 1, torch.float32, 8192) == 32
+
+
 def test_room_for_programs() -> None:
     launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
     c = launch_paged.config(128, 128, 4, 1, torch.bfloat16, 227 * 1024)
@@ -296,57 +328,66 @@ def test_quantized_in_float16(interpreted: Run, cache: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
-@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_words_are_taken_apart_exactly(kind: str, wide: torch.dtype) -> None:
-    """The PTX in ``halves``, step by step, on every word of two numbers: what the cache's dtype means, but for the constant factor."""
+def test_words_are_taken_apart_exactly(kind: str) -> None:
+    """The PTX in ``halves``, step by step, on every word of two numbers: what the cache's dtype means."""
     halves = pytest.importorskip("attnopt.kernels.triton.halves", reason="triton is not installed")
     words = torch.arange(1 << 16).to(torch.uint16)
     pairs = words.view(torch.float8_e4m3fn if kind == "fp8" else torch.int8).view(-1, 2).double()
-    factor = 1.0 if kind == "int8" else 2.0**-120 if wide == torch.bfloat16 else 2.0**-8
-    for place, found in enumerate(emulate(halves.HALVES, kind, wide, words)):
-        want = pairs[:, place] * factor
+    for place, found in enumerate(emulate(halves.HALVES, kind, words)):
+        want = pairs[:, place]
         known = ~want.isnan()  # a NaN has a scale of NaN
         assert torch.equal(found.double()[known], want[known])
 
 
-def emulate(text: str, kind: str, wide: torch.dtype, words: Tensor) -> list[Tensor]:
-    """Runs the PTX of one of the functions, with every word in both halves of a register; both results, lower halves."""
+def emulate(text: str, kind: str, words: Tensor) -> list[Tensor]:
+    """Runs the PTX of one of the functions, with another word in the upper half of a register; both results, lower halves."""
     body = text.split(f"def _halves_{kind}(")[1].split("@triton.jit")[0]
-    steps = body.split('"""')[1 if wide == torch.bfloat16 else 3]
+    steps = body.split('"""')[1]
     value = words.to(torch.int64)
-    registers: dict[str, Tensor] = {"$2": value | value << 16}
+    other = (value * 40503 + 77) & 0xFFFF  # takes every value too
+    registers: dict[str, Tensor] = {"$2": value | other << 16}
     for line in (x.strip().rstrip(";") for x in steps.splitlines()):
         if not line or line in "{}" or line.startswith(".reg"):
             continue
         name, rest = line.split(None, 1)
+        if name == "mov.b32" and rest.startswith("{"):
+            low, high, source = re.fullmatch(r"\{(\w+), (\w+)\}, (\w+)", rest).groups()  # type: ignore[union-attr]
+            registers |= {low: registers[source] & 0xFFFF, high: registers[source] >> 16}
+            continue
         into, *given = (x.strip() for x in rest.split(","))
         a, *more = (registers[x] if x in registers else torch.tensor(int(x, 0)) for x in given)
         if name == "mov.b32":
             out = a.expand_as(value)
-        elif name in ("shl.b32", "shr.u32"):
-            out = (a << more[0] if name.startswith("shl") else a >> more[0]) & 0xFFFFFFFF
-        elif name == "and.b32":
-            out = a & more[0]
+        elif name == "shr.u32":
+            out = a >> more[0]
         elif name == "lop3.b32":
             b, c, table = more
-            out = (a & b) | c if int(table) == 0xEA else (a & b) ^ c
-            assert int(table) in (0xEA, 0x6A)
+            assert int(table) == 0x6A
+            out = (a & b) ^ c
+        elif name == "prmt.b32":  # of each byte of the result, which of the eight of a and b it is
+            bytes_ = [(a >> 8 * n) & 0xFF for n in range(4)] + [(more[0] >> 8 * n) & 0xFF for n in range(4)]
+            out = sum((bytes_[(int(more[1]) >> 4 * n) & 7] << 8 * n for n in range(4)), torch.zeros_like(value))
+        elif name == "cvt.rn.f16x2.e4m3x2":
+            pair = a.to(torch.uint16).view(torch.float8_e4m3fn).view(-1, 2)
+            out = _bits(pair[:, 0]) | _bits(pair[:, 1]) << 16
         else:
-            assert name in ("sub.bf16x2", "sub.f16x2"), name
-            out = _pack(_low(a, wide) - _low(more[0], wide), wide)
+            assert name == "sub.f16x2", name
+            out = _bits(_low(a) - _low(more[0])) | _bits(_low(a >> 16) - _low(more[0] >> 16)) << 16
         registers[into] = out
     for name in ("$0", "$1"):
-        assert torch.equal(registers[name] >> 16, registers[name] & 0xFFFF), "a word reaches into its neighbour"
-    return [_low(registers[n], wide) for n in ("$0", "$1")]
+        # the upper half is made of the other word as the lower is of this one
+        order = torch.empty(1 << 16, dtype=torch.int64)
+        order[value] = registers[name] & 0xFFFF
+        assert torch.equal(registers[name] >> 16, order[other]), "a word reaches into its neighbour"
+    return [_low(registers[n]) for n in ("$0", "$1")]
 
 
-def _low(x: Tensor, wide: torch.dtype) -> Tensor:
-    return (x & 0xFFFF).to(torch.uint16).view(wide)
+def _low(x: Tensor) -> Tensor:
+    return (x & 0xFFFF).to(torch.uint16).view(torch.float16)
 
 
-def _pack(x: Tensor, wide: torch.dtype) -> Tensor:
-    bits = x.to(wide).view(torch.uint16).to(torch.int64)
-    return bits | bits << 16
+def _bits(x: Tensor) -> Tensor:
+    return x.to(torch.float16).view(torch.uint16).to(torch.int64)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -95,3 +95,14 @@ def test_the_page_that_was_let_go_first_is_evicted_first() -> None:
     manager.append("c", 3)
     found = [manager.match(manager.page_hashes([ord(name)] * 2))[0] for name in "ab"]
     assert found == [1, 0] and manager.evictions == 1
+
+
+def test_scales_lie_by_head_in_each_page() -> None:
+    """Those of one head's tokens stand together, and pages are copied with them."""
+    cache = PagedCache([LayerShape(3, 8, 8, torch.int8)], page_size=4, pages=5)
+    for scale in cache.tensors[0][2:]:
+        assert scale.shape == (5, 4, 3) and scale.stride() == (12, 1, 4)
+        scale.copy_(torch.arange(60.0).view(5, 4, 3))
+    cache.copy([(4, 0), (0, 2)])
+    for scale in cache.tensors[0][2:]:
+        assert torch.equal(scale, torch.arange(60.0).view(5, 4, 3)[[4, 1, 0, 3, 4]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -46,6 +46,10 @@ LEAST_BLOCKS = 2
 FEW_BLOCKS = 8
 """With no more of them for one program on each multiprocessor, more programs gain nothing, as there is more to join. At 8192 keys for 8 heads on an H100 (benchmarks/decode.py) 16
 splits of 8 blocks take 18.8 us, 43 of 3 took 20.4. Not so with 8-bit caches, whose programs compute more for each key: 20.4 us against 17.1."""
+NEARLY_ALL = 0.9
+"""Of the multiprocessors, so many are enough where each reads a contiguous cache in one program (``splits``)."""
+LONG = 2048
+"""Keys from which on ``for_many_tiles`` counts: before, a program's first keys, for which nothing else on its multiprocessor computes, are too large a part of its time."""
 MOST_PLANS = 4096
 
 
@@ -121,19 +125,6 @@ class Config:
     num_stages: int
     one_query: bool = False
     """A tile is of one token, though more of them had room: then tokens and tiles are one, where every request has one token."""
-    warm: int = 0
-    """Blocks of keys that a program asks L2 for while the kernel in front of it ends (sm_90, tiles of one token)."""
-    ahead: int = 0
-    """Turns after the first whose page numbers are put in L1 before the loop (sm_90)."""
-    once: bool = False
-    """Whether the last of the programs that share a token's keys joins what they leave, by a counter, instead of a kernel behind. For trials: calls of one shape share the counters,
-    and must not run at the same time."""
-    reduce_warps: int = 4
-    """Of the kernel that joins the splits: each holds 1024 numbers of them at once."""
-    masked: bool = False
-    """Whether all blocks run in one loop, each key compared with the bounds. Otherwise blocks that all queries see run in a loop of their own, and each loop begins with nothing read."""
-    half: bool = False
-    """Whether words of two numbers of a quantized cache become float16, whatever the dtype of the query."""
 
     @property
     def BLOCK_Q(self) -> int:
@@ -164,6 +155,16 @@ def config(D: int, Dv: int, groups: int, queries: int, dtype: torch.dtype, memor
     return Config(BLOCK_M, BLOCK_N, min(groups, BLOCK_M), warps, stages, queries == 1)
 
 
+def for_many_tiles(c: Config, D: int, Dv: int, element: int, keys: int, memory: int) -> Config:
+    """``c``, for tiles of ``keys`` keys of a contiguous cache, of which each multiprocessor has at least two to compute: larger blocks, of which only one program has room on it.
+
+    Programs of one multiprocessor then read one stretch of memory instead of three. 64 x 8192 keys on an H100 (benchmarks/decode_sweep.py): 695.6 us against 720.5, cuDNN 697.4.
+    For what was measured alone: heads of 128 in half precision, one query.
+    """
+    measured = c.one_query and c.BLOCK_M == 16 and D == Dv == 128 and element == 2 and memory >= 200 * 1024
+    return replace(c, BLOCK_N=128) if measured and keys >= LONG else c
+
+
 def head_parts(D: int) -> tuple[int, int]:
     """Two block sizes that make up D, powers of two, the second 0 where the first is enough: 576 is 512 and 64."""
     first = power_of_two(D)
@@ -182,12 +183,16 @@ def programs_each(c: Config, D: int, Dv: int, element: int, memory: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def splits(programs: int, blocks: int, room: int, processors: int) -> int:
+def splits(programs: int, blocks: int, room: int, processors: int, contiguous: bool = False) -> int:
     """How many programs share the keys of a tile, where there are ``programs`` tiles of at most ``blocks`` blocks of keys, and the device holds ``room`` programs on its
     ``processors`` (0: one program on each is never enough).
 
     The least number that fills the device about as well as any: whole rounds of programs, without a nearly empty last one, in which few programs would have to ask for all
     that memory can give. From two rounds on that hardly matters, and none are split. Never a split that gets no block.
+
+    One program on each multiprocessor is enough for few blocks (``FEW_BLOCKS``), and over a contiguous cache, whose next keys do not wait for a page, for any number, where nearly all
+    multiprocessors get one: of 8 tiles of 131072 keys on an H100 16 splits take 178.9 us and 47 took 184.9, of 128 of 8192 one takes 173.7 us and 3 took 186.7. In pages of 16 it is
+    not: 197 us, and 190 with 3 (benchmarks/decode_sweep.py).
     """
 
     def whole(n: int) -> int:
@@ -199,8 +204,9 @@ def splits(programs: int, blocks: int, room: int, processors: int) -> int:
 
     if programs >= 2 * room:
         return 1
-    once = processors // programs
-    most = once if once and blocks <= FEW_BLOCKS * once else room
+    each = processors // programs
+    enough = blocks <= FEW_BLOCKS * each or (contiguous and programs * each >= NEARLY_ALL * processors)
+    most = each if each and enough else room
     tried = sorted({whole(n) for n in range(1, max(1, min(blocks // LEAST_BLOCKS, most)) + 1)})
     best = max(map(filled, tried))
     return next(n for n in tried if filled(n) >= 0.95 * best)
@@ -298,8 +304,6 @@ class Plan:
     """The shape of what the splits leave; None where there are none."""
     forward: Launch
     reduction: Launch | None
-    counters: Tensor | None
-    """[tiles, lanes], zeros between calls; None where a reduction joins the splits."""
 
     @staticmethod
     def of(
@@ -319,40 +323,40 @@ class Plan:
         one_load = shares(k_cache, v_cache)
         c = chosen or config(D, Dv, groups, -(-T // R), q.dtype, memory, one_load)
         cache = packing(q.dtype, k_cache, v_cache, one_load) if quantized else ""
-        cache += "-half" if c.half and cache in PACKED else ""
         words = as_words(k_cache, v_cache) if cache in PACKED else {}
         kernel = kernel_for(spec, cache)
         BLOCK_Q, lanes = c.BLOCK_Q, Hkv * -(-groups // c.HEADS)
         tiles = T if BLOCK_Q == 1 else T // BLOCK_Q + R + 1
+        likely = (R + (T - R) // BLOCK_Q if T > R else T) * lanes
+        many = processors(index) if on_gpu else INTERPRETED_PROCESSORS
+        walked = reach(limits, chunk(spec.mask), BLOCK_Q, capacity)
+        contiguous = columns == 1 and not quantized
+        if chosen is None and contiguous and likely >= 2 * many:
+            c = for_many_tiles(c, D, Dv, q.element_size(), walked, memory)
         if num_splits is None:
-            likely = (R + (T - R) // BLOCK_Q if T > R else T) * lanes
-            blocks = -(-reach(limits, chunk(spec.mask), BLOCK_Q, capacity) // c.BLOCK_N)
             each = programs_each(c, D, 0 if one_load else Dv, k_cache.element_size(), memory)
-            many = processors(index) if on_gpu else INTERPRETED_PROCESSORS
-            num_splits = splits(likely, blocks, each * many, 0 if quantized else many)
+            num_splits = splits(likely, -(-walked // c.BLOCK_N), each * many, 0 if quantized else many, contiguous)
         split = num_splits > 1
-        once = split and c.once and BLOCK_Q == 1
         pdl = on_gpu and capability() >= (9, 0)
         early = {"launch_pdl": True} if pdl else {}
         shape = {"b": R, "h": Hq, "q": capacity, "k": capacity}
         arguments = bind(kernel.source, spec, tensors | words, load_tensors(kernel.source.parts, shape, loads, values, q.device), len(loads))
         arguments |= {f"size{i}": values[name] for i, name in enumerate(kernel.source.sizes)}
-        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "STEP": num_splits * c.BLOCK_N, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity, "PAGES": k_cache.shape[0]}
+        arguments |= {"T": T, "R": R, "Hkv": Hkv, "SPLITS": num_splits, "STEP": num_splits * c.BLOCK_N, "LEFT": limits.left, "RIGHT": limits.right, "POSITIONS": capacity}
         arguments |= {"O_s0": Hq * Dv, "O_s1": Dv, "O_s2": 1}
-        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl, at_once(Dv, num_splits, c.num_warps) if once else 0)
+        fixed = constants(D, Dv, groups, R, 0 if columns == 1 else page_size, split, one_load, c, q.dtype, pdl, pdl)
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **early}
         forward = Launch(kernel.module.paged_forward, kernel.source.arguments, arguments, fixed, options, (tiles * lanes * num_splits,))
         reduction = None
-        if split and not once:
+        if split:
             names = ("PART", "LSE", "O", "O_s0", "O_s1", "O_s2", "Hq", "SPLITS")
-            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl, c.warm > 0, c.reduce_warps)
-            options = {"num_warps": c.reduce_warps, **early}
-            reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, options, (T * Hq,))
-        return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction, torch.zeros(tiles * lanes, dtype=torch.int32, device=q.device) if once else None)
+            fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl)
+            reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, {"num_warps": 4, **early}, (T * Hq,))
+        return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction)
 
     def run(self, tensors: dict[str, Tensor], loads: Sequence[Tensor], o: Tensor) -> None:
         named = tensors | {f"L{i}": x for i, x in enumerate(load_tensors(self.source.parts, self.shape, loads, self.sizes, self.device))}
-        named |= {"O": o, "PART": o, "LSE": o, "COUNT": o if self.counters is None else self.counters}
+        named |= {"O": o, "PART": o, "LSE": o}
         if self.words:
             named |= as_words(named["K"], named["V"])
         if self.part is not None:
@@ -402,25 +406,21 @@ def as_words(k_cache: Tensor, v_cache: Tensor) -> dict[str, Tensor]:
 
 
 def constants(
-    D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype, pdl: bool = False, asm: bool = False, once: int = 0
+    D: int, Dv: int, groups: int, R: int, page: int, split: bool, shared: bool, c: Config, dtype: torch.dtype, pdl: bool = False, asm: bool = False
 ) -> dict[str, Any]:
     """The values of the kernel's ``CONSTEXPRS``. ``page`` is 0 where each request has one; with ``pdl`` (programmatic dependent launch, sm_90) it is launched before the kernel
-    in front of it ends, and waits for that; with ``asm`` words of two numbers are taken apart in PTX; ``once``: the splits that are joined at once where the last program does it."""
+    in front of it ends, and waits for that; with ``asm`` words of two numbers are taken apart in PTX."""
     BLOCK_R = max(128, power_of_two(R + 1))
     parts = head_parts(D)
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, asm, precision, c.warm, c.ahead, once, c.masked)
+    values = (D, Dv, groups, c.HEADS, *parts, power_of_two(Dv), c.BLOCK_M, c.BLOCK_N, c.BLOCK_Q, BLOCK_R, page, split, shared, pdl, asm, precision)
     return dict(zip(CONSTEXPRS, values, strict=True))
 
 
-def at_once(Dv: int, num_splits: int, warps: int) -> int:
-    """As many splits as there are, up to what the registers of so many warps hold."""
-    return max(1, min(power_of_two(num_splits), 1024 * warps // power_of_two(Dv)))
-
-
-def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool, early: bool = False, warps: int = 4) -> dict[str, Any]:
-    """Of ``paged_reduce``."""
-    return {"DV": Dv, "BLOCK_DV": power_of_two(Dv), "BLOCK_S": at_once(Dv, num_splits, warps), "FOLDED": folded, "PDL": pdl, "EARLY": early}
+def reduction_constants(Dv: int, num_splits: int, folded: bool, pdl: bool) -> dict[str, Any]:
+    """Of ``paged_reduce``. As many splits at once as there are, up to what the registers of four warps hold."""
+    BLOCK_DV = power_of_two(Dv)
+    return {"DV": Dv, "BLOCK_DV": BLOCK_DV, "BLOCK_S": max(1, min(power_of_two(num_splits), 4096 // BLOCK_DV)), "FOLDED": folded, "PDL": pdl}
 
 
 def bind(source: Source, spec: AttentionSpec, tensors: dict[str, Tensor], read: Sequence[Tensor], given: int) -> dict[str, Any]:
