@@ -123,12 +123,6 @@ class BlockManager:
         """How many pages ``table`` has."""
         return len(self._held[request].pages)
 
-    def slot(self, request: Hashable, position: int) -> int:
-        """page * page_size + offset of a token that has a slot."""
-        page = self._held[request].pages[position // self.page_size]
-        assert page != DEAD, "a window has passed this token"
-        return page * self.page_size + position % self.page_size
-
     def usage(self) -> Usage:
         held = self.pages - self.available
         lengths = [h.length for h in self._held.values() if h.length]

@@ -48,8 +48,7 @@ class Pages(RuleBasedStateMachine):
                 if copy[0] * size + offset in self.memory:
                     self.memory[copy[1] * size + offset] = self.memory[copy[0] * size + offset]
         self.texts[name] = text = self.texts[name][:first] + new
-        for position in range(first, len(text)):
-            slot = manager.slot(name, position)
+        for position, slot in enumerate(manager.slots(name, first, len(text)), first):
             page = slot // size
             assert sum(page in manager.table(other) for other in self.texts) == 1, "a shared page is written"
             assert page not in manager._hash_of, "a page that others may find is written"
@@ -100,7 +99,7 @@ class Pages(RuleBasedStateMachine):
             needed = range(max(0, len(text) - manager.window + 1), len(text)) if manager.window else range(len(text))
             for position in needed:
                 assert table[position // size] != DEAD
-                assert self.memory[manager.slot(name, position)] == tuple(text[: position + 1])
+                assert self.memory[manager.slots(name, position, position + 1)[0]] == tuple(text[: position + 1])
             if manager.window:
                 assert all(p == DEAD for p in table[: needed.start // size]), "a page that the window has passed is held"
 

@@ -212,11 +212,12 @@ def forward(
 
 def _call(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], values: dict[str, int], spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o in any layout, and lse; differentiable in grad mode."""
-    f = functions(spec, q.dtype, torch.is_grad_enabled(), form_of(q, k, v))
+    *_, decoding = form = form_of(q, k, v)
+    f = functions(spec, q.dtype, torch.is_grad_enabled(), form)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     mask = block_mask(spec, q, k, loads, values, dtype)
     run = _compiled_attention(f, q.device.type)
-    o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(_is_decoding(q, k)), dtype, *f.reads(q, k, loads, values))
+    o, aux = run(q, k, v, mask, q.shape[1] != k.shape[1], _options(decoding), dtype, *f.reads(q, k, loads, values))
     lse = aux.lse + f.source.shift if f.source.shift else aux.lse
     if may_be_huge(spec.score):
         lse = torch.where((lse > -torch.inf) & (lse < LEAST / 1.01), torch.finfo(torch.float32).min, lse)
