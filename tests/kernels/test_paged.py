@@ -209,7 +209,7 @@ def test_a_contiguous_cache_is_read_by_one_program_on_each_multiprocessor() -> N
         return n
 
     assert [found(n, 2048) for n in (8, 16, 64, 128)] == [16, 8, 2, 1]
-    assert found(128, 128) == 1 and found(8, 128) == 16
+    assert found(128, 128) == found(104, 128) == 1 and found(8, 128) == 16
     # not where a third of the multiprocessors would have none, nor where there are more tiles than multiprocessors
     assert found(80, 128) == found(80, 128, False) > 1 and found(136, 128) == found(136, 128, False) > 1
     assert found(8, 2048, False) > 16
@@ -230,6 +230,22 @@ def test_blocks_of_many_long_tiles() -> None:
     assert rows(128, 4, 1, torch.bfloat16, 8192) == rows(128, 1, 1, torch.float16, 2048) == 128
     assert rows(128, 4, 1, torch.bfloat16, 2047) == rows(128, 4, 5, torch.bfloat16, 8192) == rows(64, 4, 1, torch.bfloat16, 8192) == 64
     assert rows(128, 4, 1, torch.bfloat16, 8192, 163 * 1024) == 64 and rows(128, 4, 1, torch.float32, 8192) == 32
+
+
+def test_blocks_of_bytes() -> None:
+    launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
+    memory = 227 * 1024
+
+    def found(D: int, queries: int, memory: int = memory) -> tuple[int, int]:
+        c = launch_paged.for_bytes(launch_paged.config(D, D, 4, queries, torch.bfloat16, memory), D, D, memory)
+        return c.BLOCK_N, launch_paged.programs_each(c, D, D, 1, memory)
+
+    assert found(128, 1) == (128, 2)
+    assert found(64, 1)[0] == found(128, 40)[0] == found(128, 1, 163 * 1024)[0] == 64
+    # two to a tile though its tiles alone would fill two rounds, one where it fills more
+    assert launch_paged.splits(128, 64, 264, 0, least=1) == launch_paged.splits(512, 64, 264, 0, least=2) == 2
+    assert launch_paged.splits(512, 64, 264, 0) == launch_paged.splits(1024, 16, 264, 0, least=2) == 1
+    assert launch_paged.splits(300, 1, 264, 0, least=2) == 1
 
 
 def test_room_for_programs() -> None:

@@ -46,8 +46,9 @@ LEAST_BLOCKS = 2
 FEW_BLOCKS = 8
 """With no more of them for one program on each multiprocessor, more programs gain nothing, as there is more to join. At 8192 keys for 8 heads on an H100 (benchmarks/decode.py) 16
 splits of 8 blocks take 18.8 us, 43 of 3 took 20.4. Not so with 8-bit caches, whose programs compute more for each key: 20.4 us against 17.1."""
-NEARLY_ALL = 0.9
-"""Of the multiprocessors, so many are enough where each reads a contiguous cache in one program (``splits``)."""
+NEARLY_ALL = 0.75
+"""Of the multiprocessors, so many are enough where each reads a contiguous cache in one program (``splits``): of 132, 104 take 147.8 us and three programs for each tile 154.8, but 72
+take 4% more than two rounds do (benchmarks/decode_sweep.py, 13 and 9 requests of 8192 keys)."""
 LONG = 2048
 """Keys from which on ``for_many_tiles`` counts: before, a program's first keys, for which nothing else on its multiprocessor computes, are too large a part of its time."""
 MOST_PLANS = 4096
@@ -165,6 +166,13 @@ def for_many_tiles(c: Config, D: int, Dv: int, element: int, keys: int, memory: 
     return replace(c, BLOCK_N=128) if measured and keys >= LONG else c
 
 
+def for_bytes(c: Config, D: int, Dv: int, memory: int) -> Config:
+    """``c``, for 8-bit caches that are read as words: a block of twice the keys has as many bytes as one in half precision. 16 x 8192 keys on an H100 (benchmarks/decode_sweep.py):
+    105.0 us against 112.0, 64 x 8192: 398 against 415, 1 x 8192: 14.4 against 16.6. For what was measured alone: heads of 128, one query.
+    """
+    return replace(c, BLOCK_N=128) if c.one_query and c.BLOCK_M == 16 and D == Dv == 128 and memory >= 200 * 1024 else c
+
+
 def head_parts(D: int) -> tuple[int, int]:
     """Two block sizes that make up D, powers of two, the second 0 where the first is enough: 576 is 512 and 64."""
     first = power_of_two(D)
@@ -175,15 +183,16 @@ def head_parts(D: int) -> tuple[int, int]:
 
 def programs_each(c: Config, D: int, Dv: int, element: int, memory: int) -> int:
     """How many programs a multiprocessor with ``memory`` bytes of shared memory holds. Each keeps blocks of keys and values of ``element`` bytes in flight there, and queries and
-    weights; tall tiles, whose products are asynchronous, one block more.
+    weights; tall tiles, whose products are asynchronous, one block more. Blocks of 128 keys in bytes take some 200 registers, which is one program less.
     """
     blocks = c.num_stages if c.BLOCK_M >= 64 else max(1, c.num_stages - 1)
     taken = blocks * c.BLOCK_N * (D + Dv) * element + c.BLOCK_M * (D + c.BLOCK_N) * 2 + 1024
-    return max(1, min(MOST_PROGRAMS_EACH * 4 // c.num_warps, memory // taken))
+    most = MOST_PROGRAMS_EACH - (element == 1 and c.BLOCK_N >= 128)
+    return max(1, min(most * 4 // c.num_warps, memory // taken))
 
 
 @lru_cache(maxsize=4096)
-def splits(programs: int, blocks: int, room: int, processors: int, contiguous: bool = False) -> int:
+def splits(programs: int, blocks: int, room: int, processors: int, contiguous: bool = False, least: int = 1) -> int:
     """How many programs share the keys of a tile, where there are ``programs`` tiles of at most ``blocks`` blocks of keys, and the device holds ``room`` programs on its
     ``processors`` (0: one program on each is never enough).
 
@@ -193,6 +202,8 @@ def splits(programs: int, blocks: int, room: int, processors: int, contiguous: b
     One program on each multiprocessor is enough for few blocks (``FEW_BLOCKS``), and over a contiguous cache, whose next keys do not wait for a page, for any number, where nearly all
     multiprocessors get one: of 8 tiles of 131072 keys on an H100 16 splits take 178.9 us and 47 took 184.9, of 128 of 8192 one takes 173.7 us and 3 took 186.7. In pages of 16 it is
     not: 197 us, and 190 with 3 (benchmarks/decode_sweep.py).
+
+    ``least``: no fewer, where there are less than two rounds of tiles.
     """
 
     def whole(n: int) -> int:
@@ -207,7 +218,8 @@ def splits(programs: int, blocks: int, room: int, processors: int, contiguous: b
     each = processors // programs
     enough = blocks <= FEW_BLOCKS * each or (contiguous and programs * each >= NEARLY_ALL * processors)
     most = each if each and enough else room
-    tried = sorted({whole(n) for n in range(1, max(1, min(blocks // LEAST_BLOCKS, most)) + 1)})
+    most = max(1, min(blocks // LEAST_BLOCKS, most))
+    tried = sorted({whole(n) for n in range(min(least, most), most + 1)})
     best = max(map(filled, tried))
     return next(n for n in tried if filled(n) >= 0.95 * best)
 
@@ -333,9 +345,13 @@ class Plan:
         contiguous = columns == 1 and not quantized
         if chosen is None and contiguous and likely >= 2 * many:
             c = for_many_tiles(c, D, Dv, q.element_size(), walked, memory)
+        if chosen is None and words:
+            c = for_bytes(c, D, Dv, memory)
         if num_splits is None:
             each = programs_each(c, D, 0 if one_load else Dv, k_cache.element_size(), memory)
-            num_splits = splits(likely, -(-walked // c.BLOCK_N), each * many, 0 if quantized else many, contiguous)
+            # tiles of bytes that do not all run at once: a second round of long programs would end one by one (64 x 8192 keys: 467 us, halves of them 398)
+            least = 2 if words and likely > each * many else 1
+            num_splits = splits(likely, -(-walked // c.BLOCK_N), each * many, 0 if quantized else many, contiguous, least)
         split = num_splits > 1
         pdl = on_gpu and capability() >= (9, 0)
         early = {"launch_pdl": True} if pdl else {}
