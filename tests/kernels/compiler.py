@@ -118,7 +118,7 @@ def compile_paged(arch: int, name: str, D: int, dtype_name: str, queries: int, g
     packed = cache if cache and dtype != torch.float32 and not launch_paged.head_parts(D)[1] else "scaled" if cache else ""
     Dv = min(D, launch_paged.MAX_VALUE_DIM)
     usual = launch_paged.config(D, Dv, groups, queries, dtype, SHARED[arch], D == 576)
-    usual = launch_paged.for_bytes(usual, D, Dv, SHARED[arch]) if packed in launch_paged.PACKED else usual
+    usual = launch_paged.for_bytes(usual, D, Dv, 1, SHARED[arch]) if packed in launch_paged.PACKED else usual
     c = replace(usual, **dict(changes))
     kernel = launch_paged.kernel_for(spec, packed)
     kinds = [x.kind for x in spec.loads] + [p.kind for p in kernel.source.parts]

@@ -236,12 +236,12 @@ def test_blocks_of_bytes() -> None:
     launch_paged = pytest.importorskip("attnopt.kernels.triton.launch_paged", reason="triton is not installed")
     memory = 227 * 1024
 
-    def found(D: int, queries: int, memory: int = memory) -> tuple[int, int]:
-        c = launch_paged.for_bytes(launch_paged.config(D, D, 4, queries, torch.bfloat16, memory), D, D, memory)
+    def found(D: int, queries: int, memory: int = memory, tiles: float = 1) -> tuple[int, int]:
+        c = launch_paged.for_bytes(launch_paged.config(D, D, 4, queries, torch.bfloat16, memory), D, D, tiles, memory)
         return c.BLOCK_N, launch_paged.programs_each(c, D, D, 1, memory)
 
     assert found(128, 1) == (128, 2)
-    assert found(64, 1)[0] == found(128, 40)[0] == found(128, 1, 163 * 1024)[0] == 64
+    assert found(64, 1)[0] == found(128, 40)[0] == found(128, 1, 163 * 1024)[0] == found(128, 1, tiles=4)[0] == 64
     # two to a tile though its tiles alone would fill two rounds, one where it fills more
     assert launch_paged.splits(128, 64, 264, 0, least=1) == launch_paged.splits(512, 64, 264, 0, least=2) == 2
     assert launch_paged.splits(512, 64, 264, 0) == launch_paged.splits(1024, 16, 264, 0, least=2) == 1

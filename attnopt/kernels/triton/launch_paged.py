@@ -166,11 +166,13 @@ def for_many_tiles(c: Config, D: int, Dv: int, element: int, keys: int, memory: 
     return replace(c, BLOCK_N=128) if measured and keys >= LONG else c
 
 
-def for_bytes(c: Config, D: int, Dv: int, memory: int) -> Config:
-    """``c``, for 8-bit caches that are read as words: a block of twice the keys has as many bytes as one in half precision. 16 x 8192 keys on an H100 (benchmarks/decode_sweep.py):
-    105.0 us against 112.0, 64 x 8192: 398 against 415, 1 x 8192: 14.4 against 16.6. For what was measured alone: heads of 128, one query.
+def for_bytes(c: Config, D: int, Dv: int, tiles: float, memory: int) -> Config:
+    """``c``, for 8-bit caches that are read as words, ``tiles`` of them for each multiprocessor: a block of twice the keys has as many bytes as one in half precision. 16 x 8192 keys
+    on an H100 (benchmarks/decode_sweep.py): 105.0 us against 112.0, 64 x 8192: 398 against 415, 1 x 8192: 14.4 against 16.6. For what was measured alone: heads of 128, one query, and
+    fewer tiles than are not split any more.
     """
-    return replace(c, BLOCK_N=128) if c.one_query and c.BLOCK_M == 16 and D == Dv == 128 and memory >= 200 * 1024 else c
+    measured = c.one_query and c.BLOCK_M == 16 and D == Dv == 128 and memory >= 200 * 1024
+    return replace(c, BLOCK_N=128) if measured and tiles < 4 else c
 
 
 def head_parts(D: int) -> tuple[int, int]:
@@ -346,7 +348,7 @@ class Plan:
         if chosen is None and contiguous and likely >= 2 * many:
             c = for_many_tiles(c, D, Dv, q.element_size(), walked, memory)
         if chosen is None and words:
-            c = for_bytes(c, D, Dv, memory)
+            c = for_bytes(c, D, Dv, likely / many, memory)
         if num_splits is None:
             each = programs_each(c, D, 0 if one_load else Dv, k_cache.element_size(), memory)
             # tiles of bytes that do not all run at once: a second round of long programs would end one by one (64 x 8192 keys: 467 us, halves of them 398)
