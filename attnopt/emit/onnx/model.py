@@ -24,6 +24,7 @@ from attnopt.emit.onnx.bounds import greatest
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
+from attnopt.emit.onnx.parts import InParts
 from attnopt.emit.onnx.past import Past, PastLowering, join
 from attnopt.emit.onnx.plan import Plan, Target, plan
 from attnopt.emit.pt2 import export_optimized
@@ -110,6 +111,8 @@ class Translation:
             given = (list(loads or ()), list(sizes or ()), parsed, dtype, [self._greatest(x) for x in loads or ()])
             if form.past and past is not None:
                 lowering: Lowering = PastLowering(self.op, q, past.new_key, past.new_value, *given, past=past, joins=self.joins)
+            elif form.parts:
+                lowering = InParts(self.op, q, k, v, *given, name=f"attnopt/{len(self.done)}", counts_keys=self.opset >= 24)
             else:
                 lowering = Lowering(self.op, q, k, v, *given)
             result = lowering.build(form)
