@@ -1,7 +1,8 @@
 """Exported files side by side on ONNX Runtime's CPU provider: attentions that are fused nodes, time, peak memory and error, attnopt's beside its peers'.
 
 Each model is exported once by everyone, with batch and length open. The files then run in turn in one process, a round after the other, and medians are
-taken, since other work may run on the machine; peak memory is that of a process of its own for each file. Rows are kept by model in one file of results.
+taken, since other work may run on the machine; peak memory is that of a process of its own for each file. Rows are kept by model, length and threads in one file of results.
+With several threads there is a pause before each run, since the threads of the file before spin on for a while.
 
     python benchmarks/onnx_export.py llama bert [--length 2048] [--rounds 7] [--threads 1]
 """
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
@@ -38,6 +38,8 @@ from attnopt.config import OptimizeConfig
 
 FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention"}
 BASE = "torch, eager"
+PAUSE = 0.1
+"""Seconds."""
 RESULT = RESULTS / "onnx_export.json"
 
 
@@ -155,6 +157,9 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
     inputs = model.example(1, length)
     rows: list[dict[str, Any]] = []
     runtimes: dict[str, tuple[onnxruntime.InferenceSession, Any]] = {}
+    how = onnxruntime.RunOptions()
+    if model.large:  # else all files keep the memory of their runs, and together they do not fit
+        how.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for i, (who, export) in enumerate(exporters(model, folder).items()):
@@ -176,11 +181,11 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
                 with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
                     warnings.simplefilter("ignore")
                     export(path)
-                nodes = onnx.load(path, load_external_data=False).graph.node
+                nodes = ir.load(path).graph.all_nodes()  # with those in the bodies of loops
                 row["fused"] = sum(n.op_type in FUSED for n in nodes)
                 runtime = session(path, threads)
                 feed = fed(runtime, inputs)
-                got = runtime.run(None, feed)
+                got = runtime.run(None, feed, how)
             except Exception as error:  # noqa: BLE001 - what a peer raises is the finding
                 row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
                 continue
@@ -195,8 +200,9 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
         for i in range(rounds):
             turns = list(runtimes.items())
             for who, (runtime, feed) in turns[i % len(turns) :] + turns[: i % len(turns)]:  # nobody is always first
+                time.sleep(0 if threads == 1 else PAUSE)
                 start = time.perf_counter()
-                runtime.run(None, feed)
+                runtime.run(None, feed, how)
                 times[who].append(time.perf_counter() - start)
     for row in rows:
         if row["exporter"] in times:
@@ -235,7 +241,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="measure nothing, and print the stored rows of this length as a table")
     options = parser.parse_args()
     if options.markdown:
-        print(markdown([r for r in stored(RESULT) if r["S"] == options.length]))
+        print(markdown([r for r in stored(RESULT) if (r["S"], r["threads"]) == (options.length, options.threads)]))
         return
     logging.disable(logging.ERROR)
     if options.peak_of is not None:
@@ -244,11 +250,11 @@ def main() -> None:
     for name in options.models:
         found = measure(name, options.length, options.rounds, options.threads)
         about = {**provenance(), "threads": options.threads, "rounds": options.rounds, "onnxruntime": onnxruntime.__version__}
-        rows = [r for r in stored(RESULT) if (r["model"], r["S"]) != (name, options.length)] + [{**r, **about} for r in found]
+        rows = [r for r in stored(RESULT) if (r["model"], r["S"], r["threads"]) != (name, options.length, options.threads)] + [{**r, **about} for r in found]
         order = {n: i for i, n in enumerate(MODELS)}
         save(
             RESULT,
-            sorted(rows, key=lambda r: (r["S"], order[r["model"]])),
+            sorted(rows, key=lambda r: (r["S"], r["threads"], order[r["model"]])),
             note="ms: medians of interleaved rounds on a machine that other work shared; faster: median of the ratios to torch, eager, round by round",
         )
         show(f"{name}, batch 1, S={options.length}, {options.threads} thread(s)", [{k: v for k, v in r.items() if k not in ("model", "S")} for r in found])

@@ -24,6 +24,7 @@ from attnopt.emit.onnx.bounds import greatest
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
+from attnopt.emit.onnx.norms import join_norms
 from attnopt.emit.onnx.parts import InParts
 from attnopt.emit.onnx.past import Past, PastLowering, join
 from attnopt.emit.onnx.plan import Plan, Target, plan
@@ -166,6 +167,8 @@ def translated(program: torch.export.ExportedProgram, translation: Translation, 
     inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
     model = _exported(program, translation.opset, translation, output_names(results, inputs))
     join(model, translation.joins)
+    if translation.target == "ort":
+        join_norms(model)
     attach_functions(model, translation.opset)
     restore_input_names(model, inputs)
     rename_dimensions(model, dimension_names(list(model.graph.inputs)))
