@@ -303,3 +303,10 @@ def test_the_lowest_number_of_float16_swallows_scores_in_float16(scores: Scores,
 def test_it_swallows_none_in_float32(finish: Callable[[Tensor], Tensor]) -> None:
     spec = same(Attention(added, finish), torch.zeros(2, S, dtype=torch.bool)).sites[0].spec
     assert spec is not None and spec.empty_rows == "program"
+
+
+def test_a_fill_that_is_added_to_wider_scores_swallows_none() -> None:
+    """Scores in float16, their sum with the fill in float32."""
+    module = Attention(lambda m, w, mask: added(m, w.float(), mask), lambda w: w.softmax(-1).half()).half()
+    result = lifted(module, *(torch.randn(2, 2, S, 4, dtype=torch.float16) for _ in range(3)), torch.zeros(2, S, dtype=torch.bool), dynamic=False)
+    assert [s.spec.empty_rows for s in result.sites if s.spec is not None] == ["program"]
