@@ -231,9 +231,9 @@ def test_padding_on_both_sides_and_of_a_whole_row_is_compared(target: str, tmp_p
     assert all(a.i == 0 for n in nodes for a in n.attribute if a.name == "is_causal")
 
 
-GQA, MHA = "GroupQueryAttention", "MultiHeadAttention"
+PARTS, MHA = "Attention", "MultiHeadAttention"
 ENCODER = {"bert", "roberta", "vit"}
-PAIRS = {"t5": [MHA] * 2 + [GQA, MHA] * 2, "bart": [MHA] * 2 + [GQA, MHA] * 2, "whisper": [MHA] * 2 + [GQA, MHA] * 2, "clip": [MHA] * 2 + [GQA] * 2}
+PAIRS = {"t5": [MHA] * 2 + [PARTS, MHA] * 2, "bart": [MHA] * 2 + [PARTS, MHA] * 2, "whisper": [MHA] * 2 + [PARTS, MHA] * 2, "clip": [MHA] * 2 + [PARTS] * 2}
 MODELS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "bloom", "falcon", "gpt_oss", "bert", "roberta", "vit", "clip", "t5", "bart", "whisper")
 
 
@@ -251,10 +251,11 @@ def test_models_of_the_zoo(name: str, target: str, tmp_path: Path) -> None:
     if name == "gemma2":  # softcap, by the rule that nothing slower than its parts is chosen
         expected = ["standard ops"] * case.sites
     elif target == "ort":
-        expected = PAIRS.get(name, [MHA if name in ENCODER else GQA] * case.sites)
+        expected = PAIRS.get(name, [MHA if name in ENCODER else PARTS] * case.sites)
     else:
         expected = ["Attention"] * case.sites
     assert [x.lowered_to for x in report.layers] == expected
+    assert all(("in parts" in x.why) == (target == "ort" and x.lowered_to != MHA) for x in report.layers)
     assert all(x.error is None or x.error < 1e-5 for x in report.layers)
     checks = {c.name for c in report.verdict.checks}
     assert report.verdict.passed and "batch of one: example" in checks
