@@ -18,12 +18,10 @@ from onnxscript import onnx_opset, values
 
 from attnopt.emit.onnx.distance import read_by_distance
 from attnopt.emit.onnx.lower import Lowering
-from attnopt.emit.onnx.plan import PART, Plan
+from attnopt.emit.onnx.plan import PART, Plan, added
 from attnopt.emit.onnx.program import AXES, Programs
 from attnopt.emit.onnx.tape import Tape
 from attnopt.ir import expr as E
-from attnopt.ir.spec import AttentionSpec
-from attnopt.kernels.affine import affine
 
 _HIDDEN = -(2.0**100)
 
@@ -42,7 +40,7 @@ class InParts(Lowering):
         q, k = self.q, self.k
         if not self.counts_keys:
             plan = replace(plan, causal=False, rest=None)
-        elif plan.causal and plan.rest is not None and set(plan.rest.variables) <= {d.b, d.k} and _bias(self.spec) is None and plan.rest is not E.TRUE:
+        elif plan.causal and plan.rest is not None and d.k in plan.rest.variables and set(plan.rest.variables) <= {d.b, d.k} and added(self.spec) is None:
             q, k = self._hidden_by_a_feature(plan.rest)
             plan = replace(plan, rest=E.TRUE)
         count = op.Max(op.Div(op.Add(self.Sq, c([PART - 1])), c([PART])), c([1]))
@@ -92,11 +90,6 @@ class InParts(Lowering):
         sizes = op.Concat(op.Shape(self.k, start=0, end=1), c([d.Hkv.value]), self.Skv, c([1]), axis=0)
         k = op.Concat(self.k, op.Expand(op.Transpose(fill, perm=[0, 1, 3, 2]), sizes), axis=3)
         return op.Pad(self.q, c([0, 0, 0, 0, 0, 0, 0, 1]), self._float(1.0)), k
-
-
-def _bias(spec: AttentionSpec) -> E.Expr | None:
-    form = affine(spec.score)
-    return None if form is None else form.bias
 
 
 def _loop() -> Any:

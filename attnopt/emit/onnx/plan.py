@@ -79,15 +79,15 @@ def _standard(spec: AttentionSpec, dtype: str) -> Plan:
 def _mask_words(spec: AttentionSpec) -> str:
     if spec.sinks:
         return "additive mask with a column for the sinks"
-    if spec.mask is E.TRUE and _bias(spec) is None:
+    if spec.mask is E.TRUE and added(spec) is None:
         return "no mask"
-    return "boolean mask" if _bias(spec) is None and spec.empty_rows != "program" else "additive mask"
+    return "boolean mask" if added(spec) is None and spec.empty_rows != "program" else "additive mask"
 
 
 def is_square_causal(spec: AttentionSpec) -> bool:
     """Whether the score is scale * s and the mask k <= q, over as many queries as keys: without sinks: what ``is_causal`` means by itself."""
     d = spec.dims
-    return d.Sq is d.Skv and spec.mask is E.le(d.k, d.q) and _bias(spec) is None and not spec.sinks
+    return d.Sq is d.Skv and spec.mask is E.le(d.k, d.q) and added(spec) is None and not spec.sinks
 
 
 def refusal(spec: AttentionSpec, dtype: str) -> str | None:
@@ -117,7 +117,8 @@ def _softcap(spec: AttentionSpec) -> float | None:
     return None if form is None else form.softcap
 
 
-def _bias(spec: AttentionSpec) -> E.Expr | None:
+def added(spec: AttentionSpec) -> E.Expr | None:
+    """What is added to scale * s; None where nothing is, or the score has another form."""
     form = affine(spec.score)
     return None if form is None else form.bias
 
@@ -145,7 +146,7 @@ def _parted(spec: AttentionSpec, dtype: str) -> Plan:
     if spec.sinks:
         return Plan(form.operator, f"{why}, {form.why}", window=window, parts=True)
     rest = E.all_of(*(p for p in E.conjuncts(spec.mask) if p is not causal_part(spec.dims)))
-    more = ", additive mask" if _bias(spec) is not None else "" if rest is E.TRUE else ", boolean mask"
+    more = ", additive mask" if added(spec) is not None else "" if rest is E.TRUE else ", boolean mask"
     return Plan(form.operator, f"{why}{more}", True, window, rest=rest, parts=True)
 
 
@@ -212,7 +213,7 @@ def _multi_head(spec: AttentionSpec, dtype: str) -> Plan | str:
         return reason
     if spec.sinks:
         return "it has no sinks"
-    return Plan("MultiHeadAttention", "no mask" if spec.mask is E.TRUE and _bias(spec) is None else "attention_bias")
+    return Plan("MultiHeadAttention", "no mask" if spec.mask is E.TRUE and added(spec) is None else "attention_bias")
 
 
 def _operands(d: Dims, dtype: str) -> str | None:
