@@ -156,10 +156,7 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
     model = MODELS[name]
     inputs = model.example(1, length)
     rows: list[dict[str, Any]] = []
-    runtimes: dict[str, tuple[onnxruntime.InferenceSession, Any]] = {}
-    how = onnxruntime.RunOptions()
-    if model.large:  # else all files keep the memory of their runs, and together they do not fit
-        how.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    files: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for i, (who, export) in enumerate(exporters(model, folder).items()):
@@ -185,7 +182,7 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
                 row["fused"] = sum(n.op_type in FUSED for n in nodes)
                 runtime = session(path, threads)
                 feed = fed(runtime, inputs)
-                got = runtime.run(None, feed, how)
+                got = runtime.run(None, feed)
             except Exception as error:  # noqa: BLE001 - what a peer raises is the finding
                 row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
                 continue
@@ -195,20 +192,32 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
             row["error"] = e if math.isfinite(e := error_of(got, expected)) else None
             row["note"] = "" if row["error"] is not None and row["error"] < 1e-3 else "wrong results"
             row["peak MiB"] = peak_of(path, name, length, threads)
-            runtimes[who] = (runtime, feed)
-        times: dict[str, list[float]] = {who: [] for who in runtimes}
-        for i in range(rounds):
-            turns = list(runtimes.items())
-            for who, (runtime, feed) in turns[i % len(turns) :] + turns[: i % len(turns)]:  # nobody is always first
-                time.sleep(0 if threads == 1 else PAUSE)
-                start = time.perf_counter()
-                runtime.run(None, feed, how)
-                times[who].append(time.perf_counter() - start)
-    for row in rows:
-        if row["exporter"] in times:
-            row["ms"] = statistics.median(times[row["exporter"]]) * 1e3
-            row["faster"] = statistics.median(b / t for b, t in zip(times[BASE], times[row["exporter"]], strict=True)) if BASE in times else None
+            files[who] = path
+        del runtime, got
+        # Loaded files keep the memory of their runs: large ones do not fit together, and run beside the first alone.
+        groups = [[BASE, who] for who in files if who != BASE] if model.large else [list(files)]
+        for group in groups:
+            times = interleaved({who: files[who] for who in group}, inputs, rounds, threads)
+            for row in rows:
+                if row["exporter"] in times and row["ms"] is None:
+                    row["ms"] = statistics.median(times[row["exporter"]]) * 1e3
+                    row["faster"] = statistics.median(b / t for b, t in zip(times[BASE], times[row["exporter"]], strict=True)) if BASE in times else None
     return rows
+
+
+def interleaved(files: dict[str, Path], inputs: dict[str, torch.Tensor], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of each file's runs, a round after the other."""
+    turns = [(who, runtime, fed(runtime, inputs)) for who, runtime in ((who, session(path, threads)) for who, path in files.items())]
+    for _, runtime, feed in turns:
+        runtime.run(None, feed)
+    times: dict[str, list[float]] = {who: [] for who in files}
+    for i in range(rounds):
+        for who, runtime, feed in turns[i % len(turns) :] + turns[: i % len(turns)]:  # nobody is always first
+            time.sleep(0 if threads == 1 else PAUSE)
+            start = time.perf_counter()
+            runtime.run(None, feed)
+            times[who].append(time.perf_counter() - start)
+    return times
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
