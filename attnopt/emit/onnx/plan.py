@@ -130,8 +130,13 @@ PART = 64
 
 
 def may_be_parted(spec: AttentionSpec, dtype: str) -> bool:
-    """Whether no query sees a key behind it, over as many queries as keys, and a part has no use for keys behind its last query: rows without a visible key that weigh all keys by a program would."""
-    d = spec.dims
+    """Whether no query sees a key behind it, over as many queries as keys, and a part has no use for keys behind its last query: rows without a visible key that weigh all keys by a program would.
+
+    A bias of query and key is written once for all layers, and cutting it for each part takes longer than it saves (T5).
+    """
+    d, bias = spec.dims, added(spec)
+    if bias is not None and {d.q, d.k} <= set(bias.variables):
+        return False
     if dtype != "float32" or d.Sq is not d.Skv or causal_part(d) not in E.conjuncts(spec.mask) or (d.Sq.is_const and d.Sq.value <= PART):
         return False
     return all(x.is_const for x in (d.Hq, d.Hkv, d.D, d.Dv)) and not (spec.empty_rows == "program" and spec.rows_may_be_empty())
