@@ -1,7 +1,8 @@
 """Exported files side by side on ONNX Runtime's CPU provider: attentions that are fused nodes, time, peak memory and error, attnopt's beside its peers'.
 
 Each model is exported once by everyone, with batch and length open. The files then run in turn in one process, a round after the other, and medians are
-taken, since other work may run on the machine; peak memory is that of a process of its own for each file. Rows are kept by model in one file of results.
+taken, since other work may run on the machine; peak memory is that of a process of its own for each file. Rows are kept by model, length and threads in one file of results.
+With several threads there is a pause before each run, since the threads of the file before spin on for a while.
 
     python benchmarks/onnx_export.py llama bert [--length 2048] [--rounds 7] [--threads 1]
 """
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
@@ -38,6 +38,8 @@ from attnopt.config import OptimizeConfig
 
 FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention"}
 BASE = "torch, eager"
+PAUSE = 0.1
+"""Seconds."""
 RESULT = RESULTS / "onnx_export.json"
 
 
@@ -154,7 +156,7 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
     model = MODELS[name]
     inputs = model.example(1, length)
     rows: list[dict[str, Any]] = []
-    runtimes: dict[str, tuple[onnxruntime.InferenceSession, Any]] = {}
+    files: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for i, (who, export) in enumerate(exporters(model, folder).items()):
@@ -176,7 +178,7 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
                 with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
                     warnings.simplefilter("ignore")
                     export(path)
-                nodes = onnx.load(path, load_external_data=False).graph.node
+                nodes = ir.load(path).graph.all_nodes()  # with those in the bodies of loops
                 row["fused"] = sum(n.op_type in FUSED for n in nodes)
                 runtime = session(path, threads)
                 feed = fed(runtime, inputs)
@@ -190,19 +192,32 @@ def measure(name: str, length: int, rounds: int, threads: int) -> list[dict[str,
             row["error"] = e if math.isfinite(e := error_of(got, expected)) else None
             row["note"] = "" if row["error"] is not None and row["error"] < 1e-3 else "wrong results"
             row["peak MiB"] = peak_of(path, name, length, threads)
-            runtimes[who] = (runtime, feed)
-        times: dict[str, list[float]] = {who: [] for who in runtimes}
-        for i in range(rounds):
-            turns = list(runtimes.items())
-            for who, (runtime, feed) in turns[i % len(turns) :] + turns[: i % len(turns)]:  # nobody is always first
-                start = time.perf_counter()
-                runtime.run(None, feed)
-                times[who].append(time.perf_counter() - start)
-    for row in rows:
-        if row["exporter"] in times:
-            row["ms"] = statistics.median(times[row["exporter"]]) * 1e3
-            row["faster"] = statistics.median(b / t for b, t in zip(times[BASE], times[row["exporter"]], strict=True)) if BASE in times else None
+            files[who] = path
+        del runtime, got
+        # Loaded files keep the memory of their runs: large ones do not fit together, and run beside the first alone.
+        groups = [[BASE, who] for who in files if who != BASE] if model.large else [list(files)]
+        for group in groups:
+            times = interleaved({who: files[who] for who in group}, inputs, rounds, threads)
+            for row in rows:
+                if row["exporter"] in times and row["ms"] is None:
+                    row["ms"] = statistics.median(times[row["exporter"]]) * 1e3
+                    row["faster"] = statistics.median(b / t for b, t in zip(times[BASE], times[row["exporter"]], strict=True)) if BASE in times else None
     return rows
+
+
+def interleaved(files: dict[str, Path], inputs: dict[str, torch.Tensor], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of each file's runs, a round after the other."""
+    turns = [(who, runtime, fed(runtime, inputs)) for who, runtime in ((who, session(path, threads)) for who, path in files.items())]
+    for _, runtime, feed in turns:
+        runtime.run(None, feed)
+    times: dict[str, list[float]] = {who: [] for who in files}
+    for i in range(rounds):
+        for who, runtime, feed in turns[i % len(turns) :] + turns[: i % len(turns)]:  # nobody is always first
+            time.sleep(0 if threads == 1 else PAUSE)
+            start = time.perf_counter()
+            runtime.run(None, feed)
+            times[who].append(time.perf_counter() - start)
+    return times
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -235,7 +250,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="measure nothing, and print the stored rows of this length as a table")
     options = parser.parse_args()
     if options.markdown:
-        print(markdown([r for r in stored(RESULT) if r["S"] == options.length]))
+        print(markdown([r for r in stored(RESULT) if (r["S"], r["threads"]) == (options.length, options.threads)]))
         return
     logging.disable(logging.ERROR)
     if options.peak_of is not None:
@@ -244,11 +259,11 @@ def main() -> None:
     for name in options.models:
         found = measure(name, options.length, options.rounds, options.threads)
         about = {**provenance(), "threads": options.threads, "rounds": options.rounds, "onnxruntime": onnxruntime.__version__}
-        rows = [r for r in stored(RESULT) if (r["model"], r["S"]) != (name, options.length)] + [{**r, **about} for r in found]
+        rows = [r for r in stored(RESULT) if (r["model"], r["S"], r["threads"]) != (name, options.length, options.threads)] + [{**r, **about} for r in found]
         order = {n: i for i, n in enumerate(MODELS)}
         save(
             RESULT,
-            sorted(rows, key=lambda r: (r["S"], order[r["model"]])),
+            sorted(rows, key=lambda r: (r["S"], r["threads"], order[r["model"]])),
             note="ms: medians of interleaved rounds on a machine that other work shared; faster: median of the ratios to torch, eager, round by round",
         )
         show(f"{name}, batch 1, S={options.length}, {options.threads} thread(s)", [{k: v for k, v in r.items() if k not in ("model", "S")} for r in found])

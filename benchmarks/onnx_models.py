@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Model:
     sites: int = 2
     inputs: Callable[[int, int], dict[str, Tensor]] | None = None
     causal_gqa: bool = False
+    large: bool = False
+    """A run takes gigabytes."""
     optimizer: str = "bert"
     """The model type of onnxruntime.transformers.optimizer that is nearest."""
 
@@ -122,7 +124,7 @@ MODELS: dict[str, Model] = {
     "gemma2": _decoder("gemma2", _CAPPED, causal_gqa=True),
     "bloom": _decoder("bloom", {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 2, "n_head": HEADS}),
     "falcon": _decoder("falcon", {**_SMALL, "multi_query": True, "bias": False, "new_decoder_architecture": False}, causal_gqa=True),
-    "gpt_oss": _decoder("gpt_oss", _SINKS, causal_gqa=True),
+    "gpt_oss": replace(_decoder("gpt_oss", _SINKS, causal_gqa=True), large=True),
     "bert": Model("bert", "AutoModel", _TEXT),
     "roberta": Model("roberta", "AutoModel", _TEXT),
     "vit": Model("vit", "AutoModel", _IMAGE, inputs=image, optimizer="vit"),

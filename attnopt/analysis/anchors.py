@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import fx
 
 from attnopt.analysis import nodes as N
@@ -62,6 +63,15 @@ def find(graph: fx.Graph) -> list[Anchor]:
 def calls(graph: fx.Graph) -> list[fx.Node]:
     """Existing attention calls."""
     return [n for n in graph.nodes if N.op_name(n) == "aten::scaled_dot_product_attention"]
+
+
+def in_half(logits: fx.Node) -> bool:
+    """Whether logits are rounded to float16, before casts to a wider dtype."""
+    while N.value(logits).dtype is not torch.float16:
+        if N.op_name(logits) not in _CASTS | {"aten::float"}:
+            return False
+        logits = N.arguments(logits)["self"]
+    return True
 
 
 def _plain(node: fx.Node, empty: Literal["nan", "zero"]) -> Anchor | None:

@@ -52,6 +52,8 @@ class RawSite:
     """A row of finite fills gives what a row of -inf does."""
     scores: fx.Node | None = None
     """The product of queries and keys."""
+    half: bool = False
+    """Logits are rounded to float16."""
 
 
 def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
@@ -130,7 +132,7 @@ def arrange(raw: RawSite, node: fx.Node, folded: set[fx.Node]) -> AttentionSite:
             axes = ", ".join(f"an axis of size {x.extent}" for x in sorted(stray, key=lambda x: str(x.value)))
             text = f"the {what} of {N.said(node)} depends on {axes}; supported are batch, head{', query and key' if dims.k in allowed else ' and query'}."
             raise Refusal("AO206", text, node)
-    parts = visible.split(logits, raw.empty, sink, raw.underflows)
+    parts = visible.split(logits, raw.empty, sink, raw.underflows, visible.IN_HALF if raw.half else visible.ANYWHERE)
     (score, mask, empty_score, sink), loads = _slots((parts.score, parts.mask, parts.empty_score, sink))
     assert score is not None and mask is not None
     infos = tuple(Load(_load_name(n), N.kind(n) if N.is_tensor(n) else "float", "cumsum" if N.op_name(n) == "aten::cumsum" else "") for n in loads)

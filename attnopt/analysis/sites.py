@@ -168,7 +168,10 @@ class _Finder:
         if q_scale * k_scale != 1.0:
             logits = E.substitute(logits, {E.score(): E.mul(E.const(q_scale * k_scale), E.score())})
         empty: Weightless = "zero" if p.zeroed or anchor.empty == "zero" else "nan"
-        raw = RawSite(p.output, p.out, key, qk.form.summed, q, k, (p.values, p.value_index), logits, empty, p.dropout, frozenset(region), sink, anchor.underflows, qk.form.node)
+        operands = (q, k, (p.values, p.value_index))
+        raw = RawSite(
+            p.output, p.out, key, qk.form.summed, *operands, logits, empty, p.dropout, frozenset(region), sink, anchor.underflows, qk.form.node, A.in_half(anchor.logits)
+        )
         inside = [of_tuple(x.value) for e in (logits, sink) if e is not None for x in e.leaves if x.op == "load" and x.value in region]
         if inside:
             node = inside[0]

@@ -24,10 +24,20 @@ VANISHED = -USUAL
 """The same where exponentials are taken without subtracting the row's maximum: this one is zero in every dtype."""
 MARGIN = 100.0
 """A logit that lies this much below a visible one has no weight beside it, in any dtype."""
-ABSORBS = -1e30
-"""A fill at or below this swallows any real logit that is added to it, in every dtype up to float64."""
-SWALLOWED = 1e10
-"""How large what it swallows may be."""
+
+
+@dataclass(frozen=True)
+class Swallowing:
+    """A fill at or below ``fill`` swallows what is added to it and is no larger than ``swallowed``."""
+
+    fill: float
+    swallowed: float
+
+
+ANYWHERE = Swallowing(-1e30, 1e10)
+"""In every dtype up to float64."""
+IN_HALF = Swallowing(-65504.0, 15.0)
+"""Where logits are rounded to float16: beside its lowest number, numbers are 32 apart."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +51,9 @@ class Parts:
     weightless: Weightless = "nan"
 
 
-def split(logits: Expr, empty: Weightless, sink: Expr | None = None, underflows: bool = False) -> Parts:
+def split(logits: Expr, empty: Weightless, sink: Expr | None = None, underflows: bool = False, swallowing: Swallowing = ANYWHERE) -> Parts:
     """Separate the mask from the score. ``empty`` is what a row of nothing but -inf gives; a row of finite fills gives the same
-    where its exponentials underflow."""
+    where its exponentials underflow. ``swallowing``: what is lost beside a fill, by the dtype that logits are rounded to."""
     size = Magnitudes()
     underflows = underflows and sink is None
     ways: tuple[Way, ...] = ("constants", "tensors too", "infinite only")
@@ -55,7 +65,7 @@ def split(logits: Expr, empty: Weightless, sink: Expr | None = None, underflows:
         return Parts(found.score, found.mask, "zero", weightless="zero")
     if found.mask is E.TRUE or underflows or found.top == -math.inf:
         return Parts(found.score, found.mask, empty, weightless=empty)
-    program = _where_hidden(logits, found.mask, size)
+    program = _where_hidden(logits, found.mask, size, swallowing)
     if _same_for_all_keys(program) and size(program)[0] > -math.inf:
         return Parts(found.score, found.mask, "uniform", weightless=empty)
     return Parts(found.score, found.mask, "program", program, empty)
@@ -175,7 +185,7 @@ def _plus(a: float, b: float) -> float:
     return math.inf if math.isnan(a + b) else a + b
 
 
-def _where_hidden(x: Expr, mask: Expr, size: Magnitudes) -> Expr:
+def _where_hidden(x: Expr, mask: Expr, size: Magnitudes, by: Swallowing) -> Expr:
     """``x`` under the assumption that ``mask`` is false."""
     if x.op == "where":
         c, a, b = x.args
@@ -185,14 +195,14 @@ def _where_hidden(x: Expr, mask: Expr, size: Magnitudes) -> Expr:
             return a
         return x
     if x.op == "add":
-        parts = [_where_hidden(a, mask, size) for a in x.args]
-        swallowing = [p for p in parts if p.is_const and p.value <= ABSORBS]
-        ranges = [size(p) for p in parts if not (p.is_const and p.value <= ABSORBS)]
-        if swallowing and all(low >= -SWALLOWED and high <= SWALLOWED for low, high in ranges):
+        parts = [_where_hidden(a, mask, size, by) for a in x.args]
+        swallowing = [p for p in parts if p.is_const and p.value <= by.fill]
+        ranges = [size(p) for p in parts if not (p.is_const and p.value <= by.fill)]
+        if swallowing and all(low >= -by.swallowed and high <= by.swallowed for low, high in ranges):
             return E.add(*swallowing)
         return E.add(*parts)
     if x.op in ("mul", "max", "min") and any(a.is_const for a in x.args):
-        parts = [_where_hidden(a, mask, size) for a in x.args]
+        parts = [_where_hidden(a, mask, size, by) for a in x.args]
         return E.build(x.op, *parts) if len(parts) == 2 else E.mul(*parts) if x.op == "mul" else x
     return x
 

@@ -270,3 +270,43 @@ def test_flat_heads_that_share_by_turns() -> None:
     assert [s.status for s in result.sites] == ["replaced"], [str(r) for s in result.sites for r in s.remarks]
     with torch.no_grad():
         torch.testing.assert_close(result.graph_module(*inputs), module(*inputs))
+
+
+LOWEST = torch.finfo(torch.float16).min
+
+
+def chosen(m: nn.Module, w: Tensor, mask: Tensor) -> Tensor:
+    return w.masked_fill(~(causal(w) & mask[:, None, None]), LOWEST)
+
+
+def added(m: nn.Module, w: Tensor, mask: Tensor) -> Tensor:
+    return w + torch.where(causal(w) & mask[:, None, None], 0.0, LOWEST).to(w.dtype)
+
+
+@pytest.mark.parametrize("scores", [chosen, added])
+@pytest.mark.parametrize("cast", [lambda w: w.softmax(-1), lambda w: w.float().softmax(-1).to(w.dtype), lambda w: w.softmax(-1, dtype=torch.float32).to(w.dtype)])
+def test_the_lowest_number_of_float16_swallows_scores_in_float16(scores: Scores, cast: Callable[[Tensor], Tensor]) -> None:
+    """A padded row is the average of all values, as the model computes it: next to -65504 numbers are 32 apart."""
+    module, hidden = Attention(scores, cast).half(), torch.zeros(2, S, dtype=torch.bool)
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(2, 2, S, 4, dtype=torch.float16) for _ in range(3))
+    result = lifted(module, *inputs, hidden, dynamic=False)
+    (site,) = result.sites
+    assert site.status == "replaced" and site.spec is not None and site.spec.empty_rows == "uniform"
+    with torch.no_grad():
+        got, expected = result.graph_module(*inputs, hidden), module(*inputs, hidden)
+    torch.testing.assert_close(expected, inputs[2].mean(-2, keepdim=True).expand_as(expected), rtol=4e-3, atol=1e-3)
+    torch.testing.assert_close(got, expected, rtol=4e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("finish", [lambda w: w.softmax(-1), lambda w: w.double().softmax(-1).to(w.dtype)])
+def test_it_swallows_none_in_float32(finish: Callable[[Tensor], Tensor]) -> None:
+    spec = same(Attention(added, finish), torch.zeros(2, S, dtype=torch.bool)).sites[0].spec
+    assert spec is not None and spec.empty_rows == "program"
+
+
+def test_a_fill_that_is_added_to_wider_scores_swallows_none() -> None:
+    """Scores in float16, their sum with the fill in float32."""
+    module = Attention(lambda m, w, mask: added(m, w.float(), mask), lambda w: w.softmax(-1).half()).half()
+    result = lifted(module, *(torch.randn(2, 2, S, 4, dtype=torch.float16) for _ in range(3)), torch.zeros(2, S, dtype=torch.bool), dynamic=False)
+    assert [s.spec.empty_rows for s in result.sites if s.spec is not None] == ["program"]

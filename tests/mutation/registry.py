@@ -12,6 +12,7 @@ TESTS: dict[str, str] = {
     "analysis/anchors._reduction: args.get('self') is not of or not isinstance(of, fx.Node)": "tests/mutation/test_sites.py::test_the_logsumexp_of_another_tensor_is_no_normalisation",
     "analysis/anchors._reduction: len(which) != 1": "tests/mutation/test_sites.py::test_the_logsumexp_of_two_axes_is_no_normalisation",
     "analysis/anchors._reduction: not args.get('keepdim') and restored != axis": "tests/mutation/test_sites.py::test_a_logsumexp_along_another_axis_is_no_normalisation",
+    "analysis/anchors.in_half: N.op_name(logits) not in _CASTS | {'aten::float'}": "tests/analysis/test_empty_rows.py::test_a_fill_that_is_added_to_wider_scores_swallows_none",
     "analysis/classify._score: len(with_s) != 1": "tests/mutation/test_scores.py::test_two_scores_have_no_scale",
     "analysis/classify._is_alibi: d.k not in a.variables": "tests/mutation/test_scores.py::test_a_bias_of_a_row_beside_is_alibi",
     "analysis/classify._is_alibi: any((v is not d.h for f in slope for v in f.variables))": "tests/mutation/test_scores.py::test_a_slope_that_depends_on_the_query_is_no_alibi",

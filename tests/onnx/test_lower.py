@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attnopt.emit.onnx import parts
+from attnopt.emit.onnx import plan as plans
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lost import bias_of
 from attnopt.emit.onnx.model import IR_VERSION, Translation
@@ -341,7 +343,8 @@ def assert_true(found: list[tuple[tuple[Tensor, ...], list[Tensor]]], rtol: floa
 
 
 @pytest.mark.parametrize(("opset", "target"), [(24, "onnx"), (24, "ort"), (24, "decomposed"), pytest.param(23, "onnx", marks=pytest.mark.slow)])
-def test_every_spec_computes_what_the_reference_does(tmp_path: Path, opset: int, target: Any) -> None:
+def test_every_spec_computes_what_the_reference_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opset: int, target: Any) -> None:
+    monkeypatch.setattr(plans, "may_be_parted", lambda spec, dtype: False)
     translation, found = run(tmp_path, opset, target)
     assert len(translation.done) == len(CASES)
     for c, done in zip(CASES, translation.done, strict=True):
@@ -354,6 +357,20 @@ def test_every_spec_computes_what_the_reference_does(tmp_path: Path, opset: int,
         assert {n.domain for n in model.graph.node} == {""}
         onnx.save(model, tmp_path / "inlined.onnx")
         assert_true(results(tmp_path / "inlined.onnx"))
+
+
+@pytest.mark.parametrize("opset", [24, pytest.param(23, marks=pytest.mark.slow)])
+def test_causal_specs_in_parts_compute_what_the_reference_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opset: int) -> None:
+    monkeypatch.setattr(parts, "PART", 3)  # two or three of each example, whose last ones share rows
+    translation, found = run(tmp_path, opset, "ort")
+    causal = [c.square and E.le(c.spec.dims.k, c.spec.dims.q) in E.conjuncts(c.spec.mask) for c in CASES]
+    whole = {"causal, slopes", *(c.name for c in CASES if c.spec.empty_rows == "program")}  # a bias of query and key, and rows that weigh all keys
+    assert [c.name for c, x in zip(CASES, translation.done, strict=True) if x.plan.parts] == [c.name for c, x in zip(CASES, causal, strict=True) if x and c.name not in whole]
+    for c, done in zip(CASES, translation.done, strict=True):
+        assert not done.plan.parts or (done.plan.lowered_to == c.lowered_to and done.plan.why.startswith("in parts of at most 64 queries")), c.name
+    loops = [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type == "Loop"]
+    assert len(loops) == sum(x.plan.parts for x in translation.done)
+    assert_true(found)
 
 
 @pytest.mark.slow

@@ -13,19 +13,19 @@ import onnx.inliner
 import onnxruntime
 import pytest
 import torch
-from tiny_models import TinyGPT
+from tiny_models import LENGTH, TinyGPT
 from torch import Tensor, nn
 
 import attnopt
 from attnopt.cli.main import run
 from attnopt.config import OptimizeConfig
-from attnopt.emit.onnx import lower
+from attnopt.emit.onnx import lower, parts
 from attnopt.emit.onnx.layers import distance
 from attnopt.errors import AttnoptError, VerificationError
 
 MODEL = """
 import torch
-from tiny_models import TinyGPT
+from tiny_models import LENGTH, TinyGPT
 
 torch.manual_seed(0)
 model = TinyGPT(layers=2).eval()
@@ -41,9 +41,9 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def optimized() -> Any:
+def optimized(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    return attnopt.optimize(TinyGPT(layers=1).eval(), torch.randint(0, 61, (2, 16)), config=LAZY)
+    return attnopt.optimize(TinyGPT(layers=1).eval().to(dtype), torch.randint(0, 61, (2, 16)), config=LAZY)
 
 
 def test_the_command_writes_a_verified_file(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,9 +91,9 @@ def test_a_wrong_lowering_is_found_and_nothing_written(fault: str, tmp_path: Pat
 
 def test_operators_of_onnx_runtime_come_with_functions_for_other_runtimes(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    report = optimized().export_onnx(path, target="ort")
+    report = optimized(torch.float16).export_onnx(path, target="ort")
     assert [(x.lowered_to, x.why) for x in report.layers] == [("GroupQueryAttention", "causal over as many queries as keys, proven")]
-    assert report.layers[0].error is not None and report.layers[0].error < 1e-6  # also where the exporter merged its transposition into the next
+    assert report.layers[0].error is not None and report.layers[0].error < 1e-3  # also where the exporter merged its transposition into the next
     model = onnx.load(path)
     assert [(f.domain, f.name, f.overload) for f in model.functions] == [("com.microsoft", "GroupQueryAttention", "")]
     plain = onnx.inliner.inline_local_functions(model)
@@ -102,7 +102,26 @@ def test_operators_of_onnx_runtime_come_with_functions_for_other_runtimes(tmp_pa
     fused, inlined = (
         onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"ids": ids})[0] for m in (model, plain)
     )
-    torch.testing.assert_close(torch.from_numpy(inlined), torch.from_numpy(fused), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(inlined), torch.from_numpy(fused), rtol=4e-3, atol=4e-3)
+
+
+def test_a_causal_attention_is_taken_by_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In operators of the standard, at lengths of one part and of several."""
+    monkeypatch.setattr(parts, "PART", 7)
+    path, module = tmp_path / "model.onnx", optimized()
+    report = module.export_onnx(path, target="ort")
+    assert [(x.lowered_to, x.why) for x in report.layers] == [("Attention", "in parts of at most 64 queries, each with the keys up to its last")]
+    assert report.layers[0].error is not None and report.layers[0].error < 1e-6
+    model = onnx.load(path)
+    (loop,) = (n for n in model.graph.node if n.op_type == "Loop")
+    assert not model.functions and {n.domain for n in model.graph.node} == {""}
+    assert [n.op_type for n in loop.attribute[0].g.node].count("Attention") == 1
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, length in ((1, 1), (2, 7), (1, 8), (2, 29), (1, LENGTH)):
+        ids = torch.arange(batch * length).view(batch, length) % 61
+        with torch.no_grad():
+            expected = module(ids)
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"ids": ids.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_without_metadata_says_nothing_of_where_it_was_made(tmp_path: Path) -> None:
@@ -112,7 +131,7 @@ def test_a_file_without_metadata_says_nothing_of_where_it_was_made(tmp_path: Pat
     full, bare = (onnx.load(tmp_path / name) for name in ("full.onnx", "bare.onnx"))
     assert {p.key for p in full.metadata_props} == {"attnopt.version", "attnopt.target", "attnopt.site.0"}
     marked = {(n.op_type, p.key, p.value) for n in full.graph.node for p in n.metadata_props}
-    assert ("GroupQueryAttention", "attnopt.site", "blocks.0.attention") in marked and len({m[1:] for m in marked}) == 1
+    assert ("Concat", "attnopt.site", "blocks.0.attention") in marked and len({m[1:] for m in marked}) == 1
     assert not bare.metadata_props and not any(n.metadata_props or n.doc_string for n in bare.graph.node)
     for name in ("full.onnx", "bare.onnx"):
         text = (tmp_path / name).read_bytes()
@@ -212,9 +231,9 @@ def test_padding_on_both_sides_and_of_a_whole_row_is_compared(target: str, tmp_p
     assert all(a.i == 0 for n in nodes for a in n.attribute if a.name == "is_causal")
 
 
-GQA, MHA = "GroupQueryAttention", "MultiHeadAttention"
+PARTS, MHA, GQA = "Attention", "MultiHeadAttention", "GroupQueryAttention"
 ENCODER = {"bert", "roberta", "vit"}
-PAIRS = {"t5": [MHA] * 2 + [GQA, MHA] * 2, "bart": [MHA] * 2 + [GQA, MHA] * 2, "whisper": [MHA] * 2 + [GQA, MHA] * 2, "clip": [MHA] * 2 + [GQA] * 2}
+PAIRS = {"t5": [MHA] * 2 + [GQA, MHA] * 2, "bart": [MHA] * 2 + [PARTS, MHA] * 2, "whisper": [MHA] * 2 + [PARTS, MHA] * 2, "clip": [MHA] * 2 + [PARTS] * 2}
 MODELS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "bloom", "falcon", "gpt_oss", "bert", "roberta", "vit", "clip", "t5", "bart", "whisper")
 
 
@@ -232,10 +251,11 @@ def test_models_of_the_zoo(name: str, target: str, tmp_path: Path) -> None:
     if name == "gemma2":  # softcap, by the rule that nothing slower than its parts is chosen
         expected = ["standard ops"] * case.sites
     elif target == "ort":
-        expected = PAIRS.get(name, [MHA if name in ENCODER else GQA] * case.sites)
+        expected = PAIRS.get(name, [MHA if name in ENCODER else PARTS] * case.sites)
     else:
         expected = ["Attention"] * case.sites
     assert [x.lowered_to for x in report.layers] == expected
+    assert all(("in parts" in x.why) == (target == "ort" and x.lowered_to not in (MHA, GQA)) for x in report.layers)
     assert all(x.error is None or x.error < 1e-5 for x in report.layers)
     checks = {c.name for c in report.verdict.checks}
     assert report.verdict.passed and "batch of one: example" in checks

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -25,7 +26,8 @@ def by_onnxslim(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def by_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
     onnxsim = pytest.importorskip("onnxsim", reason="onnxsim is not installed")
-    simplified, agrees = onnxsim.simplify(model)
+    # onnxsim 0.8.1 fuses a rotation, and fails where a loop reads the result ("eraseOutput: Assertion ... failed").
+    simplified, agrees = onnxsim.simplify(model, skipped_optimizers=["fuse_rope"] if any(n.op_type == "Loop" for n in model.graph.node) else None)
     assert agrees
     return simplified
 
@@ -52,11 +54,10 @@ def test_simplified_files_agree(target: str, tmp_path: Path) -> None:
     inputs["use_cache"] = False
     attnopt.optimize(CASES["mistral"].build("eager"), kwargs=inputs, config=LAZY).export_onnx(tmp_path / "model.onnx", target=target)
     model = onnx.load(tmp_path / "model.onnx")
-    operator = "GroupQueryAttention" if target == "ort" else "Attention"
     simplifiers: tuple[Callable[[onnx.ModelProto], onnx.ModelProto], ...] = (by_onnxslim, by_onnxsim)
     for simplify in simplifiers:
         simplified = simplify(model)
-        assert sum(n.op_type == operator for n in simplified.graph.node) == 2, simplify.__name__
-        for batch, length in ((2, 12), (1, 31), (3, 5)):
+        assert sum(n.op_type == "Attention" for n in ir.from_proto(simplified).graph.all_nodes()) == 2, simplify.__name__
+        for batch, length in ((2, 12), (1, 31), (3, 5), (2, 90)):
             for got, expected in zip(results(simplified, batch, length), results(model, batch, length), strict=True):
                 np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5, err_msg=simplify.__name__)

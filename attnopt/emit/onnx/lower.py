@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,16 +46,24 @@ class Lowering:
     weights: Sequence[float | None]
 
     def __post_init__(self) -> None:
-        op = self.op
         self.computed = np.dtype("float64" if self.dtype == "float64" else "float32")
-        scalar = Programs(op, {}, (), {}, self.computed).constant
         self.half = self.dtype not in ("float32", "float64")
+        self.programs = self._programs()
+
+    def _programs(self) -> Programs:
+        """Sets the numbers of queries and keys, ``Sq`` and ``Skv``, too."""
+        op = self.op
+        scalar = Programs(op, {}, (), {}, self.computed).constant
         self.Sq, self.Skv = op.Shape(self.q, start=2, end=3), self._keys()
         one = {"b": op.Shape(self.q, start=0, end=1), "h": op.Shape(self.q, start=1, end=2), "q": self.Sq, "k": self.Skv}
         extents = {name: op.Squeeze(x) for name, x in one.items()}
         sizes = {name: scalar(x) if isinstance(x, int) else op.Squeeze(x) for name, x in zip(self.spec.sizes, self.sizes, strict=True)}
-        self.programs = Programs(op, extents, self.loads, sizes, self.computed)
-        self.visible = None if self.spec.mask is E.TRUE else self._written(self.spec.mask)
+        return Programs(op, extents, self.loads, sizes, self.computed)
+
+    @cached_property
+    def visible(self) -> Any:
+        """The whole mask; None where nothing is hidden."""
+        return None if self.spec.mask is E.TRUE else self._written(self.spec.mask)
 
     def _keys(self) -> Any:
         """How many keys there are, [1]."""
@@ -240,7 +249,7 @@ class Lowering:
     # ---- rows without a visible key
 
     def _may_be_empty(self) -> bool:
-        return self.visible is not None and self.spec.rows_may_be_empty()
+        return self.spec.mask is not E.TRUE and self.spec.rows_may_be_empty()
 
     def _may_overflow(self) -> bool:
         """Whether the score may be so low that it hides, or not finite, by what is added to the product of query and key."""

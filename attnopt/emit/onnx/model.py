@@ -24,6 +24,8 @@ from attnopt.emit.onnx.bounds import greatest
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
+from attnopt.emit.onnx.norms import join_norms
+from attnopt.emit.onnx.parts import InParts
 from attnopt.emit.onnx.past import Past, PastLowering, join
 from attnopt.emit.onnx.plan import Plan, Target, plan
 from attnopt.emit.pt2 import export_optimized
@@ -110,6 +112,8 @@ class Translation:
             given = (list(loads or ()), list(sizes or ()), parsed, dtype, [self._greatest(x) for x in loads or ()])
             if form.past and past is not None:
                 lowering: Lowering = PastLowering(self.op, q, past.new_key, past.new_value, *given, past=past, joins=self.joins)
+            elif form.parts:
+                lowering = InParts(self.op, q, k, v, *given, name=f"attnopt/{len(self.done)}", counts_keys=self.opset >= 24)
             else:
                 lowering = Lowering(self.op, q, k, v, *given)
             result = lowering.build(form)
@@ -163,6 +167,8 @@ def translated(program: torch.export.ExportedProgram, translation: Translation, 
     inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
     model = _exported(program, translation.opset, translation, output_names(results, inputs))
     join(model, translation.joins)
+    if translation.target == "ort":
+        join_norms(model)
     attach_functions(model, translation.opset)
     restore_input_names(model, inputs)
     rename_dimensions(model, dimension_names(list(model.graph.inputs)))

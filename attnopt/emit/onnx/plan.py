@@ -32,6 +32,8 @@ class Plan:
     """The part of the mask that an additive mask has to bring; None: all of it."""
     past: bool = False
     """The operator itself puts new keys and values behind those of the past."""
+    parts: bool = False
+    """By parts of the queries, each with the keys from the window of its first query to its last; what is said above holds for a part, but for the window, which the mask has to bring."""
 
     @property
     def fused(self) -> bool:
@@ -50,6 +52,8 @@ def plan(spec: AttentionSpec, target: Target, dtype: str, past: bool = False) ->
         return Plan(None, "--target decomposed")
     if target == "onnx":
         return _standard(spec, dtype)
+    if not past and may_be_parted(spec, dtype):
+        return _parted(spec, dtype)
     found = _group_query(spec, dtype, past)
     if isinstance(found, Plan):
         return found
@@ -75,15 +79,15 @@ def _standard(spec: AttentionSpec, dtype: str) -> Plan:
 def _mask_words(spec: AttentionSpec) -> str:
     if spec.sinks:
         return "additive mask with a column for the sinks"
-    if spec.mask is E.TRUE and _bias(spec) is None:
+    if spec.mask is E.TRUE and added(spec) is None:
         return "no mask"
-    return "boolean mask" if _bias(spec) is None and spec.empty_rows != "program" else "additive mask"
+    return "boolean mask" if added(spec) is None and spec.empty_rows != "program" else "additive mask"
 
 
 def is_square_causal(spec: AttentionSpec) -> bool:
     """Whether the score is scale * s and the mask k <= q, over as many queries as keys: without sinks: what ``is_causal`` means by itself."""
     d = spec.dims
-    return d.Sq is d.Skv and spec.mask is E.le(d.k, d.q) and _bias(spec) is None and not spec.sinks
+    return d.Sq is d.Skv and spec.mask is E.le(d.k, d.q) and added(spec) is None and not spec.sinks
 
 
 def refusal(spec: AttentionSpec, dtype: str) -> str | None:
@@ -113,9 +117,42 @@ def _softcap(spec: AttentionSpec) -> float | None:
     return None if form is None else form.softcap
 
 
-def _bias(spec: AttentionSpec) -> E.Expr | None:
+def added(spec: AttentionSpec) -> E.Expr | None:
+    """What is added to scale * s; None where nothing is, or the score has another form."""
     form = affine(spec.score)
     return None if form is None else form.bias
+
+
+# ---- by parts of the queries
+
+PART = 64
+"""Queries of a part. At 2048 queries and keys, eight heads of 64: 54 ms with 64, 55 with 128, 58 with 256 (docs/decisions/0039-queries-by-parts.md)."""
+
+
+def may_be_parted(spec: AttentionSpec, dtype: str) -> bool:
+    """Whether no query sees a key behind it, over as many queries as keys, and a part has no use for keys behind its last query: rows without a visible key that weigh all keys by a program would.
+
+    A bias of query and key is written once for all layers, and cutting it for each part takes longer than it saves (T5).
+    """
+    d, bias = spec.dims, added(spec)
+    if bias is not None and {d.q, d.k} <= set(bias.variables):
+        return False
+    if dtype != "float32" or d.Sq is not d.Skv or causal_part(d) not in E.conjuncts(spec.mask) or (d.Sq.is_const and d.Sq.value <= PART):
+        return False
+    return all(x.is_const for x in (d.Hq, d.Hkv, d.D, d.Dv)) and not (spec.empty_rows == "program" and spec.rows_may_be_empty())
+
+
+def _parted(spec: AttentionSpec, dtype: str) -> Plan:
+    form, window = _standard(spec, dtype), window_of(spec)
+    keys = "the keys up to its last" if window is None else f"the keys from {window - 1} before its first to its last"
+    why = f"in parts of at most {PART} queries, each with {keys}"
+    if form.operator is None:
+        return Plan(None, f"{why}; {form.why}", window=window, parts=True)
+    if spec.sinks:
+        return Plan(form.operator, f"{why}, {form.why}", window=window, parts=True)
+    rest = E.all_of(*(p for p in E.conjuncts(spec.mask) if p is not causal_part(spec.dims)))
+    more = ", additive mask" if added(spec) is not None else "" if rest is E.TRUE else ", boolean mask"
+    return Plan(form.operator, f"{why}{more}", True, window, rest=rest, parts=True)
 
 
 # ---- operators of ONNX Runtime
@@ -181,7 +218,7 @@ def _multi_head(spec: AttentionSpec, dtype: str) -> Plan | str:
         return reason
     if spec.sinks:
         return "it has no sinks"
-    return Plan("MultiHeadAttention", "no mask" if spec.mask is E.TRUE and _bias(spec) is None else "attention_bias")
+    return Plan("MultiHeadAttention", "no mask" if spec.mask is E.TRUE and added(spec) is None else "attention_bias")
 
 
 def _operands(d: Dims, dtype: str) -> str | None:

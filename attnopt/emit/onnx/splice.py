@@ -18,7 +18,9 @@ from attnopt.capture.onnx.translate import ONNX
 from attnopt.emit.onnx.bounds import greatest
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.model import Layer
+from attnopt.emit.onnx.parts import InParts
 from attnopt.emit.onnx.plan import Plan, Target, plan
+from attnopt.emit.onnx.tape import Tape
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec
 from attnopt.passes.attention_nodes import attentions, spec_of
@@ -49,7 +51,7 @@ def splice(model: ir.Model, captured: fx.GraphModule, result: PipelineResult, ta
     """
     originals = {n.name: n.meta.get(ONNX) for n in captured.graph.nodes}
     found = {site_name(n): n for n in attentions(result.graph_module.graph)}
-    writer = Writer(_homes(captured))
+    writer = Writer(_homes(captured), int(model.opset_imports[""]))
     layers: list[FileLayer] = []
     for i, site in enumerate(s for s in result.sites if s.is_attention):
         node = found.get(site.name)
@@ -92,16 +94,15 @@ def _replace(
     q, k, v = (writer.operand(_node(x)) for x in node.args[:3])
     loads, sizes = ([writer.value(x) if isinstance(x, fx.Node) else x for x in _list(node.args[i])] for i in (3, 4))
     with evaluator.default_as(_Recorder(tape)):
-        writer.known[node] = Lowering(tape, q, k, v, loads, sizes, spec, dtype, [_greatest(x) for x in loads]).build(form)
+        given = (tape, q, k, v, loads, sizes, spec, dtype, [_greatest(x) for x in loads])
+        lowering = InParts(*given, name=f"{prefix}/part", counts_keys=writer.opset >= 24) if form.parts else Lowering(*given)
+        writer.known[node] = lowering.build(form)
     new = writer.value(out)
     new.type, new.shape = old.type, old.shape
-    for i, made in enumerate(tape.nodes):
-        made.name = f"{prefix}/{made.op_type}_{i}"
-        for j, x in enumerate(made.outputs):
-            x.name = f"{made.name}/{j}"
+    made = tape.named(prefix)
     graph = producer.graph
     assert isinstance(graph, ir.Graph)
-    graph.insert_before(producer, tape.nodes)
+    graph.insert_before(producer, made)
     name = str(old.name)
     if old.is_graph_output():
         old.name, new.name = f"{prefix}/replaced", name
@@ -134,23 +135,16 @@ def _homes(captured: fx.GraphModule) -> dict[str, tuple[ir.Value, int]]:
     return homes
 
 
-class _Tape(ir.tape.Tape):  # type: ignore[misc]
-    """``tape.MatMul(a, b)`` is a new node's result. Sizes of operands are read from the inputs of the file, so that attentions
-    of equal sizes share what is computed from them.
-    """
+class _Tape(Tape):
+    """Sizes of operands are read from the inputs of the file, so that attentions of equal sizes share what is computed from them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[ir.Value, list[ir.Value | None]] = {}
 
-    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
-        return lambda *inputs, **attributes: self.op(op_type, inputs, attributes)
-
     def Shape(self, x: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
         known = self.sizes.get(x, [])[start:end] if end == start + 1 else []
-        if known and known[0] is not None:
-            return known[0]
-        return self.op("Shape", [x], {"start": start} if end is None else {"start": start, "end": end})
+        return known[0] if known and known[0] is not None else super().Shape(x, start, end)
 
 
 @dataclass
@@ -173,6 +167,8 @@ class Writer:
     """Writes what passes put between the values of the file and an attention: views, casts, joins and sizes."""
 
     homes: Mapping[str, tuple[ir.Value, int]] = field(default_factory=dict)
+    opset: int = 24
+    """That of the file as it will be."""
     tape: Any = None
     known: dict[fx.Node, ir.Value] = field(default_factory=dict)
     replaced: dict[ir.Value, ir.Value] = field(default_factory=dict)

@@ -141,7 +141,7 @@ class StaticLowering(Lowering):
     """Whether a row may have no visible key, which the shifted spec says less of."""
 
     def _may_be_empty(self) -> bool:
-        return self.visible is not None and self.empty
+        return self.spec.mask is not E.TRUE and self.empty
 
     def _attention(self, q: Any, k: Any, v: Any, mask: Any, scale: float, is_causal: int) -> Any:
         if not is_causal:
