@@ -43,6 +43,8 @@ class InParts(Lowering):
         elif plan.causal and plan.rest is not None and d.k in plan.rest.variables and set(plan.rest.variables) <= {d.b, d.k} and added(self.spec) is None:
             q, k = self._hidden_by_a_feature(plan.rest)
             plan = replace(plan, rest=E.TRUE)
+        # an axis more, so that a node stands between a rotation and the loop: onnxsim's fuse_rope does not see what a loop's body reads
+        q, k = (op.Unsqueeze(x, c([2])) for x in (q, k))
         count = op.Max(op.Div(op.Add(self.Sq, c([PART - 1])), c([PART])), c([1]))
         rows = op.Div(op.Add(self.Sq, op.Sub(count, c([1]))), count)
         last = op.Sub(self.Sq, rows)  # the last part begins here, and shares some rows with the one before
@@ -66,16 +68,16 @@ class InParts(Lowering):
         return self._with_empty_rows(out, self._empty()) if self._may_be_empty() else out
 
     def _part(self, plan: Plan, q: Any, k: Any, turn: ir.Value, rows: Any, last: Any) -> tuple[ir.Value, Tape]:
-        """[B, rows, Hq * Dv] of one turn."""
+        """[B, rows, Hq * Dv] of one turn; q and k are [B, H, 1, S, D]."""
         tape = Tape()
         c = Programs(tape, {}, (), {}, self.computed).constant
         first = tape.Min(tape.Mul(tape.Unsqueeze(turn, c([0])), rows), last)
         end = tape.Add(first, rows)
         start = c([0]) if plan.window is None else tape.Max(tape.Sub(first, c([plan.window - 1])), c([0]))
-        mine = [tape.Slice(x, *ends, c([2])) for x, ends in ((q, (first, end)), (k, (start, end)), (self.v, (start, end)))]
-        for x in mine:
+        q, k = (tape.Squeeze(tape.Slice(x, *ends, c([3])), c([2])) for x, ends in ((q, (first, end)), (k, (start, end))))
+        v = tape.Slice(self.v, start, end, c([2]))
+        for x in (q, k, v):
             x.dtype = self.v.dtype
-        q, k, v = mine
         o = _Part(tape, q, k, v, self.loads, self.sizes, self.spec, self.dtype, self.weights, self, (first, end), (start, end)).build(plan)
         return tape.Reshape(tape.Transpose(o, perm=[0, 2, 1, 3]), c([0, 0, self.spec.dims.Hq.value * self.spec.dims.Dv.value])), tape
 
