@@ -221,6 +221,7 @@ def test_verdicts(benchmarks: Callable[[str], ModuleType]) -> None:
 # ------------------------------------------------------------------------------------------------ models
 
 
+@pytest.mark.slow
 def test_models_are_run_in_every_way(tmp_path: Path) -> None:
     options = ("--device=cpu", "--seconds=0.05", "--compiler=eager", "--models=bloom,bert-large", "--variants=eager,sdpa,attnopt,attnopt+compile")
     rows, printed = run("models.py", tmp_path / "m.json", *options)

@@ -116,7 +116,7 @@ def test_verify_against_another_model(tmp_path: Path) -> None:
     assert done.returncode == 1 and "FAILED" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["train.py", "python_api.py", "transformers_attention.py"])
+@pytest.mark.parametrize("script", [pytest.param("train.py", marks=pytest.mark.slow), "python_api.py", "transformers_attention.py"])
 def test_example_scripts_run(script: str) -> None:
     done = call(str(EXAMPLES / script), *(["2"] if script == "train.py" else []))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -39,7 +39,7 @@ def results(model: onnx.ModelProto, batch: int, length: int) -> list[np.ndarray[
     return session.run(None, feed)
 
 
-@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("target", [pytest.param("onnx", marks=pytest.mark.slow), "ort"])
 def test_simplified_files_agree(target: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from zoo.models import CASES
