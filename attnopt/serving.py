@@ -204,11 +204,11 @@ class ServingModel(nn.Module):
             return self.run(tokens, positions, slots, block_table, cu_seqlens_q, seqlens_k, caches.tensors, rows, (cross[0], cross[1]) if cross else None)
 
         weights = ModuleTensors(self._held)
-        others = [*(x for x in self.function.constants if isinstance(x, Tensor)), *(x for pair in caches.tensors for x in pair)]
+        constants = [x for x in self.function.constants if isinstance(x, Tensor)]
 
         def state() -> list[Tensor]:
             refresh(self._means, self._held)
-            return [*weights(), *others]
+            return [*weights(), *constants, *(x for pair in caches.tensors for x in pair)]
 
         if compile:
             self._compiled_function(one_token=False)  # refuses now what it cannot do later

@@ -264,18 +264,21 @@ def _slices(e: Expr, table: Mapping[Expr, Value], env: Env) -> Access | None:
     x, values = env.loads[e.value], [table[a] for a in e.args]
     parts = [_slice(a, n, env) if isinstance(i, Tensor) else None for a, i, n in zip(e.args, values, x.shape, strict=True)]
     computed = [d for d, (i, part) in enumerate(zip(values, parts, strict=True)) if part is None]
-    if len(computed) != 1 or not isinstance(values[computed[0]], Tensor):
+    if len(computed) != 1:
         return None
     (d,) = computed
-    index = _clamp(e.args[d], values[d], x.shape[d], env)
+    index = values[d]
+    if not isinstance(index, Tensor):
+        return None
     along = [axis for axis, n in enumerate(index.shape) if n > 1]
     axes = [part[0] if part is not None else along[0] if along else -1 for part in parts]
     if len(along) != 1 or index.dim() != len(AXES) or len(set(axes)) != len(axes):
         return None
+    index = _clamp(e.args[d], index, x.shape[d], env).flatten()
     for other, part in enumerate(parts):
         if part is not None:
             x = x.narrow(other, part[1], part[2])
-    return Access(x.index_select(d, index.flatten()), tuple(axes), None)
+    return Access(x.index_select(d, index), tuple(axes), None)
 
 
 def _load(e: Expr, table: Mapping[Expr, Value], env: Env) -> Tensor:
