@@ -1,7 +1,7 @@
 """Generated tokens by CUDA graphs: a step of one token for each request is recorded once for its size, and then replayed.
 
 Such a step launches some hundred small kernels, and at small batches the host takes longer to launch them than the device to run them. A graph is a list of
-launches with every address in it, so it may only be replayed while all of these are what they were: the key of a graph holds all that is.
+launches with every address in it, so it may only be replayed while all of these are what they were: its key, and the state of weights and caches, hold all that is.
 """
 
 from __future__ import annotations
