@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ import transformers
 from common import RESULTS, provenance, save, show, stored
 from running import message, patience
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import attnopt
 from attnopt.runtime import DecodeGraphs, Engine, SamplingParams
@@ -169,20 +171,27 @@ def by_transformers(model: Any, texts: list[list[int]], new: int, device: torch.
         mask[r, width - len(text) :] = 1
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": True, **({"cache_implementation": "static"} if static else {})}
 
-    def generated(n: int) -> tuple[Tensor, float]:
+    def run() -> Run:
+        clock = Clock()
         start = now(device)
         with torch.no_grad():
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, **options)
-        return out[:, width:], now(device) - start
-
-    def run() -> Run:
-        out, seconds = generated(new)
-        # a call for few tokens besides, so that the time of one step is known
-        short = max(1, new // 8)
-        _, less = generated(short)
-        return Run(out.tolist(), seconds, (seconds - less) / (new - short) * 1e3)
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, stopping_criteria=StoppingCriteriaList([clock]), **options)
+        seconds = now(device) - start
+        steps = [after - before for before, after in itertools.pairwise(clock.times)]
+        return Run(out[:, width:].tolist(), seconds, statistics.median(steps) * 1e3 if steps else None)
 
     return run
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token came. It stops nothing and waits for nothing: generate itself reads after each step whether all requests are done."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 WAYS = ("attnopt", "attnopt+compile", "attnopt fp8", "attnopt fp8+compile", "dynamic", "static")
