@@ -72,6 +72,12 @@ def block_sizes(spec: AttentionSpec, device: str, dtype: torch.dtype) -> tuple[i
     return c.BLOCK_M, c.BLOCK_N
 
 
+def table_margin(spec: AttentionSpec) -> int | None:
+    """See ``registry.Backend.table_margin``: these kernels read whole tiles. Which reads a table has one size of them for all lengths."""
+    D, Dv = spec.dims.D, spec.dims.Dv
+    return kernel_for(spec, int(D.value), int(Dv.value)).source.margin if D.is_const and Dv.is_const else None
+
+
 @dataclass(frozen=True)
 class Kernel:
     source: Source
@@ -97,13 +103,14 @@ def attention(
     spec: AttentionSpec,
     seed: int = 0,
     blocks: BlockMap | None = None,
+    tables: Sequence[Tensor] = (),
     chosen: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
     lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only, without dropout (``seed``). See ``refusal``.
     ``blocks`` is the map of the spec's mask for ``block_sizes``; without it, it is worked out here where the mask needs one.
-    ``chosen`` replaces the measured configuration.
+    ``tables`` as in ``materialise.load_tensors``. ``chosen`` replaces the measured configuration.
     """
     reference.check_shapes(q, k, v, loads, spec)
     o = empty_output(q, v)
@@ -114,7 +121,7 @@ def attention(
     kernel = kernel_for(spec, q.shape[3], v.shape[3], 1 << k.shape[2].bit_length(), chosen)
     q, k, v = (x if _tma_reads(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
-    read = load_tensors(kernel.source.parts, shape, loads, values, q.device, kernel.source.margin)
+    read = load_tensors(kernel.source.parts, shape, loads, values, q.device, kernel.source.margin, tables)
     lists: tuple[Tensor, ...] = ()
     places: tuple[int, ...] = ()
     if kernel.source.mapped:
@@ -127,7 +134,7 @@ def attention(
     plan = plan_for(kernel, spec, tuple(values.items()), places, *(_form(x) for x in (q, k, v, o)), *(_form(x) for x in read))
     plan.launch(plan.arguments((q, k, v, o), lse, read, lists), q.device)
     if programs_of(spec).retries:
-        fill_empty_rows(q, k, v, o, lse, loads, values, spec)
+        fill_empty_rows(q, k, v, o, lse, loads, values, spec, tables=tables)
     return o, lse
 
 

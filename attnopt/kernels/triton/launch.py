@@ -170,6 +170,11 @@ def block_sizes(spec: AttentionSpec, device: str, dtype: torch.dtype) -> tuple[i
     return c.BLOCK_M, c.BLOCK_N
 
 
+def table_margin(spec: AttentionSpec) -> int:
+    """See ``registry.Backend.table_margin``: these kernels read no further than there are distances."""
+    return 0
+
+
 @lru_cache(maxsize=64)
 def shared_memory(index: int) -> int:
     """Bytes of shared memory that a block of threads may ask for on CUDA device ``index``."""
@@ -182,13 +187,21 @@ def shared_memory(index: int) -> int:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int = 0, blocks: BlockMap | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    seed: int = 0,
+    blocks: BlockMap | None = None,
+    tables: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
     lse is in float32, natural logarithm, -inf on rows without a visible key. With ``spec.dropout``, ``seed`` in [0, 2**62) decides
     what is dropped. See ``refusal``; ``launch_backward`` has the gradients. ``blocks`` is the map of the spec's mask for the sizes
-    that ``block_sizes`` gives; without it, it is worked out here where the mask needs one.
+    that ``block_sizes`` gives; without it, it is worked out here where the mask needs one. ``tables`` as in ``materialise.load_tensors``.
     """
     reference.check_shapes(q, k, v, loads, spec)
     D, Dv = q.shape[3], v.shape[3]
@@ -209,17 +222,26 @@ def attention(
             c = whole
         else:  # none, or one for another device or dtype: the tensors have moved since it was asked for
             blocks = block_map(spec.mask, loads, values, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
-    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values, blocks, seed)
+    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values, blocks, seed, tables)
     programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         kernel.function[(programs,)](*arguments, **constants(D, Dv, c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
     if programs_of(spec).retries:
-        fill_empty_rows(q, k, v, o, lse, loads, values, spec, seed)
+        fill_empty_rows(q, k, v, o, lse, loads, values, spec, seed, tables)
     return o, lse
 
 
 def fill_empty_rows(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int], spec: AttentionSpec, seed: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    spec: AttentionSpec,
+    seed: int = 0,
+    tables: Sequence[Tensor] = (),
 ) -> None:
     """Writes the rows of o that a forward of any backend left without weights (lse -inf) where the spec has a score for them."""
     source = empty_rows.generate(spec)
@@ -227,7 +249,7 @@ def fill_empty_rows(
     on_gpu = q.device.type == "cuda"
     c = config(q.shape[3], v.shape[3], q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, True)
     programs = -(-q.shape[2] // (c.BLOCK_M * empty_rows.TILES)) * q.shape[1] * q.shape[0]
-    arguments = bind(source, spec, q, k, v, o, lse, loads, sizes, seed=seed)
+    arguments = bind(source, spec, q, k, v, o, lse, loads, sizes, seed=seed, tables=tables)
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
         function[(programs,)](*arguments, **constants(q.shape[3], v.shape[3], c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
 
@@ -250,9 +272,10 @@ def bind(
     sizes: Mapping[str, int],
     blocks: BlockMap | None = None,
     seed: int = 0,
+    tables: Sequence[Tensor] = (),
 ) -> list[Any]:
     """The kernel's arguments, in the order of ``source.arguments``."""
-    values = argument_values(spec, source.parts, {"Q": q, "K": k, "V": v, "O": o}, q, k, loads, sizes)
+    values = argument_values(spec, source.parts, {"Q": q, "K": k, "V": v, "O": o}, q, k, loads, sizes, tables)
     values.update(seed_words(seed), LSE=lse)
     if blocks is not None:
         values.update(zip((*MAP_TENSORS, *MAP_PLACES), (blocks.counts, blocks.indices, *blocks.places), strict=True))
@@ -261,11 +284,18 @@ def bind(
 
 
 def argument_values(
-    spec: AttentionSpec, parts: Sequence[Part], given: Mapping[str, Tensor], q: Tensor, k: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int]
+    spec: AttentionSpec,
+    parts: Sequence[Part],
+    given: Mapping[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    tables: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
     """What every kernel may be given, by name: the tensors ``given`` and the loads, each with its strides, sizes and bounds."""
     shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
-    tensors = load_tensors(parts, shape, loads, sizes, q.device)
+    tensors = load_tensors(parts, shape, loads, sizes, q.device, tables=tables)
     values: dict[str, Any] = dict(given)
     for name, x in given.items():
         values.update({f"{name}_s{d}": n for d, n in enumerate(x.stride())})
