@@ -7,6 +7,7 @@ same for all attentions that read the same weights: a graph makes it once, and g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def table_alone(spec: AttentionSpec, part: Part, slots: Mapping[int, int]) -> At
     return alone(spec, slots, score=score, mask=E.TRUE)
 
 
+@lru_cache(maxsize=1024)
 def _part(spec: str) -> Part:
     found = by_distance(AttentionSpec.from_json(spec).score)
     if found is None or not found.shareable:

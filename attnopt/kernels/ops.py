@@ -64,7 +64,7 @@ def _blocks(counts: Tensor | None, indices: Tensor | None, block_sizes: Sequence
     return None if counts is None or indices is None else BlockMap(counts, indices, block_sizes[0], block_sizes[1])
 
 
-def _attention(
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,15 +77,18 @@ def _attention(
     block_sizes: Sequence[int] = (),
     tables: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    with torch.no_grad():
-        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
-        blocks = _blocks(counts, indices, block_sizes)
-        if (blocks is not None or tables) and backend.shared is not None:
-            return backend.shared(q, k, v, loads, sizes, parsed, int(_seed()) if parsed.dropout else 0, blocks, tables or ())[0]
-        if not parsed.dropout:
-            return backend.run(q, k, v, loads, sizes, parsed)
-        assert backend.forward is not None, f"{backend.name} took an attention with dropout, and has no forward that draws it"
-        return backend.forward(q, k, v, loads, sizes, parsed, int(_seed()))[0]
+    """What ``attnopt::attention`` computes where no gradient is asked for."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return run(q, k, v, loads, sizes, spec, kernel, counts, indices, block_sizes, tables)
+    parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple([x.dtype for x in loads]))
+    blocks = _blocks(counts, indices, block_sizes)
+    if (blocks is not None or tables) and backend.shared is not None:
+        return backend.shared(q, k, v, loads, sizes, parsed, int(_seed()) if parsed.dropout else 0, blocks, tables or ())[0]
+    if not parsed.dropout:
+        return backend.run(q, k, v, loads, sizes, parsed)
+    assert backend.forward is not None, f"{backend.name} took an attention with dropout, and has no forward that draws it"
+    return backend.forward(q, k, v, loads, sizes, parsed, int(_seed()))[0]
 
 
 def _attention_for_training(
@@ -136,7 +139,7 @@ def _attention_backward(
         return [g if g.stride() == x.stride() else x.copy_(g) for g, x in zip(found, like, strict=True)]
 
 
-_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention", run, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_for_training", _attention_for_training, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
 

@@ -50,7 +50,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def processors(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    launch.plan_for.cache_clear()
+    launch._CALLS.clear()
     monkeypatch.setattr(launch, "processors", lambda index: n)
 
 
