@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -41,15 +41,20 @@ class Part:
     axes: str
     kind: E.Kind
 
-    @property
+    @cached_property
     def constant(self) -> bool:
         """Whether it is the same for all tensors: it reads none."""
         return not any(x.op == "load" and x is not DISTANCE for x in self.expr.leaves)
 
-    @property
+    @cached_property
     def shareable(self) -> bool:
         """Whether it is a table over distances that is made anew for each call, and that a call may be given instead (``attnopt::distance_table``)."""
         return "d" in self.axes and self.kind == "float" and not self.constant
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        """The sizes that it reads."""
+        return tuple(s.value[0] for s in sorted(self.expr.leaves, key=lambda e: e.key) if s.op == "sym")
 
     @property
     def levels(self) -> bool:
@@ -127,7 +132,7 @@ Shape = tuple[tuple[str, int], ...]
 
 
 def _needed(part: Part, sizes: Mapping[str, int]) -> Shape:
-    return tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
+    return tuple([(name, sizes[name]) for name in part.symbols])
 
 
 @lru_cache(maxsize=256)

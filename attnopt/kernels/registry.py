@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -291,6 +292,7 @@ def _differentiate_triton(
 def _generated(name: str, **more: Any) -> Backend:
     """A backend of generated kernels: what ``attnopt.kernels.NAME.launch`` does, imported when it is asked, since Triton may not be installed."""
 
+    @lru_cache(maxsize=1)
     def launch() -> Any:
         return importlib.import_module(f"attnopt.kernels.{name}.launch")
 

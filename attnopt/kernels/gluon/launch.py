@@ -17,10 +17,11 @@ from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import processors
+from attnopt.kernels.evaluate import capturing
 from attnopt.kernels.gluon.config import Config, config
 from attnopt.kernels.gluon.flash_forward import Source, generate, is_even, reads
 from attnopt.kernels.gluon.scores import RUNS
-from attnopt.kernels.materialise import load_tensors, runs
+from attnopt.kernels.materialise import Part, load_tensors, runs
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton.flash_forward import MAP_PLACES, MAP_TENSORS
@@ -136,7 +137,7 @@ def attention(
             blocks = block_map(spec.mask, loads, call.sizes, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
         lists, places = (blocks.counts, blocks.indices), blocks.places
     if source.level is not None:
-        lists += (runs(source.level, call.shape, call.sizes, q.device),)
+        lists += (call.runs_of(source.level, q.device),)
     forms = (places, *map(form_of, read[len(loads) :]))
     plan = call.plans.get(forms)
     if plan is None:
@@ -168,6 +169,15 @@ class Call:
     retries: bool
     plans: dict[Any, Plan] = field(default_factory=dict)
     """By the forms of what is made for each call: the places in a map of blocks, and tables."""
+    found_runs: Tensor | None = None
+
+    def runs_of(self, level: Part, device: torch.device) -> Tensor:
+        """Those of the table that the kernel reads where it changes, which are the same in every call; inside of a CUDA graph's capture made there."""
+        if capturing(device):
+            return runs(level, self.shape, self.sizes, device)
+        if self.found_runs is None:
+            self.found_runs = runs(level, self.shape, self.sizes, device)
+        return self.found_runs
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, chosen: Config | None) -> Call:
