@@ -138,7 +138,7 @@ def attention(
         lists, places = (blocks.counts, blocks.indices), blocks.places
     if source.level is not None:
         lists += (call.runs_of(source.level, q.device),)
-    forms = (places, *map(form_of, read[len(loads) :]))
+    forms = (places, *[x.data_ptr() % 16 for x in lists], *map(form_of, read[len(loads) :]))
     plan = call.plans.get(forms)
     if plan is None:
         plan = call.plans[forms] = plan_for(kernel, spec, call.sizes, places, *map(form_of, (q, k, v, o, *read)))

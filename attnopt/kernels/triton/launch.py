@@ -214,7 +214,7 @@ def attention(
             c = call.whole
         else:  # none, or one for another device or dtype: the tensors have moved since it was asked for
             blocks = block_map(spec.mask, loads, call.sizes, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
-        places = blocks.places
+        places = (*blocks.places, blocks.counts.data_ptr() % 16, blocks.indices.data_ptr() % 16)
         tensors |= zip(MAP_TENSORS, (blocks.counts, blocks.indices), strict=True)
     read = loads if call.as_they_are else load_tensors(source.parts, call.shape, loads, call.sizes, q.device, tables=tables)
     if spec.dropout:
@@ -223,7 +223,7 @@ def attention(
     launch = call.launches.get(forms)
     if launch is None:
         programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
-        launch = call.launches[forms] = launch_for(source, call.kernel.function, spec, tensors, read, call.sizes, c, programs, places)
+        launch = call.launches[forms] = launch_for(source, call.kernel.function, spec, tensors, read, call.sizes, c, programs, places[: len(MAP_PLACES)])
     tensors.update((f"L{i}", x) for i, x in enumerate(read))
     launch_on(q.device, launch, tensors)
     if call.retries:
@@ -335,7 +335,7 @@ def launch_for(
     """A launch of ``programs`` programs for tensors of the forms of these: everything that comes with a call, a dropout's seed too, left out."""
     q, k, v = tensors["Q"], tensors["K"], tensors["V"]
     values = argument_values(spec, {name: tensors[name] for name in "QKVO"}, read, q, k, sizes)
-    values.update(zip(MAP_PLACES, places, strict=False))
+    values.update(zip(MAP_PLACES, places, strict=False))  # none without a map
     values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
     numbers = {name: values[name] for name in source.arguments if name in values and not isinstance(values[name], Tensor)}
     fixed = constants(q.shape[3], v.shape[3], c, q.dtype)
