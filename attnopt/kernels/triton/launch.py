@@ -231,7 +231,7 @@ def attention(
     return o, lse
 
 
-MOST_CALLS = 4096
+MOST_CALLS = 1024
 
 
 @dataclass
