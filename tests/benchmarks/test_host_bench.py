@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "benchmarks" / "host.py")
 
 
+@pytest.mark.slow
 def test_a_round_against_another_checkout(tmp_path: Path) -> None:
     output = tmp_path / "host.json"
     command = [sys.executable, SCRIPT, "--rounds=1", "--cells=graph/plain,paged", f"--against={ROOT}", f"--output={output}"]
