@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 from attnopt.errors import AttnoptError
 
@@ -69,4 +70,9 @@ class OptimizeConfig:
 
 def disabled_backends() -> frozenset[str]:
     """Backends that the environment switches off: ``ATTNOPT_DISABLE=triton,sdpa``."""
-    return frozenset(x.strip() for x in os.environ.get("ATTNOPT_DISABLE", "").split(",") if x.strip())
+    return _names(os.environ.get("ATTNOPT_DISABLE", ""))
+
+
+@lru_cache(maxsize=16)
+def _names(text: str) -> frozenset[str]:
+    return frozenset(x.strip() for x in text.split(",") if x.strip())

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from variants import WINDOW
 
+from attnopt.emit.direct import DIRECT
 from attnopt.kernels import paged_op
 from attnopt.kernels.triton.launch_paged import Config, attention
 from attnopt.runtime.paged_cache import empty_scales
@@ -69,7 +70,7 @@ def own(
     loads, spec = inputs.loads(variant), s.spec(variant)
     text = spec.to_json()
     caches = [[p.pages(p.k, layout.page_size), p.pages(p.v, layout.page_size), *(_scales(p, x, layout) for x in (p.k_scale, p.v_scale))] for p in inputs.pools_of(variant)]
-    op = torch.ops.attnopt.paged_attention
+    op = DIRECT.get(torch.ops.attnopt.paged_attention.default, torch.ops.attnopt.paged_attention)
 
     def call(n: int) -> Tensor:
         at = n % inputs.count

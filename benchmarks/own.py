@@ -10,6 +10,7 @@ from peers import Cannot, Ready, now
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from attnopt.emit.direct import call_directly
 from attnopt.errors import AttnoptError
 from attnopt.kernels import ops, registry
 from attnopt.kernels.block_map import block_map
@@ -39,6 +40,7 @@ def own(name: str, symbolic: bool) -> Callable[[Inputs], Ready]:
             node.meta[BACKWARD] = name
             why = f"{why.split(', backward by ')[0]}, backward by {name}"
         Lower().run(module)
+        call_directly(module.graph)
         module.recompile()
         loads = [*inputs.loads, *blocks]
         return Ready(lambda q, k, v: module(q, k, v, *loads), mask_ms=mask_ms, note=f"{chosen}: {why}" if name == "auto" else why)
@@ -68,8 +70,8 @@ def map_of(node: fx.Node, chosen: str, inputs: Inputs) -> tuple[tuple[Tensor, ..
     return (blocks.counts, blocks.indices), took
 
 
-def graph_of(inputs: Inputs, symbolic: bool) -> fx.GraphModule:
-    """q, k, v and the loads -> one raised attention, with the shapes of the inputs."""
+def graph_of(inputs: Inputs, symbolic: bool, layers: int = 1) -> fx.GraphModule:
+    """q, k, v and the loads -> raised attentions over them, with the shapes of the inputs."""
     fake = FakeTensorMode()
     graph = fx.Graph()
     operands = []
@@ -77,8 +79,9 @@ def graph_of(inputs: Inputs, symbolic: bool) -> fx.GraphModule:
         operands.append(graph.placeholder(label))
         operands[-1].meta["val"] = fake.from_tensor(x.detach())
     spec = inputs.cell.spec(symbolic).to_json()
-    node = graph.call_function(torch.ops.attnopt.attention.default, (*operands[:3], operands[3:], [], spec))
     q, v = operands[0].meta["val"], operands[2].meta["val"]
-    node.meta["val"] = q.new_empty((*q.shape[:3], v.shape[3]))
-    graph.output(node)
+    nodes = [graph.call_function(torch.ops.attnopt.attention.default, (*operands[:3], operands[3:], [], spec)) for _ in range(layers)]
+    for node in nodes:
+        node.meta["val"] = q.new_empty((*q.shape[:3], v.shape[3]))
+    graph.output(nodes[0] if layers == 1 else tuple(nodes))
     return fx.GraphModule({}, graph)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.kernels import eager
+
 aten = torch.ops.aten
 DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
@@ -41,6 +43,8 @@ DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.tanh.default: torch.tanh,
     aten.transpose.int: torch.transpose,
     aten.unsqueeze.default: torch.unsqueeze,
+    torch.ops.attnopt.attention.default: eager.attention,
+    torch.ops.attnopt.paged_attention.default: eager.paged_attention,
 }
 """Functions that take what the overload takes, in the same order and by the same names (tests/emit/test_direct.py)."""
 

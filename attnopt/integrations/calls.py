@@ -13,10 +13,8 @@ from attnopt.errors import AttnoptError
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import AttentionSpec, Dims, Load, Traits
-from attnopt.kernels import ops, paged_choice, registry
+from attnopt.kernels import eager, paged_choice, registry
 from attnopt.kernels.paged_choice import CacheSetting
-
-assert ops.__doc__  # attnopt::attention is registered
 
 CACHED = "cached"
 """The kernels of ``attnopt::paged_attention``, over one page for each request."""
@@ -65,15 +63,14 @@ def attention(
         float(dropout),
     )
     text, kernel = plan(tuple(call), q.device.type, q.dtype, training, backend, tuple(x.dtype for x in loads), q.shape[2] == 1)
-    o: Tensor
     if kernel == CACHED:
         # each request's keys are one page of a contiguous cache, of which the keys of one query are split over many programs
         counts = torch.arange(B + 1, dtype=torch.int32, device=q.device)
         lengths = torch.full((B,), shape[3], dtype=torch.int32, device=q.device)
         cache = (k.transpose(1, 2), v.transpose(1, 2), counts[:B, None], counts, lengths)
-        o = torch.ops.attnopt.paged_attention(q[:, :, 0], *cache, loads, [], text, "triton")[:, :, None]
+        o = eager.paged_attention(q[:, :, 0], *cache, loads, [], text, "triton")[:, :, None]
     else:
-        o = torch.ops.attnopt.attention(q, k, v, loads, [], text, kernel)
+        o = eager.attention(q, k, v, loads, [], text, kernel)
     return o
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,6 +53,9 @@ def _attention(module: fx.GraphModule, node: fx.Node) -> str | None:
     assert isinstance(block_sizes, (list, tuple))
     if given != [len(block_sizes) == 2] * 2:
         return "a map of blocks is counts, indices and two block sizes, all or none of them"
+    tables: Any = node.kwargs.get("tables") or ()
+    if any(x.meta["val"].dim() not in (1, 2) or x.meta["val"].dtype != torch.float32 for x in tables):
+        return "a table over distances is float32 [Hq, distances] or [distances]"
     for program in spec.programs:
         for x in program.leaves:
             if x.op == "load" and (x.value >= len(loads) or len(x.args) != loads[x.value].meta["val"].dim()):

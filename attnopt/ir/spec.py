@@ -17,7 +17,7 @@ A spec is a value: it is compared, printed, and travels in graphs and files as J
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -129,6 +129,18 @@ class AttentionSpec:
     sizes: tuple[str, ...] = ()
     dropout: float = 0.0
     traits: Traits = field(default_factory=Traits)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    def __hash__(self) -> int:
+        # specs are keys of everything that kernels keep, and to hash a whole one takes as long as a launch
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # strings have other hashes in another process
+        return {k: v for k, v in self.__dict__.items() if k != "_hash"}
 
     # ---- the facts, in the field's words
 

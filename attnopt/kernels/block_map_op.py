@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from attnopt.ir import expr as E
-from attnopt.ir.expr import Expr
-from attnopt.ir.spec import AttentionSpec, Dims, Load
+from attnopt.ir.spec import AttentionSpec
+from attnopt.kernels.alone import alone, size_of
 from attnopt.kernels.block_map import axes, block_map
 
 _LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
@@ -21,32 +21,8 @@ _LIBRARY.define(
 
 
 def mask_alone(spec: AttentionSpec, slots: Mapping[int, int]) -> AttentionSpec | None:
-    """The mask of a spec as one of its own, with load ``i`` renamed ``slots[i]``: equal for all attentions with the same mask.
-
-    It reads the sizes that the spec's own ``sizes`` and B, Hq, Sq and Skv give; None where it needs another.
-    """
-    d = spec.dims
-    mask = _renamed(spec.mask, slots)
-    kinds = {slots[i]: x.kind for i, x in enumerate(spec.loads) if i in slots}
-    given = {x.value[0] for x in (d.B, d.Hq, d.Sq, d.Skv) if x.op == "sym"}
-    sizes = {s.value[0] for e in E.postorder(mask) for s in e.leaves if s.op == "sym"} - given
-    if not sizes <= set(spec.sizes):
-        return None
-    return AttentionSpec(
-        dims=Dims(d.B, d.Hq, E.ONE, d.Sq, d.Skv, E.ONE, E.ONE),
-        score=E.score(),
-        mask=mask,
-        loads=tuple(Load(f"load{i}", kinds[i]) for i in sorted(kinds)),
-        sizes=tuple(n for n in spec.sizes if n in sizes),
-    )
-
-
-def _renamed(root: Expr, slots: Mapping[int, int]) -> Expr:
-    memo: dict[Expr, Expr] = {}
-    for e in E.postorder(root):
-        args = tuple(memo[a] for a in e.args)
-        memo[e] = E.load(slots[e.value], args, e.kind) if e.op == "load" else E.rebuild(e, args) if args else e
-    return memo[root]
+    """The mask of a spec as one of its own (``alone``), with load ``i`` renamed ``slots[i]``: equal for all attentions with the same mask."""
+    return alone(spec, slots, score=E.score(), mask=spec.mask)
 
 
 def _block_map(
@@ -64,9 +40,7 @@ def _block_map(
 ) -> tuple[Tensor, Tensor]:
     """The map of the spec's mask over its ``loads`` and ``sizes``; ``like`` is a tensor on the device that is to hold it."""
     parsed = AttentionSpec.from_json(spec)
-    d = parsed.dims
-    bound = {x.value[0]: n for x, n in zip((d.B, d.Hq, d.Sq, d.Skv), (B, Hq, Sq, Skv), strict=True) if x.op == "sym"}
-    bound |= dict(zip(parsed.sizes, sizes, strict=True))
+    bound = size_of(parsed, sizes, B, Hq, Sq, Skv)
     with torch.no_grad():
         found = block_map(parsed.mask, loads, bound, (B, Hq, Sq, Skv), block_m, block_n, like.device, transposed)
     return found.counts, found.indices

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from attnopt.errors import AttnoptError
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.kernels.evaluate import Env, Range, Value, as_tensor, capturing, evaluate, once
@@ -40,10 +41,20 @@ class Part:
     axes: str
     kind: E.Kind
 
-    @property
+    @cached_property
     def constant(self) -> bool:
         """Whether it is the same for all tensors: it reads none."""
         return not any(x.op == "load" and x is not DISTANCE for x in self.expr.leaves)
+
+    @cached_property
+    def shareable(self) -> bool:
+        """Whether it is a table over distances that is made anew for each call, and that a call may be given instead (``attnopt::distance_table``)."""
+        return "d" in self.axes and self.kind == "float" and not self.constant
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        """The sizes that it reads."""
+        return tuple(s.value[0] for s in sorted(self.expr.leaves, key=lambda e: e.key) if s.op == "sym")
 
     @property
     def levels(self) -> bool:
@@ -121,7 +132,7 @@ Shape = tuple[tuple[str, int], ...]
 
 
 def _needed(part: Part, sizes: Mapping[str, int]) -> Shape:
-    return tuple((s.value[0], sizes[s.value[0]]) for s in sorted(part.expr.leaves, key=lambda e: e.key) if s.op == "sym")
+    return tuple([(name, sizes[name]) for name in part.symbols])
 
 
 @lru_cache(maxsize=256)
@@ -165,11 +176,42 @@ def _fixed(expr: Expr) -> tuple[Expr, ...]:
 
 
 def load_tensors(
-    parts: Sequence[Part], shape: Mapping[str, int], loads: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device, margin: int = 0
+    parts: Sequence[Part],
+    shape: Mapping[str, int],
+    loads: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    device: torch.device,
+    margin: int = 0,
+    tables: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """The tensors of all load slots of a generated kernel: ``loads`` and then the parts, booleans as bytes."""
-    tensors = [*loads, *(part_tensor(p, shape, loads, sizes, device, margin) for p in parts)]
+    """The tensors of all load slots of a generated kernel: ``loads`` and then the parts, booleans as bytes.
+
+    ``tables``: those of the ``shareable`` parts, in order, with a margin, where they were worked out before; one whose margin is smaller than ``margin``
+    is worked out again, since the tensors have moved to another kernel since it was asked for.
+    """
+    given = given_tables(parts, shape, margin, tables)
+    tensors = [*loads, *(part_tensor(p, shape, loads, sizes, device, margin) if given.get(p) is None else given[p] for p in parts)]
     return [x.view(torch.uint8) if x.dtype == torch.bool else x for x in tensors]
+
+
+def given_tables(parts: Sequence[Part], shape: Mapping[str, int], margin: int, tables: Sequence[Tensor]) -> dict[Part, Tensor]:
+    """The given tables without their margins, by their parts; of those that have one of at least ``margin``."""
+    if not tables:
+        return {}
+    shared = [p for p in parts if p.shareable]
+    if len(shared) != len(tables):
+        raise AttnoptError(f"This attention reads {len(shared)} tables over distances that may be given, and was given {len(tables)}.")
+    found = {}
+    for part, x in zip(shared, tables, strict=True):
+        n = shape["q"] + shape["k"] - 1
+        spare, odd = divmod(x.shape[-1] - n, 2)
+        if x.dim() != len(part.axes) or ("h" in part.axes and x.shape[0] != shape["h"]) or spare < 0 or odd:
+            raise AttnoptError(
+                f"The table {tuple(x.shape)} over distances does not fit {shape['q']} queries and {shape['k']} keys of {shape['h']} heads: its last axis has {n} entries, with as many before as behind."
+            )
+        if spare >= margin:
+            found[part] = x.narrow(-1, spare, n)
+    return found
 
 
 def materialise(programs: Sequence[Expr], first_slot: int) -> tuple[tuple[Expr, ...], tuple[Part, ...]]:

@@ -2,8 +2,8 @@
 
 It needs neither Triton nor a GPU. Two more operators serve its gradient: ``attention_for_training`` also returns lse and the seed
 of its dropout, and ``attention_backward`` computes the probabilities again from them, tile by tile, so memory stays linear.
-A map of blocks (``attnopt::block_map``) may come with a call, so that one serves all attentions with the same mask; without it a
-kernel that wants one makes its own.
+A map of blocks (``attnopt::block_map``) may come with a call, so that one serves all attentions with the same mask, and tables over distances
+(``attnopt::distance_table``), so that one serves all with the same bias; without them a kernel that wants one makes its own.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from torch import Tensor
 
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import block_map_op as _block_map_op  # registers attnopt::block_map
+from attnopt.kernels import distance_table_op as _distance_table_op  # registers attnopt::distance_table
 from attnopt.kernels import linear as _linear  # registers attnopt::merged_linear
 from attnopt.kernels import paged_op as _paged_op  # registers attnopt::paged_attention and attnopt::cache_write
 from attnopt.kernels.block_map import BlockMap
 from attnopt.kernels.registry import Backend, Backward, resolve, resolve_backward
 from attnopt.kernels.tiling import empty_output
 
-assert _linear is not None and _block_map_op is not None and _paged_op is not None
+assert _linear is not None and _block_map_op is not None and _distance_table_op is not None and _paged_op is not None
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str backend"
-_MAP = "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[]"
-"""A ``BlockMap`` as a graph passes it: the results of ``attnopt::block_map``, and [BLOCK_M, BLOCK_N]."""
+_SHARED = "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[], Tensor[]? tables=None"
+"""What a graph works out for several attentions at once: a ``BlockMap`` as the results of ``attnopt::block_map`` and [BLOCK_M, BLOCK_N], and the results
+of ``attnopt::distance_table`` for the ``shareable`` parts of the spec's programs, in order."""
 _LIBRARY = torch.library.Library("attnopt", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
 
-_LIBRARY.define(f'attention({_ARGUMENTS}="reference", {_MAP}) -> Tensor', tags=_TAGS)
-_LIBRARY.define(f"attention_for_training({_ARGUMENTS}, {_MAP}) -> (Tensor o, Tensor lse, Tensor seed)", tags=_TAGS)
+_LIBRARY.define(f'attention({_ARGUMENTS}="reference", {_SHARED}) -> Tensor', tags=_TAGS)
+_LIBRARY.define(f"attention_for_training({_ARGUMENTS}, {_SHARED}) -> (Tensor o, Tensor lse, Tensor seed)", tags=_TAGS)
 _LIBRARY.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor[] loads, SymInt[] sizes, str spec, str backend, "
     "Tensor seed, bool[] needs) -> Tensor[]",
@@ -62,7 +64,7 @@ def _blocks(counts: Tensor | None, indices: Tensor | None, block_sizes: Sequence
     return None if counts is None or indices is None else BlockMap(counts, indices, block_sizes[0], block_sizes[1])
 
 
-def _attention(
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -73,16 +75,20 @@ def _attention(
     counts: Tensor | None = None,
     indices: Tensor | None = None,
     block_sizes: Sequence[int] = (),
+    tables: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    with torch.no_grad():
-        parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
-        blocks = _blocks(counts, indices, block_sizes)
-        if blocks is not None and backend.mapped is not None:
-            return backend.mapped(q, k, v, loads, sizes, parsed, int(_seed()) if parsed.dropout else 0, blocks)[0]
-        if not parsed.dropout:
-            return backend.run(q, k, v, loads, sizes, parsed)
-        assert backend.forward is not None, f"{backend.name} took an attention with dropout, and has no forward that draws it"
-        return backend.forward(q, k, v, loads, sizes, parsed, int(_seed()))[0]
+    """What ``attnopt::attention`` computes where no gradient is asked for."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return run(q, k, v, loads, sizes, spec, kernel, counts, indices, block_sizes, tables)
+    parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple([x.dtype for x in loads]))
+    blocks = _blocks(counts, indices, block_sizes)
+    if (blocks is not None or tables) and backend.shared is not None:
+        return backend.shared(q, k, v, loads, sizes, parsed, int(_seed()) if parsed.dropout else 0, blocks, tables or ())[0]
+    if not parsed.dropout:
+        return backend.run(q, k, v, loads, sizes, parsed)
+    assert backend.forward is not None, f"{backend.name} took an attention with dropout, and has no forward that draws it"
+    return backend.forward(q, k, v, loads, sizes, parsed, int(_seed()))[0]
 
 
 def _attention_for_training(
@@ -96,13 +102,14 @@ def _attention_for_training(
     counts: Tensor | None = None,
     indices: Tensor | None = None,
     block_sizes: Sequence[int] = (),
+    tables: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         parsed, backend = _prepare(spec, kernel, q.device.type, q.dtype, tuple(x.dtype for x in loads))
         blocks = _blocks(counts, indices, block_sizes)
         seed = _seed() if parsed.dropout else torch.zeros((), dtype=torch.int64)
-        if blocks is not None and backend.mapped is not None:
-            return *backend.mapped(q, k, v, loads, sizes, parsed, int(seed), blocks), seed
+        if (blocks is not None or tables) and backend.shared is not None:
+            return *backend.shared(q, k, v, loads, sizes, parsed, int(seed), blocks, tables or ()), seed
         if backend.forward is None:
             # its backward is one that reads no lse: see registry.choose_backward
             lse = torch.full(q.shape[:3], torch.nan, dtype=torch.float32, device=q.device)
@@ -132,7 +139,7 @@ def _attention_backward(
         return [g if g.stride() == x.stride() else x.copy_(g) for g, x in zip(found, like, strict=True)]
 
 
-_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention", run, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_for_training", _attention_for_training, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
 
@@ -151,6 +158,7 @@ def _fake(
     counts: Tensor | None = None,
     indices: Tensor | None = None,
     block_sizes: Sequence[int] = (),
+    tables: Sequence[Tensor] | None = None,
 ) -> Tensor:
     torch._check(q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v must have 4 axes [B, H, S, D]")
     return empty_output(q, v)
@@ -167,6 +175,7 @@ def _fake_for_training(
     counts: Tensor | None = None,
     indices: Tensor | None = None,
     block_sizes: Sequence[int] = (),
+    tables: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return _fake(q, k, v, loads, sizes, spec), lse, torch.empty((), dtype=torch.int64)
@@ -196,7 +205,7 @@ for _name, _shapes in (("attention", _fake), ("attention_for_training", _fake_fo
 # ------------------------------------------------------------------------------------------------ gradients
 
 
-_Map = tuple[Tensor | None, Tensor | None, Sequence[int]]
+_Given = tuple[Tensor | None, Tensor | None, Sequence[int], Sequence[Tensor] | None]
 
 
 class _Training(torch.autograd.Function):
@@ -204,11 +213,11 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, keyset: Any, sizes: Sequence[int], spec: str, kernel: str, blocks: _Map, q: Tensor, k: Tensor, v: Tensor, *loads: Tensor
+        ctx: Any, keyset: Any, sizes: Sequence[int], spec: str, kernel: str, shared: _Given, q: Tensor, k: Tensor, v: Tensor, *loads: Tensor
     ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             below = keyset & torch._C._after_autograd_keyset
-            o, lse, seed = torch.ops.attnopt.attention_for_training.default.redispatch(below, q, k, v, list(loads), sizes, spec, kernel, *blocks)
+            o, lse, seed = torch.ops.attnopt.attention_for_training.default.redispatch(below, q, k, v, list(loads), sizes, spec, kernel, *shared)
         ctx.sizes, ctx.spec, ctx.kernel = sizes, spec, kernel
         ctx.save_for_backward(q, k, v, o, lse, seed, *loads)
         ctx.mark_non_differentiable(lse, seed)
@@ -234,8 +243,9 @@ def _autograd_for_training(
     counts: Tensor | None = None,
     indices: Tensor | None = None,
     block_sizes: Sequence[int] = (),
+    tables: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _Training.apply(keyset, sizes, spec, kernel, (counts, indices, block_sizes), q, k, v, *loads)  # type: ignore[no-any-return]
+    return _Training.apply(keyset, sizes, spec, kernel, (counts, indices, block_sizes, tables), q, k, v, *loads)  # type: ignore[no-any-return]
 
 
 def _autograd(
@@ -250,9 +260,10 @@ def _autograd(
     counts: Tensor | None = None,
     indices: Tensor | None = None,
     block_sizes: Sequence[int] = (),
+    tables: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """With gradients to compute the training operator takes over; without, the graph keeps ``attention`` itself."""
-    arguments = (q, k, v, loads, sizes, spec, kernel, counts, indices, block_sizes)
+    arguments = (q, k, v, loads, sizes, spec, kernel, counts, indices, block_sizes, tables)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *loads)):
         return torch.ops.attnopt.attention_for_training.default(*arguments)[0]  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():

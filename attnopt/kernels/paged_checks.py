@@ -16,7 +16,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def description(sizes: Sequence[int], *tensors: Tensor | None) -> tuple[object, ...]:
     """All that the checks of ``attnopt::paged_attention`` look at and its launch follows from, but for the spec: equal where they come out alike."""
-    return tuple(sizes), *(x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+    return tuple(sizes), *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
 
 
 def check_attention(

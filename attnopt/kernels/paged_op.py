@@ -7,7 +7,10 @@ mix in one call. See docs/decisions/0014.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ _LIBRARY.define(
 )
 
 
-def _paged_attention(
+def run(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -53,29 +56,39 @@ def _paged_attention(
     they, and requests without keys, get zeros. Whatever lies in other slots is never read, and unused entries of ``block_table`` may be anything.
     ``k_scale`` and ``v_scale``, float32 [pages, page_size, Hkv], come with caches of int8 or float8_e4m3fn: a number is cache * scale.
     """
-    with torch.no_grad():
-        described = (spec, description(sizes, q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, k_scale, v_scale, *loads))
-        key = (described, backend, disabled_backends())
-        known = _KNOWN.get(key)
-        if known is None:
-            known = _looked_at(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, spec, backend, k_scale, v_scale)
-            if len(_KNOWN) >= MOST_KNOWN:
-                _KNOWN.clear()
-            _KNOWN[key] = known
-        parsed, kernel, memo = known
-        if kernel == "triton":
-            from attnopt.kernels.triton import launch_paged
-
-            return launch_paged.attention(
-                q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale, described=described
-            )
-        if kernel == "batched":
-            return paged_batched.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale, memo)
-        return paged_reference.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return run(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, spec, backend, k_scale, v_scale)
+    key = (spec, backend, disabled_backends(), *description(sizes, q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, k_scale, v_scale, *loads))
+    known = _KNOWN.get(key)
+    if known is None:
+        known = _looked_at(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, spec, backend, k_scale, v_scale)
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = known
+    if known.launch is not None:
+        return known.launch(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, known.spec, k_scale, v_scale, plans=known.plans)
+    if known.kernel == "batched":
+        return paged_batched.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, known.spec, k_scale, v_scale, known.memo)
+    return paged_reference.attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, known.spec, k_scale, v_scale)
 
 
-_KNOWN: dict[object, tuple[AttentionSpec, str, paged_batched.Memo]] = {}
-"""Calls that were looked at, by their descriptions: the parsed spec, the backend, and what it keeps for the step's next layer. A generated token is one call a layer, and looking takes longer than launching."""
+@dataclass
+class _Known:
+    """A call that was looked at. A generated token is one call a layer, and looking takes longer than launching."""
+
+    spec: AttentionSpec
+    kernel: str
+    launch: Callable[..., Tensor] | None
+    """``launch_paged.attention`` where the kernels are generated."""
+    memo: paged_batched.Memo = field(default_factory=paged_batched.Memo)
+    """What ``batched`` keeps for the step's next layer."""
+    plans: dict[Any, Any] = field(default_factory=dict)
+    """What ``launch`` keeps for further calls."""
+
+
+_KNOWN: dict[object, _Known] = {}
+"""By their descriptions."""
 MOST_KNOWN = 4096
 
 
@@ -92,7 +105,7 @@ def _looked_at(
     backend: str,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-) -> tuple[AttentionSpec, str, paged_batched.Memo]:
+) -> _Known:
     parsed = AttentionSpec.from_json(spec)
     check_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, parsed, k_scale, v_scale)
     setting = CacheSetting(
@@ -104,7 +117,9 @@ def _looked_at(
         contiguous=block_table.shape[-1] == 1,
         cache_dtype=None if k_scale is None else k_cache.dtype,
     )
-    return parsed, choose(parsed, setting, backend)[0], paged_batched.Memo()
+    kernel = choose(parsed, setting, backend)[0]
+    launch = importlib.import_module("attnopt.kernels.triton.launch_paged").attention if kernel == "triton" else None
+    return _Known(parsed, kernel, launch)
 
 
 def _cache_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> None:
@@ -122,7 +137,7 @@ def _cache_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: 
             paged_reference.cache_write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
 
-_LIBRARY.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("paged_attention", run, "CompositeExplicitAutograd")
 _LIBRARY.impl("cache_write", _cache_write, "CompositeExplicitAutograd")
 
 

@@ -27,8 +27,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], spec:
     """Raises where q, k, v and loads do not fit together or not the spec."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise AttnoptError(f"q, k and v must have 4 axes [B, H, S, D]; they have {q.dim()}, {k.dim()} and {v.dim()}.")
-    same = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
-    if not same or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    (B, Hq, _, D), (Bk, Hkv, Skv, Dk), (Bv, Hv, Sv, _) = q.shape, k.shape, v.shape
+    if not (B == Bk == Bv and Hkv == Hv and Skv == Sv and Dk == D) or Hkv == 0 or Hq % Hkv:
         raise AttnoptError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together as [B, Hq, Sq, D], [B, Hkv, Skv, D] and [B, Hkv, Skv, Dv]."
         )

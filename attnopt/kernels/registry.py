@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,8 +56,9 @@ Backward = Callable[
 those that ``needs`` (one flag each) asks for, each in its tensor's dtype."""
 
 
-Mapped = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, BlockMap], tuple[Tensor, Tensor]]
-"""As ``Forward``, with the map of the spec's mask for the sizes of ``Backend.block_sizes``."""
+Shared = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int], AttentionSpec, int, BlockMap | None, Sequence[Tensor]], tuple[Tensor, Tensor]]
+"""As ``Forward``, with the map of the spec's mask for the sizes of ``Backend.block_sizes``, if any, and the spec's tables over distances with margins of
+``Backend.table_margin``, all or none."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ class Backend:
     recomputes: bool = False
     """Whether ``backward`` reads neither o nor lse, so that it can follow a backend without ``forward``."""
     block_sizes: Callable[[AttentionSpec, Setting], tuple[int, int] | None] = lambda spec, setting: None
-    """(BLOCK_M, BLOCK_N) of the map of blocks that ``mapped`` takes; None for an attention for which it takes none."""
-    mapped: Mapped | None = None
-    """As ``forward``, with a map worked out before, for several attentions at once. Without one ``run`` works it out itself."""
+    """(BLOCK_M, BLOCK_N) of the map of blocks that ``shared`` takes; None for an attention for which it takes none."""
+    table_margin: Callable[[AttentionSpec, Setting], int | None] = lambda spec, setting: None
+    """How many more distances at each end the tables have that ``shared`` takes; None where it takes none."""
+    shared: Shared | None = None
+    """As ``forward``, with what was worked out before, for several attentions at once. Without that ``run`` works it out itself."""
     generator: str | None = None
     """By which random numbers its dropout goes (None: it has no dropout). Backends that name the same generator drop the same
     probabilities for the same seed, so the backward of one can follow the forward of the other."""
@@ -207,6 +211,11 @@ def block_sizes(kernel: str, spec: AttentionSpec, *, device: torch.device | str,
     return _BACKENDS[kernel.partition("/")[0]].block_sizes(spec, Setting(torch.device(device).type, dtype))
 
 
+def table_margin(kernel: str, spec: AttentionSpec, *, device: torch.device | str, dtype: torch.dtype) -> int | None:
+    """How many more distances at each end the tables have that this backend takes for an attention; None where it takes none."""
+    return _BACKENDS[kernel.partition("/")[0]].table_margin(spec, Setting(torch.device(device).type, dtype))
+
+
 def resolve(kernel: str, spec: AttentionSpec, device: str, dtype: torch.dtype, loads: tuple[torch.dtype, ...] | None = None) -> Backend:
     """The backend that runs a call. As ``choose``, which a graph's author asked before; the tensors may have moved since.
 
@@ -283,6 +292,7 @@ def _differentiate_triton(
 def _generated(name: str, **more: Any) -> Backend:
     """A backend of generated kernels: what ``attnopt.kernels.NAME.launch`` does, imported when it is asked, since Triton may not be installed."""
 
+    @lru_cache(maxsize=1)
     def launch() -> Any:
         return importlib.import_module(f"attnopt.kernels.{name}.launch")
 
@@ -298,7 +308,8 @@ def _generated(name: str, **more: Any) -> Backend:
         why=lambda spec, setting: launch().why(spec),
         run=lambda q, k, v, loads, sizes, spec: launch().attention(q, k, v, loads, sizes, spec)[0],
         block_sizes=lambda spec, setting: launch().block_sizes(spec, setting.device, setting.dtype),
-        mapped=lambda q, k, v, loads, sizes, spec, seed, blocks: launch().attention(q, k, v, loads, sizes, spec, seed, blocks),
+        table_margin=lambda spec, setting: launch().table_margin(spec),
+        shared=lambda q, k, v, loads, sizes, spec, seed, blocks, tables: launch().attention(q, k, v, loads, sizes, spec, seed, blocks, tables),
         forward=lambda q, k, v, loads, sizes, spec, seed: launch().attention(q, k, v, loads, sizes, spec, seed),
         **more,
     )

@@ -15,10 +15,8 @@ from torch import Tensor
 from attnopt.errors import AttnoptError
 from attnopt.ir import expr as E
 from attnopt.ir.spec import AttentionSpec, Dims, Load, Traits, Window
-from attnopt.kernels import ops, registry
+from attnopt.kernels import eager, registry
 from attnopt.kernels.block_map import BlockMap, block_map
-
-assert ops.__doc__  # attnopt::attention is registered
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def attention(
     blocks = None if sizes is None else packing.blocks(*sizes)
     of_map = () if blocks is None else (blocks.counts, blocks.indices, [blocks.BLOCK_M, blocks.BLOCK_N])
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    o: Tensor = torch.ops.attnopt.attention(q, k, v, loads, [], text, kernel, *of_map)
+    o = eager.attention(q, k, v, loads, [], text, kernel, *of_map)
     return o.squeeze(0).transpose(0, 1)
 
 

@@ -32,12 +32,13 @@ from attnopt.passes.quantize_kv_cache import QuantizeKVCache
 from attnopt.passes.raise_attention import SITE, RaiseAttention
 from attnopt.passes.select_kernel import KERNEL, SelectKernel
 from attnopt.passes.share_block_maps import ShareBlockMaps
+from attnopt.passes.share_distance_tables import ShareDistanceTables
 from attnopt.passes.skip_idle_steps import SkipIdleSteps
 from attnopt.remarks import Remark
 from attnopt.report import Site
 
 CachePass = InsertKVCache | InsertStaticCache
-NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "lower", "cleanup")
+NAMES = ("canonicalize", "join-products", "raise-attention", "group-heads", "merge-projections", "select-kernel", "share-block-maps", "share-distance-tables", "lower", "cleanup")
 """Every pass, in order."""
 SERVING_NAMES = ("canonicalize", "join-products", "known-inputs", "raise-attention", "group-heads", "absorb-latent", "merge-projections", "insert-kv-cache", "skip-idle-steps", "cleanup")
 """Every pass with ``kv_cache``, in order."""
@@ -81,7 +82,7 @@ def passes(config: OptimizeConfig, skip_sites: frozenset[str] = frozenset(), cac
         rewrites.append(SkipIdleSteps())
     else:
         select = SelectKernel(config.backend, config.autotune)
-        rewrites = [RaiseAttention(skip_sites), GroupHeads(), *approximate, MergeProjections(), select, ShareBlockMaps(), Lower()]
+        rewrites = [RaiseAttention(skip_sites), GroupHeads(), *approximate, MergeProjections(), select, ShareBlockMaps(), ShareDistanceTables(), Lower()]
     everything: list[Pass] = [Canonicalize(), JoinProducts(), *rewrites, Cleanup()]
     return [p for p in everything if p.name not in config.disable_passes]
 
@@ -98,7 +99,7 @@ def run_pipeline(gm: fx.GraphModule, config: OptimizeConfig, *, skip_sites: froz
 def lowered(gm: fx.GraphModule, config: OptimizeConfig) -> fx.GraphModule:
     """A graph of raised attentions, with a kernel chosen for each, in place."""
     with _no_new_guards(gm):
-        for p in (SelectKernel(config.backend, config.autotune), ShareBlockMaps(), Lower(), Cleanup()):
+        for p in (SelectKernel(config.backend, config.autotune), ShareBlockMaps(), ShareDistanceTables(), Lower(), Cleanup()):
             p.run(gm)
     gm.recompile()
     return gm

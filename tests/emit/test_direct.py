@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -53,7 +54,18 @@ def seen(function: Any, args: Any, kwargs: Any) -> tuple[list[str], Any]:
     return mode.seen, out
 
 
-@pytest.mark.parametrize("op", DIRECT, ids=str)
+OURS = [op for op in DIRECT if op.namespace == "attnopt"]
+"""Functions with a test of their own (tests/kernels/test_eager.py)."""
+
+
+@pytest.mark.parametrize("op", OURS, ids=str)
+def test_functions_of_ours_take_what_their_operators_take(op: torch._ops.OpOverload) -> None:
+    found = inspect.signature(DIRECT[op]).parameters
+    assert [(x.name, x.has_default_value()) for x in op._schema.arguments] == [(x.name, x.default is not x.empty) for x in found.values()]
+    assert all(tuple(x.default_value or ()) == tuple(found[x.name].default or ()) for x in op._schema.arguments if x.has_default_value())
+
+
+@pytest.mark.parametrize("op", [op for op in DIRECT if op not in OURS], ids=str)
 def test_the_same_operators(op: torch._ops.OpOverload) -> None:
     for args, kwargs in CALLS[str(op).removeprefix("aten.")]:
         (want, there), (got, here) = seen(op, args, kwargs), seen(DIRECT[op], args, kwargs)

@@ -49,7 +49,7 @@ class ByBlocks:
             why=lambda spec, setting: "reads its map literally",
             run=lambda q, k, v, loads, sizes, spec: self.attend(q, k, v, loads, sizes, spec, None)[0],
             block_sizes=self.block_sizes,
-            mapped=lambda q, k, v, loads, sizes, spec, seed, blocks: self.attend(q, k, v, loads, sizes, spec, blocks),
+            shared=lambda q, k, v, loads, sizes, spec, seed, blocks, tables: self.attend(q, k, v, loads, sizes, spec, blocks),
         )
 
     @staticmethod

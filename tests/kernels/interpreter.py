@@ -22,7 +22,7 @@ import triton.runtime.interpreter as interpreter
 from attnopt.kernels import reference
 from attnopt.kernels.triton import launch, launch_backward
 from attnopt.kernels.triton.launch_backward import BackwardConfig, Blocks
-from tests.kernels import dropout_checks, paged_checks
+from tests.kernels import dropout_checks, paged_checks, shared_tables
 from tests.kernels.cases import BY_NAME, Case
 from tests.kernels.mask_cases import MASKS
 from tests.kernels.operations import OPERATION_CASES
@@ -73,7 +73,7 @@ EVERY: dict[str, Case] = BY_NAME | MASKS | OPERATION_CASES
 
 def run(name: str, dtype: str, what: str = "forward", *rest: str) -> dict[str, object]:
     if name == "check":
-        dropout_checks.CHECKS[dtype]()
+        (dropout_checks.CHECKS | shared_tables.CHECKS)[dtype]()
         return {"ok": True, "poisoned": False}
     if name == "paged":
         paged_checks.CHECKS[dtype](what, *rest)

@@ -13,6 +13,8 @@ from attnopt.kernels.programs import programs_of
 from tests.kernels import gluon_interpreter as interpreter
 from tests.kernels.cases import BY_NAME, CASES, Case, Shape
 from tests.kernels.mask_cases import MASK_CASES, MASKS
+from tests.kernels.shared_tables import CASE as CASE_WITH_TABLE
+from tests.kernels.shared_tables import table
 
 TOLERANCE = 2e-2
 """Of bfloat16, in which q, k, v, o and the weights are."""
@@ -48,13 +50,26 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def processors(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    launch.plan_for.cache_clear()
+    launch._CALLS.clear()
     monkeypatch.setattr(launch, "processors", lambda index: n)
 
 
 @pytest.mark.parametrize("case", [c for c in [*CASES, *MASK_CASES] if usable(c)], ids=lambda c: c.name)
 def test_case(case: Case) -> None:
     check(case)
+
+
+def test_a_table_over_distances_that_was_made_before() -> None:
+    """The same numbers as from its own; from another table, others."""
+    q, k, v, loads = CASE_WITH_TABLE.tensors(torch.bfloat16)
+    spec = CASE_WITH_TABLE.spec()
+    margin = launch.table_margin(spec)
+    assert margin
+    given = table(loads[0], margin)
+    want = launch.attention(q, k, v, loads, [], spec)
+    for x, y in zip(launch.attention(q, k, v, loads, [], spec, tables=[given]), want, strict=True):
+        assert torch.equal(x, y)
+    assert not torch.allclose(launch.attention(q, k, v, loads, [], spec, tables=[given.flip(1)])[0], want[0], atol=TOLERANCE)
 
 
 def of_shape(name: str, shape: Shape) -> Case:

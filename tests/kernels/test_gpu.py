@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels import ops, reference, registry
+from attnopt.kernels.distance_table_op import table_alone
+from attnopt.kernels.programs import programs_of
 from attnopt.kernels.triton import launch, launch_backward
 from attnopt.verify.budget import judge
 from tests.kernels import dropout_checks
@@ -43,6 +45,46 @@ def check(case: Case, dtype: torch.dtype) -> None:
     else:
         torch.testing.assert_close(o.double().cpu(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
     torch.testing.assert_close(lse.double().cpu(), want_lse, atol=1e-4, rtol=1e-4)
+    again = launch.attention(q.cuda(), k.cuda(), v.cuda(), [x.cuda() for x in loads], list(case.sizes.values()), case.spec())  # by what was compiled at the first call
+    assert torch.equal(again[0].nan_to_num(7.0), o.nan_to_num(7.0)) and torch.equal(again[1], lse)
+
+
+def test_a_launch_that_is_known_takes_other_tensors_and_another_seed() -> None:
+    """Also of tensors at other multiples of 16, which are compiled for on their own."""
+    case = of_shape(BY_NAME["causal-left-padding-uniform"], (2, 4, 2, 333, 333, 64, 64))
+    for seed in (0, 1):
+        q, k, v, loads = case.tensors(torch.float16)
+        q = q.roll(seed, 2)
+        want, _ = case.naive(q, k, v, loads)
+        for shift in (0, 1, 0):
+            held = torch.empty(q.numel() + 8, dtype=q.dtype, device="cuda")
+            moved = held[shift : shift + q.numel()].view_as(q).copy_(q)
+            o, _ = launch.attention(moved, k.cuda(), v.cuda(), [x.cuda() for x in loads], [], case.spec())
+            torch.testing.assert_close(o.double().cpu(), want, atol=3e-3, rtol=3e-3)
+    spec = BY_NAME["full"].spec().replace(dropout=0.5)
+    q, k, v, _ = on_gpu(BY_NAME["full"], torch.float16)
+    first, other, again = (launch.attention(q, k, v, [], [], spec, seed)[0] for seed in (3, (1 << 61) + 5, 3))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+def test_a_table_that_was_made_before(backend: str) -> None:
+    """The same numbers as from the kernel's own, of lengths with and without a tail."""
+    if registry.backends()[backend].available() is not None:
+        pytest.skip(str(registry.backends()[backend].available()))
+    for n in (256, 333):
+        case = of_shape(BY_NAME["relative-buckets"], (2, 4, 4, n, n, 64, 64))
+        q, k, v, loads = on_gpu(case, torch.float16)
+        spec = case.spec()
+        margin = registry.table_margin(backend, spec, device="cuda", dtype=torch.float16)
+        (part,) = programs_of(spec).parts
+        alone = table_alone(spec, part, {0: 0})
+        assert alone is not None and margin is not None
+        table = torch.ops.attnopt.distance_table(q, loads, [], 2, 4, n, n, alone.to_json(), margin)
+        run = torch.ops.attnopt.attention
+        for _ in range(2):
+            want = run(q, k, v, loads, [], spec.to_json(), backend)
+            assert torch.equal(run(q, k, v, loads, [], spec.to_json(), backend, tables=[table]), want)
 
 
 @DTYPES

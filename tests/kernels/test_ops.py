@@ -34,7 +34,7 @@ def test_importing_registers_the_operator() -> None:
     assert ops.__doc__
     assert str(attention.default._schema) == (
         'attnopt::attention(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str spec, str backend="reference", '
-        "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[]) -> Tensor"
+        "Tensor? counts=None, Tensor? indices=None, int[] block_sizes=[], Tensor[]? tables=None) -> Tensor"
     )
 
 

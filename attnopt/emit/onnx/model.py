@@ -104,7 +104,7 @@ class Translation:
         return None if x.name not in self.weights else greatest(self.weights[x.name])
 
     def table(self) -> dict[Any, Any]:
-        def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = ()):  # type: ignore[no-untyped-def]
+        def attention(q, k, v, loads, sizes, spec: str, backend: str = "reference", counts=None, indices=None, block_sizes: Sequence[int] = (), tables=None):  # type: ignore[no-untyped-def]
             parsed = AttentionSpec.from_json(spec)
             dtype = str(ir.DataType(q.dtype).numpy())
             past = Past.of(q, k, v)

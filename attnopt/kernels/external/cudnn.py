@@ -181,10 +181,9 @@ def _attention(
         interpreted = reference.attention(q, k, v, loads, sizes, spec)
         return interpreted[0], interpreted[1].float()
     q, k, v = _rows(q), _rows(k), _rows(v)
-    values = bind_sizes(spec, sizes, q, k, v)
     bias = most = part = None
     if found.bias is not None:
-        bias = dense(found.bias, q, k, loads, values)
+        bias = dense(found.bias, q, k, loads, bind_sizes(spec, sizes, q, k, v))
         most = bias.amax(-1, keepdim=True)
         part = _least(most)
         bias = bias if part is None else bias - part
@@ -199,7 +198,7 @@ def _attention(
         o, lse = _set_rows_without_weight(o, lse, most, spec)
     if spec.sinks:
         assert lse is not None
-        o, lse = with_sink(o, lse, loads, values, spec)
+        o, lse = with_sink(o, lse, loads, bind_sizes(spec, sizes, q, k, v), spec)
     return as_bshd(o), lse
 
 

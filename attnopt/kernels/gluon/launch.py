@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -17,14 +17,16 @@ from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import processors
+from attnopt.kernels.evaluate import capturing
 from attnopt.kernels.gluon.config import Config, config
 from attnopt.kernels.gluon.flash_forward import Source, generate, is_even, reads
 from attnopt.kernels.gluon.scores import RUNS
-from attnopt.kernels.materialise import load_tensors, runs
+from attnopt.kernels.materialise import Part, load_tensors, runs
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton.flash_forward import MAP_PLACES, MAP_TENSORS
 from attnopt.kernels.triton.launch import bounds_words, fill_empty_rows, import_source
+from attnopt.kernels.triton.launching import Form, form_of
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16)
@@ -72,6 +74,12 @@ def block_sizes(spec: AttentionSpec, device: str, dtype: torch.dtype) -> tuple[i
     return c.BLOCK_M, c.BLOCK_N
 
 
+def table_margin(spec: AttentionSpec) -> int | None:
+    """See ``registry.Backend.table_margin``: these kernels read whole tiles. Which reads a table has one size of them for all lengths."""
+    D, Dv = spec.dims.D, spec.dims.Dv
+    return kernel_for(spec, int(D.value), int(Dv.value)).source.margin if D.is_const and Dv.is_const else None
+
+
 @dataclass(frozen=True)
 class Kernel:
     source: Source
@@ -97,46 +105,94 @@ def attention(
     spec: AttentionSpec,
     seed: int = 0,
     blocks: BlockMap | None = None,
+    tables: Sequence[Tensor] = (),
     chosen: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
     lse is in float32, natural logarithm, -inf on rows without a visible key. Forward only, without dropout (``seed``). See ``refusal``.
     ``blocks`` is the map of the spec's mask for ``block_sizes``; without it, it is worked out here where the mask needs one.
-    ``chosen`` replaces the measured configuration.
+    ``tables`` as in ``materialise.load_tensors``. ``chosen`` replaces the measured configuration.
     """
-    reference.check_shapes(q, k, v, loads, spec)
-    o = empty_output(q, v)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if o.numel() == 0 or k.shape[2] == 0:
+    key = (spec, chosen, tuple(sizes), form_of(q), form_of(k), form_of(v), *map(form_of, loads))
+    call = _CALLS.get(key)
+    if call is None:
+        if len(_CALLS) >= MOST_CALLS:
+            _CALLS.clear()
+        call = _CALLS[key] = Call.of(q, k, v, loads, sizes, spec, chosen)
+    o = torch.empty_strided(call.size, call.strides, dtype=v.dtype, device=v.device)
+    lse = torch.empty(call.size[:3], dtype=torch.float32, device=q.device)
+    kernel = call.kernel
+    if kernel is None:
         return o.zero_(), lse.fill_(-torch.inf)
-    values = bind_sizes(spec, sizes, q, k, v)
-    kernel = kernel_for(spec, q.shape[3], v.shape[3], 1 << k.shape[2].bit_length(), chosen)
-    q, k, v = (x if _tma_reads(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-    shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
-    read = load_tensors(kernel.source.parts, shape, loads, values, q.device, kernel.source.margin)
+    if any(call.copied):
+        q, k, v = (x.clone(memory_format=torch.contiguous_format) if copied else x for x, copied in zip((q, k, v), call.copied, strict=True))
+    source = kernel.source
+    read = loads if call.as_they_are else load_tensors(source.parts, call.shape, loads, call.sizes, q.device, source.margin, tables)
     lists: tuple[Tensor, ...] = ()
     places: tuple[int, ...] = ()
-    if kernel.source.mapped:
+    if source.mapped:
         c = kernel.config
         if blocks is None or (blocks.BLOCK_M, blocks.BLOCK_N) != (c.BLOCK_M, c.BLOCK_N):  # none, or one for another device: the tensors have moved
-            blocks = block_map(spec.mask, loads, values, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
+            blocks = block_map(spec.mask, loads, call.sizes, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
         lists, places = (blocks.counts, blocks.indices), blocks.places
-    if kernel.source.level is not None:
-        lists += (runs(kernel.source.level, shape, values, q.device),)
-    plan = plan_for(kernel, spec, tuple(values.items()), places, *(_form(x) for x in (q, k, v, o)), *(_form(x) for x in read))
+    if source.level is not None:
+        lists += (call.runs_of(source.level, q.device),)
+    forms = (places, *[x.data_ptr() % 16 for x in lists], *map(form_of, read[len(loads) :]))
+    plan = call.plans.get(forms)
+    if plan is None:
+        plan = call.plans[forms] = plan_for(kernel, spec, call.sizes, places, *map(form_of, (q, k, v, o, *read)))
     plan.launch(plan.arguments((q, k, v, o), lse, read, lists), q.device)
-    if programs_of(spec).retries:
-        fill_empty_rows(q, k, v, o, lse, loads, values, spec)
+    if call.retries:
+        fill_empty_rows(q, k, v, o, lse, loads, call.sizes, spec, tables=tables)
     return o, lse
 
 
-Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]
-"""Of a tensor: shape, strides, dtype, device, and whether it is aligned to 16 bytes."""
+MOST_CALLS = 1024
 
 
-def _form(x: Tensor) -> Form:
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
+@dataclass
+class Call:
+    """What calls with q, k, v and loads of the same forms have in common, worked out at the first."""
+
+    size: tuple[int, ...]
+    """Of the output, and its strides: [B, Hq, Sq, Dv], laid out in memory as [B, Sq, Hq, Dv]."""
+    strides: tuple[int, ...]
+    kernel: Kernel | None
+    """None where there is nothing to compute."""
+    shape: dict[str, int]
+    sizes: dict[str, int]
+    copied: tuple[bool, ...]
+    """Of q, k and v, those that TMA does not take as they lie."""
+    as_they_are: bool
+    """Whether the kernel reads the loads alone, and none of booleans."""
+    retries: bool
+    plans: dict[Any, Plan] = field(default_factory=dict)
+    """By the forms of what is made for each call: the places in a map of blocks, and tables."""
+    found_runs: Tensor | None = None
+
+    def runs_of(self, level: Part, device: torch.device) -> Tensor:
+        """Those of the table that the kernel reads where it changes, which are the same in every call; inside of a CUDA graph's capture made there."""
+        if capturing(device):
+            return runs(level, self.shape, self.sizes, device)
+        if self.found_runs is None:
+            self.found_runs = runs(level, self.shape, self.sizes, device)
+        return self.found_runs
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, chosen: Config | None) -> Call:
+        reference.check_shapes(q, k, v, loads, spec)
+        o = empty_output(q, v)
+        shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
+        if o.numel() == 0 or k.shape[2] == 0:
+            return Call(tuple(o.shape), o.stride(), None, shape, {}, (), True, False)
+        kernel = kernel_for(spec, q.shape[3], v.shape[3], 1 << k.shape[2].bit_length(), chosen)
+        as_they_are = not kernel.source.parts and all(x.dtype != torch.bool for x in loads)
+        values, copied = bind_sizes(spec, sizes, q, k, v), tuple(not _tma_reads(x) for x in (q, k, v))
+        return Call(tuple(o.shape), o.stride(), kernel, shape, values, copied, as_they_are, programs_of(spec).retries)
+
+
+_CALLS: dict[Any, Call] = {}
 
 
 @dataclass
@@ -159,17 +215,27 @@ class Plan:
         return [*boxes, lse, *(read[i] for i in self.used), *self.strides, *lists, *self.numbers]
 
     def launch(self, arguments: list[Any], device: torch.device) -> None:
-        from triton import knobs
-        from triton.runtime import driver
+        knobs, driver = _triton()
+        compiled, current = self.compiled, torch.cuda.current_device()
+        if device.index not in (None, current):
+            with torch.cuda.device(device):
+                self.launch(arguments, device)
+            return
+        if compiled is None or _watched(knobs.launch_enter_hook) or _watched(knobs.launch_exit_hook):
+            self.compiled = self.kernel.function[(self.grid.workers,)](*arguments, num_warps=4, maxnreg=self.kernel.config.registers_at_launch)
+            return
+        # what Triton does behind its own look-up of the compiled kernel, which takes longer than all else here
+        stream = driver.active.get_current_stream(current)
+        compiled.run(self.grid.workers, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
-        compiled = self.compiled
-        with torch.cuda.device(device):
-            if compiled is None or _watched(knobs.runtime.launch_enter_hook) or _watched(knobs.runtime.launch_exit_hook):
-                self.compiled = self.kernel.function[(self.grid.workers,)](*arguments, num_warps=4, maxnreg=self.kernel.config.registers_at_launch)
-                return
-            # what Triton does behind its own look-up of the compiled kernel, which takes longer than all else here
-            stream = driver.active.get_current_stream(torch.cuda.current_device())
-            compiled.run(self.grid.workers, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+@lru_cache(maxsize=1)
+def _triton() -> tuple[Any, Any]:
+    """Its switches at run time, and its driver."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return knobs.runtime, driver
 
 
 def _watched(hook: Any) -> bool:
@@ -177,10 +243,9 @@ def _watched(hook: Any) -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
-@lru_cache(maxsize=1024)
-def plan_for(kernel: Kernel, spec: AttentionSpec, sizes: tuple[tuple[str, int], ...], places: tuple[int, ...], q: Form, k: Form, v: Form, o: Form, *read: Form) -> Plan:
+def plan_for(kernel: Kernel, spec: AttentionSpec, sizes: Mapping[str, int], places: tuple[int, ...], q: Form, k: Form, v: Form, o: Form, *read: Form) -> Plan:
     """The plan of calls with tensors of these forms. ``sizes`` and ``places`` as in ``attention``."""
-    source, values = kernel.source, dict(sizes)
+    source = kernel.source
     (B, Hq, Sq, _), Hkv, Skv = q[0], k[0][1], k[0][2]
     grid = Grid.of(kernel, B * Hq, Sq, processors(q[3].index or 0))
     forms = {"q": q, "k": k, "v": v, "o": o}
@@ -191,9 +256,9 @@ def plan_for(kernel: Kernel, spec: AttentionSpec, sizes: tuple[tuple[str, int], 
         known.update({f"L{slot}_n{d}": n for d, n in enumerate(shape)})
     if source.mapped:
         known.update(zip(MAP_PLACES, places, strict=True))
-    limits = bounds(spec, values)
+    limits = bounds(spec, sizes)
     known.update({name: n for name, n in (("LEFT", limits.left), ("RIGHT", limits.right)) if n is not None})
-    known.update({f"size{i}": values[name] for i, name in enumerate(source.sizes)})
+    known.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
     names = source.arguments[len(boxes) + 1 :]
     loads = {f"L{slot}": slot for slot in range(len(read))}
     used = tuple(loads[n] for n in names if n in loads)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnopt.kernels.paged_reference import GREATEST
-from attnopt.kernels.triton.launch import interpreted
+from attnopt.kernels.triton.launching import interpreted
 
 
 @triton.jit

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -22,25 +21,19 @@ from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import cache_folder, write
-from attnopt.kernels.materialise import Part, load_tensors, materialise
+from attnopt.kernels.materialise import load_tensors, materialise
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton import empty_rows
 from attnopt.kernels.triton.dropout import seed_words
 from attnopt.kernels.triton.flash_forward import CONSTEXPRS, MAP_PLACES, MAP_TENSORS, Source, generate
+from attnopt.kernels.triton.launching import Launch, form_of, interpreted
 
 MAX_HEAD_DIM = 256
 SHARED_MEMORY_SM90 = 227 * 1024
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MANY = 1 << 20
 """More queries than any block has."""
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, as ``TRITON_INTERPRET=1`` makes it."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def available() -> str | None:
@@ -170,6 +163,11 @@ def block_sizes(spec: AttentionSpec, device: str, dtype: torch.dtype) -> tuple[i
     return c.BLOCK_M, c.BLOCK_N
 
 
+def table_margin(spec: AttentionSpec) -> int:
+    """See ``registry.Backend.table_margin``: these kernels read no further than there are distances."""
+    return 0
+
+
 @lru_cache(maxsize=64)
 def shared_memory(index: int) -> int:
     """Bytes of shared memory that a block of threads may ask for on CUDA device ``index``."""
@@ -182,54 +180,166 @@ def shared_memory(index: int) -> int:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, seed: int = 0, blocks: BlockMap | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    seed: int = 0,
+    blocks: BlockMap | None = None,
+    tables: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """The spec on q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: o [B, Hq, Sq, Dv] and lse [B, Hq, Sq].
 
     lse is in float32, natural logarithm, -inf on rows without a visible key. With ``spec.dropout``, ``seed`` in [0, 2**62) decides
     what is dropped. See ``refusal``; ``launch_backward`` has the gradients. ``blocks`` is the map of the spec's mask for the sizes
-    that ``block_sizes`` gives; without it, it is worked out here where the mask needs one.
+    that ``block_sizes`` gives; without it, it is worked out here where the mask needs one. ``tables`` as in ``materialise.load_tensors``.
     """
-    reference.check_shapes(q, k, v, loads, spec)
-    D, Dv = q.shape[3], v.shape[3]
-    if max(D, Dv) > MAX_HEAD_DIM:
-        raise AttnoptError(f"The Triton kernel has head sizes up to {MAX_HEAD_DIM}; D is {D} and Dv is {Dv}.")
-    o = empty_output(q, v)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if o.numel() == 0 or k.shape[2] == 0:
+    key = (spec, tuple(sizes), form_of(q), form_of(k), form_of(v), *map(form_of, loads))
+    call = _CALLS.get(key)
+    if call is None:
+        if len(_CALLS) >= MOST_CALLS:
+            _CALLS.clear()
+        call = _CALLS[key] = Call.of(q, k, v, loads, sizes, spec)
+    o = torch.empty_strided(call.size, call.strides, dtype=v.dtype, device=v.device)
+    lse = torch.empty(call.size[:3], dtype=torch.float32, device=q.device)
+    if call.kernel is None:
         return o.zero_(), lse.fill_(-torch.inf)
-    values = bind_sizes(spec, sizes, q, k, v)
-    kernel = kernel_for(spec)
-    on_gpu = q.device.type == "cuda"
-    memory = shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90
-    c = config(D, Dv, q.shape[2], q.dtype, memory, kernel.source.heavy)
-    if kernel.source.mapped:
-        whole = config(D, Dv, _MANY, q.dtype, memory, kernel.source.heavy)
-        if blocks is not None and (blocks.BLOCK_M, blocks.BLOCK_N) == (whole.BLOCK_M, whole.BLOCK_N):
-            c = whole
+    c, source = call.own, call.kernel.source
+    tensors: dict[str, Any] = {"Q": q, "K": k, "V": v, "O": o, "LSE": lse}
+    places: tuple[int, ...] = ()
+    if source.mapped:
+        if blocks is not None and (blocks.BLOCK_M, blocks.BLOCK_N) == (call.whole.BLOCK_M, call.whole.BLOCK_N):
+            c = call.whole
         else:  # none, or one for another device or dtype: the tensors have moved since it was asked for
-            blocks = block_map(spec.mask, loads, values, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
-    arguments = bind(kernel.source, spec, q, k, v, o, lse, loads, values, blocks, seed)
-    programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
-    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
-        kernel.function[(programs,)](*arguments, **constants(D, Dv, c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
-    if programs_of(spec).retries:
-        fill_empty_rows(q, k, v, o, lse, loads, values, spec, seed)
+            blocks = block_map(spec.mask, loads, call.sizes, (*q.shape[:3], k.shape[2]), c.BLOCK_M, c.BLOCK_N, q.device)
+        places = (*blocks.places, blocks.counts.data_ptr() % 16, blocks.indices.data_ptr() % 16)
+        tensors |= zip(MAP_TENSORS, (blocks.counts, blocks.indices), strict=True)
+    read = loads if call.as_they_are else load_tensors(source.parts, call.shape, loads, call.sizes, q.device, tables=tables)
+    if spec.dropout:
+        tensors |= seed_words(seed)
+    forms = (c, places, *map(form_of, read[len(loads) :]))
+    launch = call.launches.get(forms)
+    if launch is None:
+        programs = -(-q.shape[2] // c.BLOCK_M) * q.shape[1] * q.shape[0]
+        launch = call.launches[forms] = launch_for(source, call.kernel.function, spec, tensors, read, call.sizes, c, programs, places[: len(MAP_PLACES)])
+    tensors.update((f"L{i}", x) for i, x in enumerate(read))
+    launch_on(q.device, launch, tensors)
+    if call.retries:
+        fill_empty_rows(q, k, v, o, lse, loads, call.sizes, spec, seed, tables)
     return o, lse
 
 
+MOST_CALLS = 1024
+
+
+@dataclass
+class Call:
+    """What calls with q, k, v and loads of the same forms have in common, worked out at the first."""
+
+    size: tuple[int, ...]
+    """Of the output, and its strides: [B, Hq, Sq, Dv], laid out in memory as [B, Sq, Hq, Dv]."""
+    strides: tuple[int, ...]
+    kernel: Kernel | None
+    """None where there is nothing to compute."""
+    shape: dict[str, int]
+    sizes: dict[str, int]
+    own: Config
+    whole: Config
+    """That of a map of blocks for any number of queries."""
+    as_they_are: bool
+    """Whether the kernel reads the loads alone, and none of booleans."""
+    retries: bool
+    launches: dict[Any, Launch] = field(default_factory=dict)
+    """By what is made for each call: the sizes of blocks, the places in their map, and the forms of tables."""
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Call:
+        reference.check_shapes(q, k, v, loads, spec)
+        D, Dv = q.shape[3], v.shape[3]
+        if max(D, Dv) > MAX_HEAD_DIM:
+            raise AttnoptError(f"The Triton kernel has head sizes up to {MAX_HEAD_DIM}; D is {D} and Dv is {Dv}.")
+        o = empty_output(q, v)
+        shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
+        kernel = None if o.numel() == 0 or k.shape[2] == 0 else kernel_for(spec)
+        heavy = kernel is not None and kernel.source.heavy
+        own, whole = (config(D, Dv, n, q.dtype, memory_of(q.device), heavy) for n in (max(q.shape[2], 1), _MANY))
+        as_they_are = kernel is not None and not kernel.source.parts and all(x.dtype != torch.bool for x in loads)
+        values = bind_sizes(spec, sizes, q, k, v)
+        return Call(tuple(o.shape), o.stride(), kernel, shape, values, own, whole, as_they_are, programs_of(spec).retries)
+
+
+_CALLS: dict[Any, Call] = {}
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of shared memory of a block of threads on this device; on a CPU those of the GPU that the interpreter stands for."""
+    return shared_memory(device.index or 0) if device.type == "cuda" else SHARED_MEMORY_SM90
+
+
+def launch_on(device: torch.device, launch: Launch, tensors: Mapping[str, Any]) -> None:
+    """Triton launches on the current device."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            launch.run(tensors)
+    else:
+        launch.run(tensors)
+
+
 def fill_empty_rows(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int], spec: AttentionSpec, seed: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    spec: AttentionSpec,
+    seed: int = 0,
+    tables: Sequence[Tensor] = (),
 ) -> None:
     """Writes the rows of o that a forward of any backend left without weights (lse -inf) where the spec has a score for them."""
     source = empty_rows.generate(spec)
-    function = import_source(source.text).empty_rows
-    on_gpu = q.device.type == "cuda"
-    c = config(q.shape[3], v.shape[3], q.shape[2], q.dtype, shared_memory(q.device.index or 0) if on_gpu else SHARED_MEMORY_SM90, True)
-    programs = -(-q.shape[2] // (c.BLOCK_M * empty_rows.TILES)) * q.shape[1] * q.shape[0]
-    arguments = bind(source, spec, q, k, v, o, lse, loads, sizes, seed=seed)
-    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
-        function[(programs,)](*arguments, **constants(q.shape[3], v.shape[3], c, q.dtype), num_warps=c.num_warps, num_stages=c.num_stages)
+    shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
+    read = load_tensors(source.parts, shape, loads, sizes, q.device, tables=tables)
+    tensors: dict[str, Any] = {"Q": q, "K": k, "V": v, "O": o, "LSE": lse}
+    key = (spec, tuple(sizes.items()), *map(form_of, (q, k, v, o, *read)))
+    launch = _REFILLS.get(key)
+    if launch is None:
+        if len(_REFILLS) >= MOST_CALLS:
+            _REFILLS.clear()
+        c = config(q.shape[3], v.shape[3], q.shape[2], q.dtype, memory_of(q.device), True)
+        programs = -(-q.shape[2] // (c.BLOCK_M * empty_rows.TILES)) * q.shape[1] * q.shape[0]
+        launch = _REFILLS[key] = launch_for(source, import_source(source.text).empty_rows, spec, tensors, read, sizes, c, programs)
+    tensors.update((f"L{i}", x) for i, x in enumerate(read))
+    if spec.dropout:
+        tensors |= seed_words(seed)
+    launch_on(q.device, launch, tensors)
+
+
+_REFILLS: dict[Any, Launch] = {}
+
+
+def launch_for(
+    source: Source,
+    function: Any,
+    spec: AttentionSpec,
+    tensors: Mapping[str, Tensor],
+    read: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    c: Config,
+    programs: int,
+    places: Sequence[int] = (),
+) -> Launch:
+    """A launch of ``programs`` programs for tensors of the forms of these: everything that comes with a call, a dropout's seed too, left out."""
+    q, k, v = tensors["Q"], tensors["K"], tensors["V"]
+    values = argument_values(spec, {name: tensors[name] for name in "QKVO"}, read, q, k, sizes)
+    values.update(zip(MAP_PLACES, places, strict=False))  # none without a map
+    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
+    numbers = {name: values[name] for name in source.arguments if name in values and not isinstance(values[name], Tensor)}
+    fixed = constants(q.shape[3], v.shape[3], c, q.dtype)
+    return Launch(function, source.arguments, numbers, fixed, {"num_warps": c.num_warps, "num_stages": c.num_stages}, (programs,))
 
 
 def constants(D: int, Dv: int, c: Config, dtype: torch.dtype) -> dict[str, Any]:
@@ -238,38 +348,14 @@ def constants(D: int, Dv: int, c: Config, dtype: torch.dtype) -> dict[str, Any]:
     return dict(zip(CONSTEXPRS, values, strict=True))
 
 
-def bind(
-    source: Source,
-    spec: AttentionSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    loads: Sequence[Tensor],
-    sizes: Mapping[str, int],
-    blocks: BlockMap | None = None,
-    seed: int = 0,
-) -> list[Any]:
-    """The kernel's arguments, in the order of ``source.arguments``."""
-    values = argument_values(spec, source.parts, {"Q": q, "K": k, "V": v, "O": o}, q, k, loads, sizes)
-    values.update(seed_words(seed), LSE=lse)
-    if blocks is not None:
-        values.update(zip((*MAP_TENSORS, *MAP_PLACES), (blocks.counts, blocks.indices, *blocks.places), strict=True))
-    values.update({f"size{i}": sizes[name] for i, name in enumerate(source.sizes)})
-    return [values[name] for name in source.arguments]
-
-
 def argument_values(
-    spec: AttentionSpec, parts: Sequence[Part], given: Mapping[str, Tensor], q: Tensor, k: Tensor, loads: Sequence[Tensor], sizes: Mapping[str, int]
+    spec: AttentionSpec, given: Mapping[str, Tensor], read: Sequence[Tensor], q: Tensor, k: Tensor, sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What every kernel may be given, by name: the tensors ``given`` and the loads, each with its strides, sizes and bounds."""
-    shape = {"b": q.shape[0], "h": q.shape[1], "q": q.shape[2], "k": k.shape[2]}
-    tensors = load_tensors(parts, shape, loads, sizes, q.device)
+    """What every kernel may be given, by name: the tensors ``given`` and those of the load slots, each with its strides, sizes and bounds."""
     values: dict[str, Any] = dict(given)
     for name, x in given.items():
         values.update({f"{name}_s{d}": n for d, n in enumerate(x.stride())})
-    for slot, x in enumerate(tensors):
+    for slot, x in enumerate(read):
         values[f"L{slot}"] = x
         values.update({f"L{slot}_s{d}": n for d, n in enumerate(x.stride())})
         values.update({f"L{slot}_n{d}": n for d, n in enumerate(x.shape)})

@@ -15,7 +15,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import reference
 from attnopt.kernels.adjoint import add_to_load, pull_back, reduce_to
 from attnopt.kernels.evaluate import Env, as_tensor, evaluate
-from attnopt.kernels.materialise import Part
+from attnopt.kernels.materialise import Part, load_tensors
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.slopes import LoadSlope
 from attnopt.kernels.tiling import bind_sizes, may_be_empty
@@ -170,7 +170,9 @@ class _Run:
         self.Hkv = k.shape[1]
         limit = shared_memory(q.device.index or 0) if q.device.type == "cuda" else SHARED_MEMORY_SM90
         self.config = choice or config(kernels.source, self.D, self.Dv, self.Sq, self.Skv, q.dtype, limit)
-        self.values = argument_values(spec, kernels.source.parts, {"Q": q, "K": k, "V": v, "DO": grad}, q, k, loads, sizes)
+        shape = {"b": self.B, "h": self.Hq, "q": self.Sq, "k": self.Skv}
+        read = load_tensors(kernels.source.parts, shape, loads, sizes, q.device)
+        self.values = argument_values(spec, {"Q": q, "K": k, "V": v, "DO": grad}, read, q, k, sizes)
         self.values.update(seed_words(seed))
         names = ["BASE", "DELTA", *(["SHIFT"] if kernels.source.shifts else []), *(["EMPTY", "EMPTY_SHIFT"] if kernels.source.retries else [])]
         rows = -(-self.Sq // ROUND) * ROUND

@@ -6,7 +6,6 @@ Everything here follows from shapes, so nothing waits for the device, and a CUDA
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,8 @@ from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import Bounds, bounds, cached_key_range
 from attnopt.kernels.triton.flash_forward import Source
 from attnopt.kernels.triton.halves import PACKED
-from attnopt.kernels.triton.launch import DTYPES, SHARED_MEMORY_SM90, available, import_source, interpreted, power_of_two, shared_memory
+from attnopt.kernels.triton.launch import DTYPES, SHARED_MEMORY_SM90, available, import_source, power_of_two, shared_memory
+from attnopt.kernels.triton.launching import Launch, interpreted
 from attnopt.kernels.triton.paged import CONSTEXPRS, generate, lengths_of, request_spec
 
 MAX_HEAD_DIM = 576
@@ -243,65 +243,33 @@ def attention(
     v_scale: Tensor | None = None,
     chosen: Config | None = None,
     num_splits: int | None = None,
-    described: Any = None,
+    plans: dict[Any, Plan] | None = None,
 ) -> Tensor:
     """``attnopt::paged_attention`` by the generated kernels. ``chosen`` and ``num_splits`` replace what ``config`` and ``splits`` say.
 
-    ``described``: ``paged_checks.description`` of the call, where the caller has it already.
+    ``plans``: those of earlier calls of the same spec and ``paged_checks.description``, where the caller keeps them.
     """
+    if plans is None:
+        described = (spec, description(sizes, q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, k_scale, v_scale, *loads))
+        if len(_PLANS) >= MOST_PLANS:
+            _PLANS.clear()
+        plans = _PLANS.setdefault(described, {})
+    # what Triton compiles for depends on whether addresses are multiples of 16
+    k_at, v_at = k_cache.data_ptr(), v_cache.data_ptr()
+    key = (k_at % 16, v_at % 16, k_at == v_at, chosen, num_splits, *[x.data_ptr() % 16 for x in (q, block_table, cu_seqlens_q, seqlens_k, *loads)])
     tensors = {"Q": q, "K": k_cache, "V": v_cache, "TABLE": block_table, "STARTS": cu_seqlens_q.contiguous(), "LENGTHS": seqlens_k.contiguous()}
     if k_scale is not None and v_scale is not None:
         tensors |= {"K_SCALE": k_scale, "V_SCALE": v_scale}
-    o = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
-    if o.numel() == 0 or block_table.numel() == 0 or k_cache.shape[0] == 0:
-        return o.zero_()
-    if described is None:
-        described = (spec, description(sizes, q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, k_scale, v_scale, *loads))
-    # what Triton compiles for depends on whether addresses are multiples of 16
-    k_at, v_at = k_cache.data_ptr(), v_cache.data_ptr()
-    places = (k_at % 16, v_at % 16, k_at == v_at, *(x.data_ptr() % 16 for x in (q, block_table, cu_seqlens_q, seqlens_k, *loads)))
-    scales = () if k_scale is None or v_scale is None else (k_scale.data_ptr() % 16, v_scale.data_ptr() % 16)
-    key = (described, places, scales, chosen, num_splits)
-    plan = _PLANS.get(key)
+        key += (k_scale.data_ptr() % 16, v_scale.data_ptr() % 16)
+    plan = plans.get(key)
     if plan is None:
-        if len(_PLANS) >= MOST_PLANS:
-            _PLANS.clear()
-        plan = _PLANS[key] = Plan.of(tensors, loads, sizes, spec, chosen, num_splits)
-    plan.run(tensors, loads, o)
-    return o
+        if 0 in (*q.shape[:2], v_cache.shape[3], k_cache.shape[0], block_table.numel()):
+            return torch.zeros((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
+        plan = plans[key] = Plan.of(tensors, loads, sizes, spec, chosen, num_splits)
+    return plan.run(tensors, loads)
 
 
-@dataclass
-class Launch:
-    """One kernel with all of its arguments but the tensors."""
-
-    function: Any
-    arguments: tuple[str, ...]
-    values: dict[str, Any]
-    """By name: sizes, strides and bounds. What is not among them is a tensor, and comes with the call."""
-    fixed: dict[str, Any]
-    """Its constexprs, in order."""
-    options: dict[str, Any]
-    grid: tuple[int]
-    launch: Any = None
-    """What Triton made of it at the first launch, for this grid. To launch that spares looking at every argument again."""
-
-    def __post_init__(self) -> None:
-        self.template = [self.values.get(n) for n in self.arguments]
-        self.places = [(i, n) for i, n in enumerate(self.arguments) if n not in self.values]
-
-    def run(self, tensors: dict[str, Tensor]) -> None:
-        arguments = self.template.copy()
-        for i, name in self.places:
-            arguments[i] = tensors[name]
-        if self.launch is not None:
-            self.launch(*arguments, *self.fixed.values())
-            return
-        made = self.function[self.grid](*arguments, **self.fixed, **self.options)
-        self.launch = None if interpreted() else made[(*self.grid, 1, 1)]
-
-
-_PLANS: dict[Any, Plan] = {}
+_PLANS: dict[Any, dict[Any, Plan]] = {}
 
 
 @dataclass
@@ -314,8 +282,11 @@ class Plan:
     sizes: dict[str, int]
     words: bool
     """Whether the caches are read as words of two numbers."""
-    part: tuple[int, ...] | None
-    """The shape of what the splits leave; None where there are none."""
+    size: tuple[int, int, int]
+    """Of the output."""
+    dtype: torch.dtype
+    part: tuple[int, int] | None
+    """How many numbers the splits leave: sums, and their weights' logarithms; None where there are none."""
     forward: Launch
     reduction: Launch | None
 
@@ -370,23 +341,32 @@ class Plan:
             names = ("PART", "LSE", "O", "O_s0", "O_s1", "O_s2", "Hq", "SPLITS")
             fixed = reduction_constants(Dv, num_splits, kernel.folded, pdl)
             reduction = Launch(kernel.module.paged_reduce, names, {**arguments, "Hq": Hq}, fixed, {"num_warps": 4, **early}, (T * Hq,))
-        return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, num_splits, Dv) if split else None, forward, reduction)
+        weights = T * Hq * num_splits
+        part = (weights * Dv, weights) if split else None
+        return Plan(kernel.source, q.device, shape, values, bool(words), (T, Hq, Dv), q.dtype, part, forward, reduction)
 
-    def run(self, tensors: dict[str, Tensor], loads: Sequence[Tensor], o: Tensor) -> None:
-        named = tensors | {f"L{i}": x for i, x in enumerate(load_tensors(self.source.parts, self.shape, loads, self.sizes, self.device))}
-        named |= {"O": o, "PART": o, "LSE": o}
+    def run(self, tensors: dict[str, Tensor], loads: Sequence[Tensor]) -> Tensor:
+        """The output. ``tensors`` by the kernel's names are completed in place."""
+        o = tensors["O"] = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        if loads or self.source.parts:
+            tensors.update((f"L{i}", x) for i, x in enumerate(load_tensors(self.source.parts, self.shape, loads, self.sizes, self.device)))
         if self.words:
-            named |= as_words(named["K"], named["V"])
-        if self.part is not None:
-            # one piece of memory, and one call for it
-            weights = math.prod(self.part[:3])
-            space = torch.empty(weights * (self.part[3] + 1), dtype=torch.float32, device=self.device)
-            named |= {"PART": space[: weights * self.part[3]], "LSE": space[weights * self.part[3] :]}
-        elsewhere = self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
-        with torch.cuda.device(self.device) if elsewhere else contextlib.nullcontext():
-            self.forward.run(named)
-            if self.reduction is not None:
-                self.reduction.run(named)
+            tensors |= as_words(tensors["K"], tensors["V"])
+        if self.part is None:
+            tensors["PART"] = tensors["LSE"] = o
+        else:  # one piece of memory, and one call for it
+            tensors["PART"], tensors["LSE"] = torch.empty(self.part[0] + self.part[1], dtype=torch.float32, device=self.device).split_with_sizes(self.part)
+        if self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device()):
+            with torch.cuda.device(self.device):
+                self._launch(tensors)
+        else:
+            self._launch(tensors)
+        return o
+
+    def _launch(self, tensors: dict[str, Tensor]) -> None:
+        self.forward.run(tensors)
+        if self.reduction is not None:
+            self.reduction.run(tensors)
 
 
 def reach(limits: Bounds, of_chunk: int | None, queries: int, capacity: int) -> int:
