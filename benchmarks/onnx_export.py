@@ -298,16 +298,16 @@ def main() -> None:
         there = {n: [r for r in stored(RESULT) if (r["model"], r["S"], r["threads"]) == (name, options.length, n)] for n in options.threads}
         wanted = [n for n, rows in there.items() if options.again or not is_current(rows)]
         print(f"{name}: {', '.join(f'{n} thread(s)' for n in wanted) or 'is there'}", flush=True)
-        start = time.perf_counter()
+        start, made_by = time.perf_counter(), provenance()  # before, since a commit may follow while this runs
         for threads, found in measure(name, options.length, options.rounds, wanted) if wanted else ():
-            keep(name, options.length, threads, options.rounds, found)
+            keep(name, options.length, found, {**made_by, "threads": threads, "rounds": options.rounds, "onnxruntime": onnxruntime.__version__})
         if wanted:
             print(f"{name} took {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def keep(name: str, length: int, threads: int, rounds: int, found: list[dict[str, Any]]) -> None:
-    """Write rows into the file of results in place of those of the same model, length and threads, and show them."""
-    about = {**provenance(), "threads": threads, "rounds": rounds, "onnxruntime": onnxruntime.__version__}
+def keep(name: str, length: int, found: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write rows into the file of results in place of those of the same model, length and threads, and show them. ``about`` stands beside each."""
+    threads = about["threads"]
     rows = [r for r in stored(RESULT) if (r["model"], r["S"], r["threads"]) != (name, length, threads)] + [{**r, **about} for r in found]
     order = {n: i for i, n in enumerate(MODELS)}
     save(
