@@ -61,10 +61,13 @@ class Model:
     causal_gqa: bool = False
     large: bool = False
     """A run takes gigabytes."""
+    experts: str | None = None
+    """What torch.onnx.export needs of a mixture of experts: it has no translation of the library's default, which users have and attnopt exports."""
     optimizer: str = "bert"
     """The model type of onnxruntime.transformers.optimizer that is nearest."""
 
-    def build(self, attention: str) -> nn.Module:
+    def build(self, attention: str, experts: str | None = None) -> nn.Module:
+        """``experts``: the implementation of experts, where that is not to be the library's default."""
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -74,8 +77,8 @@ class Model:
         make = chosen.from_config if self.cls.startswith("Auto") else chosen._from_config
         model: nn.Module = make(config, attn_implementation=attention)
         model.config.use_cache = False
-        if hasattr(model, "set_experts_implementation") and self.kind == "gpt_oss":
-            model.set_experts_implementation("batched_mm")  # its default is no operator that torch.onnx knows
+        if experts is not None:
+            model.set_experts_implementation(experts)  # type: ignore[operator]
         return model.eval()
 
     def example(self, batch: int, length: int) -> dict[str, Tensor]:
@@ -124,7 +127,7 @@ MODELS: dict[str, Model] = {
     "gemma2": _decoder("gemma2", _CAPPED, causal_gqa=True),
     "bloom": _decoder("bloom", {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 2, "n_head": HEADS}),
     "falcon": _decoder("falcon", {**_SMALL, "multi_query": True, "bias": False, "new_decoder_architecture": False}, causal_gqa=True),
-    "gpt_oss": replace(_decoder("gpt_oss", _SINKS, causal_gqa=True), large=True),
+    "gpt_oss": replace(_decoder("gpt_oss", _SINKS, causal_gqa=True), large=True, experts="batched_mm"),
     "bert": Model("bert", "AutoModel", _TEXT),
     "roberta": Model("roberta", "AutoModel", _TEXT),
     "vit": Model("vit", "AutoModel", _IMAGE, inputs=image, optimizer="vit"),

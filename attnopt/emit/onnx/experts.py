@@ -1,7 +1,12 @@
-"""Products of groups of rows with a matrix of each group, as mixtures of experts have them, in standard operators."""
+"""Products of groups of rows with a matrix of each group, as mixtures of experts have them, in standard operators.
+
+Each matrix meets its own rows alone, in one MatMul: nothing is computed twice, and no matrix is copied for a row. It is an operand that ONNX Runtime prepares when it loads a file,
+which a matrix that is chosen in a run (by Gather, or by the turn of a Loop) is not. Why: docs/decisions/0046-experts-by-groups.md.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,17 +24,29 @@ def table(op: Any) -> dict[Any, Any]:
 
 
 def grouped(op: Any, x: Any, weight: Any, offs: Any) -> Any:
-    """x [S, K], weight [E, K, N], offs int [E]: row i of [S, N] is that of x times ``weight[e]``, e the first with ``i < offs[e]``, and zero where there is none.
-
-    One product for each expert, over its rows alone: nothing is computed twice, and no matrix is copied for a row.
-    """
-    first = [op.Constant(value=ir.tensor(np.array([n], dtype=np.int64))) for n in range(int(weight.shape[0]) + 1)]
+    """x [S, K], weight [E, K, N], offs int [E]: row i of [S, N] is that of x times ``weight[e]``, e the first with ``i < offs[e]``, and zero where there is none."""
     ends = op.Cast(offs, to=7)
-    parts, start = [], first[0]
-    for e in range(int(weight.shape[0])):
-        end = op.Gather(ends, first[e])
-        parts.append(op.MatMul(op.Slice(x, start, end, first[0]), op.Squeeze(op.Gather(weight, first[e]), first[0])))
+    behind = op.Sub(op.Shape(x, start=0, end=1), op.Gather(ends, vector(op, int(weight.shape[0]) - 1)))
+    width = op.Shape(weight, start=2, end=3)
+    zeros = op.Expand(op.CastLike(op.Constant(value=ir.tensor(np.zeros((1, 1), dtype=np.float32))), x), op.Concat(behind, width, axis=0))
+    return op.Concat(*products(op, x, weight, ends), zeros, axis=0)
+
+
+def products(op: Any, x: Any, weight: Any, ends: Any) -> list[Any]:
+    """x [S, K], weight [E, K, N], ends int64 [E], which rises: for each e the rows of x from ``ends[e - 1]`` (or 0) to ``ends[e]``, times ``weight[e]``."""
+    count, first = int(weight.shape[0]), vector(op, 0)
+    parts, start = [], first
+    for matrix, end in zip(_pieces(op, weight, count), _pieces(op, ends, count), strict=True):
+        parts.append(op.MatMul(op.Slice(x, start, end, first), op.Squeeze(matrix, first)))
         start = end
-    rest = op.Sub(op.Shape(x, start=0, end=1), start)
-    zeros = op.Expand(op.CastLike(op.Constant(value=ir.tensor(np.zeros((1, 1), dtype=np.float32))), x), op.Concat(rest, op.Shape(weight, start=2, end=3), axis=0))
-    return op.Concat(*parts, zeros, axis=0)
+    return parts
+
+
+def _pieces(op: Any, x: Any, count: int) -> Sequence[Any]:
+    """``count`` equal pieces by the first axis: one node, where a Gather for each would have ONNX Runtime copy weights ``count`` times while it loads."""
+    made = op.Split(x, axis=0, num_outputs=count)
+    return made if count > 1 else [made]
+
+
+def vector(op: Any, *numbers: int) -> Any:
+    return op.Constant(value=ir.tensor(np.array(numbers, dtype=np.int64)))

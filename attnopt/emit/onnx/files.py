@@ -19,6 +19,7 @@ from attnopt.capture.onnx.lift import lift
 from attnopt.capture.onnx.read import prepared, read_model
 from attnopt.capture.onnx.translate import LiftedFile, Observed, path_of
 from attnopt.config import OptimizeConfig
+from attnopt.emit.onnx.chosen import by_groups
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.layers import distance
 from attnopt.emit.onnx.model import IR_VERSION, OPSETS, Layer, record
@@ -154,6 +155,7 @@ class _Job:
         report.source, report.analysis, report.conditions, report.model = self.name, analysis, lifted.conditions, model
         if not report.replaced:
             return report
+        by_groups(model)
         _tidy(model)
         record(model, layers, self.target)
         draft = self._save(model, file)

@@ -21,6 +21,7 @@ from attnopt.capture.export import quiet
 from attnopt.emit.module import OptimizedModule, graph_variants
 from attnopt.emit.onnx import experts
 from attnopt.emit.onnx.bounds import greatest
+from attnopt.emit.onnx.chosen import by_groups
 from attnopt.emit.onnx.contrib import attach_functions
 from attnopt.emit.onnx.lower import Lowering
 from attnopt.emit.onnx.names import dimension_names, output_names, rename_dimensions, restore_input_names
@@ -167,6 +168,7 @@ def translated(program: torch.export.ExportedProgram, translation: Translation, 
     inputs = [x for x in program.graph_signature.user_inputs if isinstance(x, str)]
     model = _exported(program, translation.opset, translation, output_names(results, inputs))
     join(model, translation.joins)
+    by_groups(model)
     if translation.target == "ort":
         join_norms(model)
     attach_functions(model, translation.opset)

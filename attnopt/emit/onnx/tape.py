@@ -18,6 +18,10 @@ class Tape(ir.tape.Tape):  # type: ignore[misc]
     def Shape(self, x: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
         return self.op("Shape", [x], {"start": start} if end is None else {"start": start, "end": end})
 
+    def Split(self, x: ir.Value, axis: int = 0, num_outputs: int = 1) -> Sequence[ir.Value] | ir.Value:
+        made = self.op_multi_out("Split", [x], {"axis": axis, "num_outputs": num_outputs}, num_outputs=num_outputs)
+        return made if num_outputs > 1 else made[0]
+
     def named(self, prefix: str) -> list[ir.Node]:
         """All nodes, named after ``prefix`` with their results."""
         for i, node in enumerate(self.nodes):
