@@ -23,17 +23,19 @@ def message(e: BaseException) -> str:
 
 @contextlib.contextmanager
 def patience(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError where the block takes longer (a compiler that does not come back)."""
+    """Raises TimeoutError where the block takes longer (a compiler that does not come back).
+
+    Again each second until the block is left: Python prints and drops what is raised within a destructor or a weak reference's callback."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"not ready after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
