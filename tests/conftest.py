@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 # Export keeps what each operation did to fake tensors, for the layers that come after. Models of one or two layers only pay for that:
 # a quarter of the time of the tests. These keep it, as do all tests that start a process of their own.
-KEEP_FAKE_RESULTS = {"test_api.py"}
+KEEP_FAKE_RESULTS = {"test_api.py", "test_zoo.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
