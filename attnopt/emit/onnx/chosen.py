@@ -16,7 +16,7 @@ from attnopt.emit.onnx.tape import Tape
 MOST_GROUPS = 256
 """A node for each group, also for those without rows: some 0.6 us."""
 LEAST_NUMBERS = 1024
-"""Of a matrix. A smaller one is copied about as fast as a node is run."""
+"""Of a matrix. Smaller ones are tables rather than layers."""
 
 
 @dataclass(frozen=True)
