@@ -17,7 +17,7 @@ from attnopt.analysis import nodes as N
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import registry
 from attnopt.kernels.block_map_op import mask_alone
-from attnopt.passes.attention_nodes import attentions, spec_of
+from attnopt.passes.attention_nodes import attentions, size_nodes, spec_of, tensors_read
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.edit import Editor
 from attnopt.passes.select_kernel import KERNEL
@@ -62,19 +62,15 @@ def _wanted(node: fx.Node, place: Mapping[fx.Node, int]) -> _Wanted | None:
     block_sizes = registry.block_sizes(node.meta[KERNEL][0], spec, device=value.device, dtype=value.dtype) if KERNEL in node.meta else None
     if block_sizes is None:
         return None
-    loads: Any = node.args[3]
-    read = {x.value for x in spec.mask.leaves if x.op == "load"}
-    # in the graph's order, in which attentions that number their tensors differently still agree
-    order = sorted({loads[i] for i in read}, key=place.__getitem__)
-    mask = mask_alone(spec, {i: order.index(loads[i]) for i in read})
-    return None if mask is None else _Wanted(mask, tuple(order), block_sizes, value.device)
+    tensors, slots = tensors_read(node, spec.mask, place)
+    mask = mask_alone(spec, slots)
+    return None if mask is None else _Wanted(mask, tensors, block_sizes, value.device)
 
 
 def _insert(graph: fx.Graph, wanted: _Wanted, first: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The map's two tensors, computed before the first attention that reads it."""
     edit = Editor(graph, first)
-    given: Any = first.args[4]
-    size_of = dict(zip(spec_of(first).sizes, given, strict=True))
+    size_of = size_nodes(first)
     d = wanted.mask.dims
     like = wanted.loads[0] if wanted.loads else first.args[0]
     found = edit.call(

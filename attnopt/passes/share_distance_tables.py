@@ -18,7 +18,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import registry
 from attnopt.kernels.distance_table_op import table_alone
 from attnopt.kernels.programs import programs_of
-from attnopt.passes.attention_nodes import attentions, spec_of
+from attnopt.passes.attention_nodes import attentions, size_nodes, spec_of, tensors_read
 from attnopt.passes.base import PassResult, Tier
 from attnopt.passes.edit import Editor
 from attnopt.passes.select_kernel import KERNEL
@@ -61,20 +61,16 @@ def _wanted(node: fx.Node, place: dict[fx.Node, int]) -> tuple[_Wanted, ...]:
     margin = registry.table_margin(node.meta[KERNEL][0], spec, device=value.device, dtype=value.dtype) if KERNEL in node.meta else None
     if margin is None:
         return ()
-    loads: Any = node.args[3]
-    given: Any = node.args[4]
-    size_of = dict(zip(spec.sizes, given, strict=True))
+    size_of = size_nodes(node)
     found = []
     for part in programs_of(spec).parts:
         if not part.shareable:
             continue
-        read = {x.value for x in part.expr.leaves if x.op == "load" and isinstance(x.value, int)}
-        # in the graph's order, in which attentions that number their tensors differently still agree
-        order = sorted({loads[i] for i in read}, key=place.__getitem__)
-        score = table_alone(spec, part, {i: order.index(loads[i]) for i in read})
+        tensors, slots = tensors_read(node, part.expr, place)
+        score = table_alone(spec, part, slots)
         if score is None:
             return ()
-        found.append(_Wanted(score, tuple(order), tuple(size_of[name] for name in score.sizes), margin))
+        found.append(_Wanted(score, tensors, tuple(size_of[name] for name in score.sizes), margin))
     return tuple(found)
 
 
