@@ -38,7 +38,6 @@ def _renamed(root: Expr, slots: Mapping[int, int]) -> Expr:
     return memo[root]
 
 
-
 def size_of(spec: AttentionSpec, sizes: Sequence[int], B: int, Hq: int, Sq: int, Skv: int) -> dict[str, int]:
     """The value of every symbolic size of such a spec by name."""
     d = spec.dims

@@ -18,6 +18,7 @@ from torch import Tensor
 from attnopt.config import disabled_backends
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels import paged_batched, paged_reference
+from attnopt.kernels.kept import Kept
 from attnopt.kernels.paged_checks import check_attention, check_write, description
 from attnopt.kernels.paged_choice import CacheSetting, choose, writer
 
@@ -63,8 +64,6 @@ def run(
     known = _KNOWN.get(key)
     if known is None:
         known = _looked_at(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, spec, backend, k_scale, v_scale)
-        if len(_KNOWN) >= MOST_KNOWN:
-            _KNOWN.clear()
         _KNOWN[key] = known
     if known.launch is not None:
         return known.launch(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, loads, sizes, known.spec, k_scale, v_scale, plans=known.plans)
@@ -87,9 +86,8 @@ class _Known:
     """What ``launch`` keeps for further calls."""
 
 
-_KNOWN: dict[object, _Known] = {}
+_KNOWN: Kept[object, _Known] = Kept(4096)
 """By their descriptions."""
-MOST_KNOWN = 4096
 
 
 def _looked_at(

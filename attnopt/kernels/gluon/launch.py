@@ -21,6 +21,7 @@ from attnopt.kernels.evaluate import capturing
 from attnopt.kernels.gluon.config import Config, config
 from attnopt.kernels.gluon.flash_forward import Source, generate, is_even, reads
 from attnopt.kernels.gluon.scores import RUNS
+from attnopt.kernels.kept import Kept
 from attnopt.kernels.materialise import Part, load_tensors, runs
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
@@ -117,8 +118,6 @@ def attention(
     key = (spec, chosen, tuple(sizes), form_of(q), form_of(k), form_of(v), *map(form_of, loads))
     call = _CALLS.get(key)
     if call is None:
-        if len(_CALLS) >= MOST_CALLS:
-            _CALLS.clear()
         call = _CALLS[key] = Call.of(q, k, v, loads, sizes, spec, chosen)
     o = torch.empty_strided(call.size, call.strides, dtype=v.dtype, device=v.device)
     lse = torch.empty(call.size[:3], dtype=torch.float32, device=q.device)
@@ -146,9 +145,6 @@ def attention(
     if call.retries:
         fill_empty_rows(q, k, v, o, lse, loads, call.sizes, spec, tables=tables)
     return o, lse
-
-
-MOST_CALLS = 1024
 
 
 @dataclass
@@ -192,7 +188,7 @@ class Call:
         return Call(tuple(o.shape), o.stride(), kernel, shape, values, copied, as_they_are, programs_of(spec).retries)
 
 
-_CALLS: dict[Any, Call] = {}
+_CALLS: Kept[Any, Call] = Kept(1024)
 
 
 @dataclass

@@ -21,13 +21,14 @@ from attnopt.kernels import reference
 from attnopt.kernels.block_map import BlockMap, block_map
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import cache_folder, write
+from attnopt.kernels.kept import Kept
 from attnopt.kernels.materialise import load_tensors, materialise
 from attnopt.kernels.programs import programs_of
 from attnopt.kernels.tiling import bind_sizes, bounds, empty_output
 from attnopt.kernels.triton import empty_rows
 from attnopt.kernels.triton.dropout import seed_words
 from attnopt.kernels.triton.flash_forward import CONSTEXPRS, MAP_PLACES, MAP_TENSORS, Source, generate
-from attnopt.kernels.triton.launching import Launch, form_of, interpreted
+from attnopt.kernels.triton.launching import Launch, form_of, interpreted, is_elsewhere
 
 MAX_HEAD_DIM = 256
 SHARED_MEMORY_SM90 = 227 * 1024
@@ -199,8 +200,6 @@ def attention(
     key = (spec, tuple(sizes), form_of(q), form_of(k), form_of(v), *map(form_of, loads))
     call = _CALLS.get(key)
     if call is None:
-        if len(_CALLS) >= MOST_CALLS:
-            _CALLS.clear()
         call = _CALLS[key] = Call.of(q, k, v, loads, sizes, spec)
     o = torch.empty_strided(call.size, call.strides, dtype=v.dtype, device=v.device)
     lse = torch.empty(call.size[:3], dtype=torch.float32, device=q.device)
@@ -229,9 +228,6 @@ def attention(
     if call.retries:
         fill_empty_rows(q, k, v, o, lse, loads, call.sizes, spec, seed, tables)
     return o, lse
-
-
-MOST_CALLS = 1024
 
 
 @dataclass
@@ -270,7 +266,7 @@ class Call:
         return Call(tuple(o.shape), o.stride(), kernel, shape, values, own, whole, as_they_are, programs_of(spec).retries)
 
 
-_CALLS: dict[Any, Call] = {}
+_CALLS: Kept[Any, Call] = Kept(1024)
 
 
 def memory_of(device: torch.device) -> int:
@@ -280,7 +276,7 @@ def memory_of(device: torch.device) -> int:
 
 def launch_on(device: torch.device, launch: Launch, tensors: Mapping[str, Any]) -> None:
     """Triton launches on the current device."""
-    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+    if is_elsewhere(device):
         with torch.cuda.device(device):
             launch.run(tensors)
     else:
@@ -307,8 +303,6 @@ def fill_empty_rows(
     key = (spec, tuple(sizes.items()), *map(form_of, (q, k, v, o, *read)))
     launch = _REFILLS.get(key)
     if launch is None:
-        if len(_REFILLS) >= MOST_CALLS:
-            _REFILLS.clear()
         c = config(q.shape[3], v.shape[3], q.shape[2], q.dtype, memory_of(q.device), True)
         programs = -(-q.shape[2] // (c.BLOCK_M * empty_rows.TILES)) * q.shape[1] * q.shape[0]
         launch = _REFILLS[key] = launch_for(source, import_source(source.text).empty_rows, spec, tensors, read, sizes, c, programs)
@@ -318,7 +312,7 @@ def fill_empty_rows(
     launch_on(q.device, launch, tensors)
 
 
-_REFILLS: dict[Any, Launch] = {}
+_REFILLS: Kept[Any, Launch] = Kept(1024)
 
 
 def launch_for(

@@ -22,7 +22,7 @@ from attnopt.kernels.tiling import bind_sizes, may_be_empty
 from attnopt.kernels.triton.backward_tiles import BLOCKS, KernelText
 from attnopt.kernels.triton.dropout import seed_words
 from attnopt.kernels.triton.flash_backward import BackwardSource, generate
-from attnopt.kernels.triton.launch import SHARED_MEMORY_SM90, Config, argument_values, import_source, power_of_two, shared_memory
+from attnopt.kernels.triton.launch import Config, argument_values, import_source, memory_of, power_of_two
 
 ROUND = 128
 """Arrays with an element per query are a multiple of this long; so are blocks of queries, or they divide it."""
@@ -168,7 +168,7 @@ class _Run:
         self.kernels, self.spec, self.q, self.k, self.v, self.loads, self.sizes = kernels, spec, q, k, v, loads, sizes
         (self.B, self.Hq, self.Sq, self.D), (self.Skv, self.Dv) = q.shape, (k.shape[2], v.shape[3])
         self.Hkv = k.shape[1]
-        limit = shared_memory(q.device.index or 0) if q.device.type == "cuda" else SHARED_MEMORY_SM90
+        limit = memory_of(q.device)
         self.config = choice or config(kernels.source, self.D, self.Dv, self.Sq, self.Skv, q.dtype, limit)
         shape = {"b": self.B, "h": self.Hq, "q": self.Sq, "k": self.Skv}
         read = load_tensors(kernels.source.parts, shape, loads, sizes, q.device)

@@ -22,6 +22,7 @@ from attnopt.ir.mask import chunk
 from attnopt.ir.spec import AttentionSpec
 from attnopt.kernels.codegen import unsupported
 from attnopt.kernels.device import capability, processors
+from attnopt.kernels.kept import Kept
 from attnopt.kernels.materialise import load_tensors
 from attnopt.kernels.paged_checks import description
 from attnopt.kernels.paged_choice import CacheSetting
@@ -31,7 +32,7 @@ from attnopt.kernels.tiling import Bounds, bounds, cached_key_range
 from attnopt.kernels.triton.flash_forward import Source
 from attnopt.kernels.triton.halves import PACKED
 from attnopt.kernels.triton.launch import DTYPES, SHARED_MEMORY_SM90, available, import_source, power_of_two, shared_memory
-from attnopt.kernels.triton.launching import Launch, interpreted
+from attnopt.kernels.triton.launching import Launch, interpreted, is_elsewhere
 from attnopt.kernels.triton.paged import CONSTEXPRS, generate, lengths_of, request_spec
 
 MAX_HEAD_DIM = 576
@@ -51,7 +52,6 @@ NEARLY_ALL = 0.75
 take 4% more than two rounds do (benchmarks/decode_sweep.py, 13 and 9 requests of 8192 keys)."""
 LONG = 2048
 """Keys from which on ``for_many_tiles`` counts: before, a program's first keys, for which nothing else on its multiprocessor computes, are too large a part of its time."""
-MOST_PLANS = 4096
 
 
 def refusal(spec: AttentionSpec, setting: CacheSetting) -> str | None:
@@ -251,9 +251,9 @@ def attention(
     """
     if plans is None:
         described = (spec, description(sizes, q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, k_scale, v_scale, *loads))
-        if len(_PLANS) >= MOST_PLANS:
-            _PLANS.clear()
-        plans = _PLANS.setdefault(described, {})
+        plans = _PLANS.get(described)
+        if plans is None:
+            plans = _PLANS[described] = {}
     # what Triton compiles for depends on whether addresses are multiples of 16
     k_at, v_at = k_cache.data_ptr(), v_cache.data_ptr()
     key = (k_at % 16, v_at % 16, k_at == v_at, chosen, num_splits, *[x.data_ptr() % 16 for x in (q, block_table, cu_seqlens_q, seqlens_k, *loads)])
@@ -269,7 +269,7 @@ def attention(
     return plan.run(tensors, loads)
 
 
-_PLANS: dict[Any, dict[Any, Plan]] = {}
+_PLANS: Kept[Any, dict[Any, Plan]] = Kept(4096)
 
 
 @dataclass
@@ -356,7 +356,7 @@ class Plan:
             tensors["PART"] = tensors["LSE"] = o
         else:  # one piece of memory, and one call for it
             tensors["PART"], tensors["LSE"] = torch.empty(self.part[0] + self.part[1], dtype=torch.float32, device=self.device).split_with_sizes(self.part)
-        if self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device()):
+        if is_elsewhere(self.device):
             with torch.cuda.device(self.device):
                 self._launch(tensors)
         else:

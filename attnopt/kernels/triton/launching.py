@@ -25,6 +25,11 @@ def form_of(x: Tensor) -> Form:
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
 
 
+def is_elsewhere(device: torch.device) -> bool:
+    """Whether this is a GPU other than the current one, on which Triton would launch."""
+    return device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+
+
 @dataclass
 class Launch:
     """One kernel with all of its arguments but the tensors."""
